@@ -1,0 +1,128 @@
+"""Do the implementations compute the same? Checked before anything is measured.
+
+From identical weights, data and random state, each implementation's outputs, gradients (of the input and of every
+parameter) and running statistics after one training step are compared with the plain implementation's.
+
+In float64 each tensor's largest difference over its largest value is held to 1e-9: that is the proof. In the
+benchmark's own type the norm of the difference over the norm is held, over all tensors of a kind, and gradients only
+loosely: one ReLU's pre-activation whose sign differs moves them. The plain implementation itself, run in two memory
+formats, differs by 1e-2 in float32 and by 4e-1 in bfloat16.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from harness import build_batch, build_model
+from tqdm import tqdm
+
+STRICT = 1e-9
+KINDS = ("outputs", "gradients", "running statistics")
+LOOSE = {  # the same kinds
+    "float32": (1e-4, 5e-2, 1e-4),
+    "bfloat16": (1e-1, 8e-1, 2e-2),
+    "float16": (2e-2, 3e-1, 1e-2),
+}
+BATCH_SIZE = 4
+
+
+class DisagreementError(RuntimeError):
+    """An implementation's numbers are not the plain implementation's."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    variant: str
+    implementation: str
+    dtype: str
+    errors: dict  # kind -> relative error
+
+
+def check(specs, progress=None):
+    """Compares the implementations of every variant in `specs`; returns a list of `Agreement`, raises if one fails."""
+    results = []
+    for dtype in dict.fromkeys(("float64", specs[0].dtype)):
+        for variant in dict.fromkeys(s.variant for s in specs):
+            chosen = [replace(s, dtype=dtype) for s in specs if s.variant == variant]
+            reference = None
+            for spec in [replace(chosen[0], implementation="plain")] + chosen:
+                if reference is None:
+                    reference = _train_once(spec, None)
+                elif spec.implementation != "plain":
+                    results.append(_compare(spec, _train_once(spec, reference["state"]), reference))
+                if progress is not None:
+                    progress.update()
+    return results
+
+
+def check_with_progress(specs):
+    """`check`, with a bar on a terminal."""
+    dtypes, variants = {"float64", specs[0].dtype}, {s.variant for s in specs}
+    with tqdm(total=len(dtypes) * (len(variants) + len(specs)), desc="agreement", disable=None) as progress:
+        return check(specs, progress)
+
+
+def summary(results):
+    """The largest errors in each type, as a sentence a type."""
+    lines = []
+    for dtype in dict.fromkeys(r.dtype for r in results):
+        chosen = [r for r in results if r.dtype == dtype]
+        errors = ", ".join(f"{kind} to {max(r.errors[kind] for r in chosen):.0e}" for kind in KINDS)
+        lines.append(f"{dtype}: {errors}")
+    names = ", ".join(dict.fromkeys(r.implementation for r in results))
+    return f"Agree with plain, from the same weights, data and random state ({names}):\n" + "\n".join(lines)
+
+
+def _train_once(spec, state):
+    """One forward and backward; everything that is compared, by kind, and the weights it started from."""
+    model = build_model(spec)
+    if state is None:
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    images, labels = build_batch(spec, batch_size=min(spec.batch_size, BATCH_SIZE))
+    images.requires_grad_()
+    torch.manual_seed(2)  # the masks of Drop-Channel
+    with spec.autocast():
+        logits = model(images)
+    F.cross_entropy(logits, labels).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()} | {"input": images.grad}
+    return {
+        "state": state,
+        "outputs": {"logits": logits.detach()},
+        "gradients": gradients,
+        "running statistics": dict(model.named_buffers()),
+    }
+
+
+def _compare(spec, found, expected):
+    measure, limits = (_largest, [STRICT] * 3) if spec.dtype == "float64" else (_norm, LOOSE[spec.dtype])
+    errors = {}
+    for kind, limit in zip(KINDS, limits, strict=True):
+        if found[kind].keys() != expected[kind].keys():
+            raise DisagreementError(f"{spec}: {kind} have other names than the plain implementation's")
+        errors[kind], worst = measure(found[kind], expected[kind])
+        if not errors[kind] <= limit:  # catches NaN too
+            raise DisagreementError(
+                f"{spec}: {kind} differ from the plain implementation's by {errors[kind]:.1e} of their size, "
+                f"the limit is {limit:.0e}; the worst is {worst}"
+            )
+    return Agreement(spec.variant, spec.implementation, spec.dtype, errors)
+
+
+def _largest(found, expected):
+    """Largest relative error over the tensors and whose it is. A tensor of rounding noise (a gradient that is zero in
+    exact arithmetic) counts against a thousandth of the largest value of its kind."""
+    floor = 1e-3 * max(t.double().abs().max().item() for t in expected.values())
+    errors = {}
+    for name, value in expected.items():
+        difference = (found[name].double() - value.double()).abs().max().item()
+        errors[name] = difference / max(value.double().abs().max().item(), floor)
+    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    return errors[worst], worst
+
+
+def _norm(found, expected):
+    differences = {name: (found[name].double() - value.double()).norm().item() for name, value in expected.items()}
+    total = sum(value.double().norm().item() ** 2 for value in expected.values()) ** 0.5
+    error = sum(difference**2 for difference in differences.values()) ** 0.5 / total
+    return error, max(differences, key=differences.get)

@@ -1,0 +1,230 @@
+"""What every benchmark shares: one training step, and how its memory and time are measured.
+
+Memory is in MB of 10^6 bytes, over the parameters, their gradients and the optimizer's state, which exist before the
+step that is measured. Batches are random; weights come from a fixed seed.
+"""
+
+import gc
+import os
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages; read when torch is loaded
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from densenet_ext import DenseNetBC, set_fallback
+
+MB = 1e6
+
+set_fallback("error")  # what is measured as fused shall be fused
+
+# name -> (arguments of DenseNetBC, channels last)
+IMPLEMENTATIONS = {
+    "plain": ({"efficient": False}, False),
+    "plain-channels-last": ({"efficient": False}, True),
+    "checkpoint": ({"efficient": "checkpoint"}, False),
+    "checkpoint-channels-last": ({"efficient": "checkpoint"}, True),
+    "fused": ({"efficient": "fused"}, False),
+    "fused-kept": ({"efficient": "fused", "keep_bottleneck": True}, False),
+    "torchvision": (None, False),
+    "torchvision-efficient": (None, False),
+}
+VARIANTS = ("vanilla", "A", "B", "A+B")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One row of a benchmark: which network, how it is computed, on what."""
+
+    implementation: str = "fused"
+    variant: str = "A+B"
+    depth: int = 100
+    growth_rate: int = 12
+    batch_size: int = 64
+    size: int = 32
+    dtype: str = "float32"  # bfloat16 and float16: autocast over float32 parameters, as people train
+    device: str = "cpu"
+    channels_last: bool = False
+    num_classes: int = 100
+
+    @property
+    def memory_format(self):
+        channels_last = self.channels_last or IMPLEMENTATIONS[self.implementation][1]
+        return torch.channels_last if channels_last else torch.contiguous_format
+
+    def autocast(self):
+        """The context of the forward pass."""
+        if self.dtype in ("bfloat16", "float16"):
+            return torch.autocast(torch.device(self.device).type, getattr(torch, self.dtype))
+        return nullcontext()
+
+
+def build_model(spec):
+    """The network of `spec`, weights from a fixed seed, in training mode."""
+    torch.manual_seed(0)
+    options, _ = IMPLEMENTATIONS[spec.implementation]
+    if options is None:
+        model = _torchvision(spec)
+    else:
+        model = DenseNetBC.variant(
+            spec.variant,
+            depth=spec.depth,
+            growth_rate=spec.growth_rate,
+            num_classes=spec.num_classes,
+            **options,
+        )
+    dtype = torch.float64 if spec.dtype == "float64" else torch.float32
+    return model.to(device=spec.device, dtype=dtype, memory_format=spec.memory_format).train()
+
+
+def _torchvision(spec):
+    """torchvision's DenseNet with a CIFAR stem: layer for layer DenseNetBC's 'vanilla', written by others."""
+    import torchvision
+
+    layers, stem = (spec.depth - 4) // 6, 2 * spec.growth_rate
+    model = torchvision.models.DenseNet(
+        spec.growth_rate,
+        (layers,) * 3,
+        stem,
+        num_classes=spec.num_classes,
+        memory_efficient=spec.implementation == "torchvision-efficient",
+    )
+    model.features.conv0 = torch.nn.Conv2d(3, stem, 3, padding=1, bias=False)
+    for name in ("norm0", "relu0", "pool0"):
+        delattr(model.features, name)
+    return model
+
+
+def build_batch(spec, batch_size=None, size=None):
+    """Random images [N, 3, H, W] and labels [N], the same for every implementation."""
+    generator = torch.Generator().manual_seed(1)
+    size, batch_size = size or spec.size, batch_size or spec.batch_size
+    images = torch.randn(batch_size, 3, size, size, generator=generator)
+    labels = torch.randint(spec.num_classes, (batch_size,), generator=generator).to(spec.device)
+    dtype = torch.float64 if spec.dtype == "float64" else torch.float32
+    return images.to(device=spec.device, dtype=dtype, memory_format=spec.memory_format), labels
+
+
+class TrainingStep:
+    """Model, optimizer and batch of one `Spec`; calling it trains one step and waits for the device."""
+
+    def __init__(self, spec):
+        self.spec = spec
+        self.model = build_model(spec)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+        self.batch = build_batch(spec)
+        self.warm_up()
+
+    def warm_up(self):
+        """A step on two images of 8x8: allocates gradients and momentum, starts threads, loads libraries."""
+        batch, self.batch = self.batch, build_batch(self.spec, batch_size=2, size=8)
+        self()
+        self.batch = batch
+
+    def forward(self):
+        images, labels = self.batch
+        with self.spec.autocast():
+            return F.cross_entropy(self.model(images), labels)
+
+    def finish(self, loss):
+        loss.backward()
+        self.optimizer.step()
+
+    def __call__(self):
+        self.optimizer.zero_grad(set_to_none=False)
+        self.finish(self.forward())
+        self.synchronize()
+
+    def synchronize(self):
+        if self.spec.device != "cpu":
+            torch.accelerator.synchronize()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes over parameters, gradients and optimizer state."""
+
+    peak: int  # highest level in the step
+    kept: int  # level between forward and backward: what is kept for backward
+    reserved: int | None = None  # CUDA: what the caching allocator took from the device at the peak, all included
+
+
+def measure_memory(step):
+    """The `Memory` of one call of `step`."""
+    gc.collect()
+    step.optimizer.zero_grad(set_to_none=False)
+    return _cuda_memory(step) if step.spec.device.startswith("cuda") else _cpu_memory(step)
+
+
+def _cuda_memory(step):
+    step()  # libraries choose algorithms and take workspaces in a first full step
+    step.optimizer.zero_grad(set_to_none=False)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    loss = step.forward()
+    kept = torch.cuda.memory_allocated() - start
+    step.finish(loss)
+    torch.cuda.synchronize()
+    return Memory(torch.cuda.max_memory_allocated() - start, kept, torch.cuda.max_memory_reserved())
+
+
+def _cpu_memory(step):
+    """Sums the allocations and frees that the profiler records, in time order.
+
+    It sees what goes through torch's CPU allocator, from Python or from C++, but not the scratch memory of libraries;
+    resident.py sees everything.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        with record_function("benchmark: forward"):
+            loss = step.forward()
+        step.finish(loss)
+    events = recorded.profiler.kineto_results.events()
+    forward_end = next(e.start_ns() + e.duration_ns() for e in events if e.name() == "benchmark: forward")
+    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
+    level = peak = kept = 0
+    for when, _, nbytes in changes:
+        level += nbytes
+        peak = max(peak, level)
+        if when <= forward_end:
+            kept = level
+    return Memory(peak, kept)
+
+
+def interleave(steps, rounds, deadline=None, progress=None):
+    """Seconds a step: {key: list of times}. `steps` {key: callable}, `rounds` an int or {key: int}.
+
+    One step of each in turn, starting one further every round, so that what else the machine does falls on all alike.
+    After the first round none is begun that would last beyond `deadline` (of time.monotonic).
+    """
+    rounds = rounds if isinstance(rounds, dict) else dict.fromkeys(steps, rounds)
+    times = {key: [] for key in steps}
+    longest = 0.0
+    for r in range(max(rounds.values())):
+        began = time.monotonic()
+        if r and deadline is not None and began + longest > deadline:
+            break
+        keys = [key for key in steps if r < rounds[key]]
+        for key in keys[r % len(keys) :] + keys[: r % len(keys)]:
+            start = time.perf_counter()
+            steps[key]()
+            times[key].append(time.perf_counter() - start)
+            if progress is not None:
+                progress.update()
+        longest = max(longest, time.monotonic() - began)
+    return times
+
+
+def quantiles(times):
+    """Median, 20 % and 80 % quantile."""
+    if len(times) < 2:
+        return times[0], times[0], times[0]
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return statistics.median(times), fifths[0], fifths[3]

@@ -1,0 +1,13 @@
+// The instruction set in use, chosen once at load.
+#pragma once
+
+#include "kernels.h"
+
+namespace densenet_ext {
+
+// "baseline", "avx2" or "avx512".
+const char* cpu_capability();
+
+const KernelTable& cpu_kernels();
+
+}  // namespace densenet_ext

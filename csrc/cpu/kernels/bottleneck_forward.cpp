@@ -1,0 +1,124 @@
+// Forward of the 1x1 convolution of a dense layer, batch normalization and ReLU in its load:
+//
+//   b[m, o] = sum_c relu(scale[c]*x[m, c] + shift[c]) * W[o, c]        and the moments of b over all M rows
+//
+// A tile of up to 256 pixels of all input channels is normalized and rectified into z [C, positions] in the second-level cache; a register block of 8 pixels by 3
+// vectors of outputs then runs over all channels. Threads own contiguous tiles. Bytes moved: x once, b once.
+#include "../parallel.h"
+#include "instantiate.h"
+#include "microkernel.h"
+#include "moments.h"
+#include "tile.h"
+
+namespace densenet_ext {
+namespace DENSENET_EXT_ISA {
+namespace {
+
+// Moments of `rows` rows of b, merged into the thread's running (count, mean, m2).
+template <class S, class T = Arithmetic<S>>
+void add_row_moments(const S* b, int64_t rows, int64_t pitch, double count, double* mean, double* m2) {
+  for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
+    constexpr int NV = decltype(group)::value;
+    Vec<T> sums[NV] = {}, squares[NV] = {};
+    const S* column = b + first * kVec<T>;
+    for (int64_t m = 0; m < rows; ++m) {
+      DX_UNROLL
+      for (int v = 0; v < NV; ++v) sums[v] += load(column + m * pitch + v * kVec<T>);
+    }
+    DX_UNROLL
+    for (int v = 0; v < NV; ++v) sums[v] /= broadcast(static_cast<T>(rows));
+    for (int64_t m = 0; m < rows; ++m) {
+      DX_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const Vec<T> d = load(column + m * pitch + v * kVec<T>) - sums[v];
+        squares[v] += d * d;
+      }
+    }
+    for (int v = 0; v < NV; ++v) {
+      T group_mean[kVec<T>], group_m2[kVec<T>];
+      store(group_mean, sums[v]);
+      store(group_m2, squares[v]);
+      for (int i = 0; i < kVec<T>; ++i) {
+        const int64_t o = (first + v) * kVec<T> + i;
+        merge_moments(count, mean[o], m2[o], static_cast<double>(rows), group_mean[i], group_m2[i]);
+      }
+    }
+  });
+}
+
+template <class S, class T = Arithmetic<S>>
+void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const T* weight, int64_t pitch, T* z, int64_t capacity) {
+  for (int64_t c = 0; c < a.channels; ++c) norm_relu_tile(a.features, a.norm, tile, c, z + c * capacity);
+  S* const rows = a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch;
+  for (int64_t i = 0; i < tile.samples; ++i) {
+    for (int64_t p = 0; p < tile.count; p += kPixelRows) {
+      const int64_t valid = std::min<int64_t>(kPixelRows, tile.count - p);
+      S* const out = rows + (i * tile.count + p) * pitch;
+      for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
+        constexpr int NV = decltype(group)::value;
+        Block<T, kPixelRows, NV> block;
+        block.product(a.channels, z + i * tile.pitch + p, 1, capacity, weight + first * kVec<T>, pitch);
+        DX_UNROLL
+        for (int r = 0; r < kPixelRows; ++r) {
+          if (r < valid) {
+            DX_UNROLL
+            for (int v = 0; v < NV; ++v) store(out + r * pitch + (first + v) * kVec<T>, block.acc[r][v]);
+          }
+        }
+      });
+    }
+  }
+}
+
+}  // namespace
+
+template <class S>
+void bottleneck_forward(const BottleneckForward<S>& a) {
+  using T = Arithmetic<S>;
+  const int64_t pitch = round_up(a.width, kLanes);
+  const int64_t capacity = tile_capacity<T>(a.channels, 256);
+  const Tiling tiling(a.features.samples, a.features.pixels(), capacity);
+  const int64_t threads = thread_count(tiling.count);
+  const bool moments = a.mean != nullptr;
+
+  const Scratch packed(sizeof(T) * a.channels * pitch);  // W transposed to [channels, pitch], zeros beyond width
+  T* const weight = packed.as<T>();
+  for (int64_t c = 0; c < a.channels; ++c) {
+    for (int64_t o = 0; o < pitch; ++o) weight[c * pitch + o] = o < a.width ? a.weight[o * a.channels + c] : T(0);
+  }
+  const int64_t tile_values = round_up(a.channels * capacity, kLanes);
+  const Scratch tiles(sizeof(T) * threads * tile_values);
+  const Scratch sums(sizeof(double) * threads * 2 * pitch);
+  const Scratch counts(sizeof(double) * threads);
+  std::fill_n(sums.as<double>(), threads * 2 * pitch, 0.0);
+  std::fill_n(counts.as<double>(), threads, 0.0);
+
+  parallel(tiling.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    double* const mean = sums.as<double>() + thread * 2 * pitch;
+    double& count = counts.as<double>()[thread];
+    for (int64_t i = begin; i < end; ++i) {
+      const Tile tile = tiling[i];
+      bottleneck_tile<S>(a, tile, weight, pitch, tiles.as<T>() + thread * tile_values, capacity);
+      if (moments) {
+        add_row_moments<S>(a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch, tile.rows(), pitch, count, mean, mean + pitch);
+        count += static_cast<double>(tile.rows());
+      }
+    }
+  });
+  if (!moments) return;
+  for (int64_t o = 0; o < a.width; ++o) {
+    double count = 0, mean = 0, m2 = 0;
+    for (int64_t t = 0; t < threads; ++t) {
+      const double* const part = sums.as<double>() + t * 2 * pitch;
+      merge_moments(count, mean, m2, counts.as<double>()[t], part[o], part[pitch + o]);
+      count += counts.as<double>()[t];
+    }
+    a.mean[o] = static_cast<T>(mean);
+    a.m2[o] = static_cast<T>(m2);
+  }
+}
+
+DENSENET_EXT_INSTANTIATE(bottleneck_forward, BottleneckForward)
+
+}  // namespace DENSENET_EXT_ISA
+}  // namespace densenet_ext

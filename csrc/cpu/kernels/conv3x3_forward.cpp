@@ -1,0 +1,185 @@
+// Forward of a dense layer's 3x3 convolution, BN2 and ReLU in its load, its output straight into the feature buffer with its moments:
+//
+//   y[j, p] = sum_{i, tap} relu(scale[i]*b[p + tap, i] + shift[i]) W[j, i, tap]         (a tap outside the image is 0, not relu(shift))
+//
+// Unit: about 64K values of b. They are normalized, rectified and transposed in registers from [pixel, i] to zero-padded planes; a register block of up to 12 outputs by 2
+// vectors of pixels runs over all i and taps. Threads own contiguous units. Bytes moved: b once (and the rows around a block of rows), y once.
+#include "../parallel.h"
+#include "instantiate.h"
+#include "microkernel.h"
+#include "moments.h"
+#include "planes.h"
+
+namespace densenet_ext {
+namespace DENSENET_EXT_ISA {
+namespace {
+
+template <class T>
+struct Convolution {
+  const Units& units;
+  int64_t width;
+  const T* planes;
+  const T* weight;  // [width, 9, R] of this group of outputs
+  T* out;           // R planes
+
+  template <int R>
+  void run(int64_t span) const {
+    constexpr int64_t step = kPixelVectors * kVec<T>;
+    for (int64_t p = units.base; p < units.base + span; p += step) {
+      Block<T, R, kPixelVectors> block;
+      const T* w = weight;
+      const T* plane = planes + p;
+      for (int64_t i = 0; i < width; ++i) {
+        DX_UNROLL
+        for (int t = 0; t < 9; ++t) block.rank1(w + t * R, 1, plane + units.offset[t]);
+        w += 9 * R;
+        plane += units.plane_size;
+      }
+      DX_UNROLL
+      for (int r = 0; r < R; ++r) {
+        DX_UNROLL
+        for (int v = 0; v < kPixelVectors; ++v) store(out + r * units.plane_size + p + v * kVec<T>, block.acc[r][v]);
+      }
+    }
+  }
+
+  template <int R = kChannelRows>
+  void dispatch(int64_t rows, int64_t span) const {
+    if constexpr (R > 0) {
+      if (rows == R) return run<R>(span);
+      dispatch<R - 1>(rows, span);
+    }
+  }
+};
+
+template <class S>
+struct Job {
+  using T = Arithmetic<S>;
+  const Conv3x3Forward<S>& a;
+  const Units& units;
+  int64_t pitch;               // of a row of b
+  const T *scale, *shift;      // padded tables
+  int64_t scale_stride, shift_stride;
+  T *planes, *out;             // of one thread
+
+  void load_planes(const Unit& u) const {
+    for (int64_t i = 0; i < a.width; ++i) units.clear_outside(u, planes + i * units.plane_size);
+    units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
+      const int64_t n = u.sample + s;
+      const S* const row = a.bottleneck + (n * units.height + u.row + y) * units.width * pitch;
+      for (int64_t v = 0; v < pitch / kVec<T>; ++v) {
+        const Vec<T> sc = load(scale + n * scale_stride + v * kVec<T>), sh = load(shift + n * shift_stride + v * kVec<T>);
+        T* const plane = planes + v * kVec<T> * units.plane_size + units.position(u, s, y);
+        const int64_t channels = std::min<int64_t>(kVec<T>, a.width - v * kVec<T>);
+        for (int64_t x = 0; x < units.width; x += kVec<T>) {
+          const int64_t valid = std::min<int64_t>(kVec<T>, units.width - x);
+          Vec<T> square[kVec<T>];
+          DX_UNROLL
+          for (int i = 0; i < kVec<T>; ++i) {
+            square[i] = i < valid ? relu(sc * load(row + (x + i) * pitch + v * kVec<T>) + sh) : Vec<T>{};
+          }
+          transpose<T>(square);
+          DX_UNROLL
+          for (int i = 0; i < kVec<T>; ++i) {
+            if (i < channels) store_first(plane + i * units.plane_size + x, square[i], valid);
+          }
+        }
+      }
+    });
+  }
+
+  // From the padded plane of output j to its channel, with dropout; moments of the unit's part of each map to `moments` [samples of the unit, 2].
+  void write_channel(const Unit& u, int64_t j, double* moments) const {
+    for (int64_t s = 0; s < u.samples; ++s) {
+      const int64_t n = u.sample + s, first = u.row * units.width;
+      S* const channel = a.features.plane(n, a.offset + j) + first;
+      const bool* const mask = a.dropout_mask ? a.dropout_mask + (n * a.growth + j) * units.height * units.width + first : nullptr;
+      const T keep_scale = static_cast<T>(a.dropout_scale);
+      for (int64_t y = 0; y < u.rows; ++y) {
+        T* const row = out + j * units.plane_size + units.position(u, s, y);
+        if (mask) {
+          for (int64_t x = 0; x < units.width; ++x) row[x] = mask[y * units.width + x] ? row[x] * keep_scale : T(0);
+        }
+        for (int64_t x = 0; x < units.width; x += kVec<T>) store_first(channel + y * units.width + x, load(row + x), units.width - x);
+      }
+      if (moments) run_moments(channel, u.rows * units.width, moments[2 * s], moments[2 * s + 1]);
+    }
+  }
+};
+
+}  // namespace
+
+template <class S>
+void conv3x3_forward(const Conv3x3Forward<S>& a) {
+  using T = Arithmetic<S>;
+  const int64_t samples = a.features.samples, pitch = round_up(a.width, kLanes);
+  const Units units(samples, a.features.height, a.features.width, a.width, thread_count(samples));
+  const int64_t threads = thread_count(units.count);
+
+  // outputs in even groups of at most kChannelRows; weights [group][i][tap][row]
+  const int64_t groups = ceil_div(a.growth, kChannelRows);
+  const Scratch packed(sizeof(T) * a.growth * a.width * 9);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = a.growth * g / groups, rows = a.growth * (g + 1) / groups - first;
+    T* w = packed.as<T>() + first * a.width * 9;
+    for (int64_t i = 0; i < a.width; ++i) {
+      for (int64_t t = 0; t < 9; ++t) {
+        for (int64_t r = 0; r < rows; ++r) *w++ = a.weight[((first + r) * a.width + i) * 9 + t];
+      }
+    }
+  }
+  const int64_t scale_rows = a.norm.scale.sample_stride ? samples : 1, shift_rows = a.norm.shift.sample_stride ? samples : 1;
+  const Scratch scale(sizeof(T) * scale_rows * pitch), shift(sizeof(T) * shift_rows * pitch);
+  pad_rows(a.norm.scale.data, a.norm.scale.sample_stride, scale_rows, a.width, scale.as<T>());
+  pad_rows(a.norm.shift.data, a.norm.shift.sample_stride, shift_rows, a.width, shift.as<T>());
+
+  const int64_t thread_values = (a.width + a.growth) * units.plane_size;
+  const Scratch planes(sizeof(T) * threads * thread_values);
+  const bool moments = a.moments.mean != nullptr;
+  const Scratch parts(sizeof(double) * 2 * a.growth * samples * units.blocks_per_map);  // [growth, blocks, samples, 2]
+
+  parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    T* const own = planes.as<T>() + thread * thread_values;
+    std::fill_n(own, thread_values, T(0));
+    const Job<S> job{a,
+                     units,
+                     pitch,
+                     scale.as<T>(),
+                     shift.as<T>(),
+                     a.norm.scale.sample_stride ? pitch : 0,
+                     a.norm.shift.sample_stride ? pitch : 0,
+                     own,
+                     own + a.width * units.plane_size};
+    for (int64_t i = begin; i < end; ++i) {
+      const Unit u = units[i];
+      job.load_planes(u);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = a.growth * g / groups, rows = a.growth * (g + 1) / groups - first;
+        const Convolution<T> convolution{units, a.width, job.planes, packed.as<T>() + first * a.width * 9, job.out + first * units.plane_size};
+        convolution.dispatch(rows, units.span(u));
+      }
+      for (int64_t j = 0; j < a.growth; ++j) {
+        job.write_channel(u, j, moments ? parts.as<double>() + 2 * ((j * units.blocks_per_map + units.block(u)) * samples + u.sample) : nullptr);
+      }
+    }
+  });
+  if (!moments || units.count == 0) return;
+  for (int64_t n = 0; n < samples; ++n) {
+    for (int64_t j = 0; j < a.growth; ++j) {
+      double count = 0, mean = 0, m2 = 0;
+      for (int64_t k = 0; k < units.blocks_per_map; ++k) {
+        const double* const part = parts.as<double>() + 2 * ((j * units.blocks_per_map + k) * samples + n);
+        const double pixels = static_cast<double>(std::min(units.rows_per_unit, units.height - k * units.rows_per_unit) * units.width);
+        merge_moments(count, mean, m2, pixels, part[0], part[1]);
+        count += pixels;
+      }
+      a.moments.mean[n * a.moments.channels + a.offset + j] = static_cast<T>(mean);
+      a.moments.m2[n * a.moments.channels + a.offset + j] = static_cast<T>(m2);
+    }
+  }
+}
+
+DENSENET_EXT_INSTANTIATE(conv3x3_forward, Conv3x3Forward)
+
+}  // namespace DENSENET_EXT_ISA
+}  // namespace densenet_ext

@@ -1,0 +1,69 @@
+// The one inner loop of all matrix work: a register block acc[R][NV] of R rows by NV vectors gathers rank-1 updates, R broadcasts times NV loaded vectors.
+#pragma once
+
+#include "vec.h"
+
+namespace densenet_ext {
+namespace DENSENET_EXT_ISA {
+
+// Shapes that fit the registers: R*NV sums, NV loaded vectors, one broadcast.
+//   lanes are channels: kPixelRows rows (pixels) by 1..kMaxVectors vectors;  lanes are pixels: up to kChannelRows rows (channels) by kPixelVectors vectors.
+constexpr int kMaxVectors = 3;
+constexpr int kPixelRows = kRegisters == 32 ? 8 : 4;
+constexpr int kChannelRows = kRegisters == 32 ? 12 : 6;
+constexpr int kPixelVectors = 2;
+
+template <class T, int R, int NV>
+struct Block {
+  Vec<T> acc[R][NV];
+
+  DX_INLINE Block() {
+    DX_UNROLL
+    for (int r = 0; r < R; ++r) {
+      DX_UNROLL
+      for (int v = 0; v < NV; ++v) acc[r][v] = Vec<T>{};
+    }
+  }
+
+  // acc[r][v] += a[r*row_step] * b[v]
+  DX_INLINE void rank1(const T* a, int64_t row_step, const T* b) {
+    Vec<T> bv[NV];
+    DX_UNROLL
+    for (int v = 0; v < NV; ++v) bv[v] = load(b + v * kVec<T>);
+    DX_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> av = broadcast(a[r * row_step]);
+      DX_UNROLL
+      for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
+    }
+  }
+
+  // The sum of `count` rank-1 updates, a and b advancing by their steps.
+  DX_INLINE void product(int64_t count, const T* a, int64_t row_step, int64_t a_step, const T* b, int64_t b_step) {
+    for (int64_t i = 0; i < count; ++i) {
+      rank1(a, row_step, b);
+      a += a_step;
+      b += b_step;
+    }
+  }
+};
+
+// Calls body(vector, std::integral_constant<int, NV>) over `vectors` vectors in the fewest, most even groups of at most MAX: 8 -> 3, 3, 2.
+template <int MAX, class F>
+DX_INLINE void for_vector_groups(int64_t vectors, const F& body) {
+  const int64_t groups = ceil_div(vectors, MAX);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = vectors * g / groups;
+    const int64_t count = vectors * (g + 1) / groups - first;
+    if constexpr (MAX >= 3) {
+      if (count == 3) body(first, std::integral_constant<int, 3>{});
+    }
+    if constexpr (MAX >= 2) {
+      if (count == 2) body(first, std::integral_constant<int, 2>{});
+    }
+    if (count == 1) body(first, std::integral_constant<int, 1>{});
+  }
+}
+
+}  // namespace DENSENET_EXT_ISA
+}  // namespace densenet_ext

@@ -1,0 +1,92 @@
+// Tiles of pixels for the kernels that treat pixels as rows of a matrix, whatever the map size: a tile is a run of pixels of one large map, or several whole
+// small maps. Inside a tile every sample starts at a multiple of kLanes, so that no vector ever straddles two samples.
+#pragma once
+
+#include <algorithm>
+
+#include "vec.h"
+
+namespace densenet_ext {
+namespace DENSENET_EXT_ISA {
+
+struct Tile {
+  int64_t sample, samples;  // samples > 1 only with whole maps
+  int64_t pixel, count;     // pixels of each sample
+  int64_t pitch;            // positions of each sample, count rounded up to kLanes
+
+  int64_t positions() const { return samples * pitch; }
+  int64_t rows() const { return samples * count; }  // contiguous rows of a [M, width] matrix, from sample * P + pixel
+};
+
+struct Tiling {
+  int64_t samples, pixels, capacity;
+  int64_t tiles_per_map = 1, tile_pixels, maps_per_tile = 1, count;
+
+  // Tiles of at most `capacity` positions (a multiple of kLanes).
+  Tiling(int64_t samples, int64_t pixels, int64_t capacity) : samples(samples), pixels(pixels), capacity(capacity) {
+    const int64_t pitch = round_up(std::max<int64_t>(pixels, 1), kLanes);
+    tiles_per_map = ceil_div(pitch, capacity);
+    tile_pixels = round_up(ceil_div(pitch, tiles_per_map), kLanes);
+    tiles_per_map = ceil_div(pitch, tile_pixels);
+    if (tiles_per_map == 1) maps_per_tile = std::max<int64_t>(1, capacity / pitch);
+    count = pixels == 0 ? 0 : tiles_per_map > 1 ? samples * tiles_per_map : ceil_div(samples, maps_per_tile);
+  }
+
+  Tile operator[](int64_t i) const {
+    Tile t;
+    if (tiles_per_map > 1) {
+      t.sample = i / tiles_per_map;
+      t.samples = 1;
+      t.pixel = (i % tiles_per_map) * tile_pixels;
+      t.count = std::min(tile_pixels, pixels - t.pixel);
+    } else {
+      t.sample = i * maps_per_tile;
+      t.samples = std::min(maps_per_tile, samples - t.sample);
+      t.pixel = 0;
+      t.count = pixels;
+    }
+    t.pitch = round_up(t.count, kLanes);
+    return t;
+  }
+};
+
+template <class T>
+DX_INLINE Vec<T> keep_first(Vec<T> v, int64_t n) {
+  T lanes[kVec<T>];
+  store(lanes, v);
+  for (int64_t i = std::max<int64_t>(n, 0); i < kVec<T>; ++i) lanes[i] = T(0);
+  return load(lanes);
+}
+
+// out[0:count] = relu(scale*x + shift), out[count:pitch] = 0.
+template <class S, class T = Arithmetic<S>>
+DX_INLINE void norm_relu_run(const S* x, int64_t count, int64_t pitch, T scale, T shift, T* out) {
+  const Vec<T> s = broadcast(scale), t = broadcast(shift);
+  int64_t i = 0;
+  for (; i + kVec<T> <= count; i += kVec<T>) store(out + i, relu(s * load(x + i) + t));
+  if (i < count) {
+    store(out + i, keep_first<T>(relu(s * load_first(x + i, count - i) + t), count - i));
+    i += kVec<T>;
+  }
+  for (; i < pitch; i += kVec<T>) store(out + i, Vec<T>{});
+}
+
+// z[position] for one channel of a tile.
+template <class S, class T = Arithmetic<S>>
+DX_INLINE void norm_relu_tile(const Maps<const S>& features, const NormTable<T>& norm, const Tile& tile, int64_t c, T* z) {
+  for (int64_t i = 0; i < tile.samples; ++i) {
+    const int64_t n = tile.sample + i;
+    norm_relu_run(features.plane(n, c) + tile.pixel, tile.count, tile.pitch, norm.scale.row(n)[c], norm.shift.row(n)[c], z + i * tile.pitch);
+  }
+}
+
+// Tile capacity so that `values_per_position` values of T for each of its positions stay within a budget of the second-level cache.
+template <class T>
+inline int64_t tile_capacity(int64_t values_per_position, int64_t most) {
+  constexpr int64_t budget = 384 * 1024;
+  const int64_t fit = budget / (std::max<int64_t>(1, values_per_position) * static_cast<int64_t>(sizeof(T)));
+  return std::max<int64_t>(2 * kLanes, std::min(most, fit / (2 * kLanes) * (2 * kLanes)));
+}
+
+}  // namespace DENSENET_EXT_ISA
+}  // namespace densenet_ext

@@ -1,0 +1,241 @@
+// A small vector type: one source for AVX-512, AVX2 and whatever the compiler knows (plain x86-64: SSE2). The compiler's vector extensions do the arithmetic;
+// intrinsics only where the extensions have no word for it (maximum, partial loads, half precision).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../kernels.h"
+
+#ifndef DENSENET_EXT_ISA
+#error "compile with -DDENSENET_EXT_ISA=baseline|avx2|avx512"
+#endif
+
+#define DX_INLINE inline __attribute__((always_inline))
+#define DX_UNROLL _Pragma("GCC unroll 32")
+
+namespace densenet_ext {
+namespace DENSENET_EXT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kRegisters = 16;
+#endif
+
+template <class T>
+struct VecOf {
+  static constexpr int size = kVectorBytes / sizeof(T);
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kVec = VecOf<T>::size;
+
+template <class T>
+DX_INLINE Vec<T> broadcast(T value) {
+  return value - Vec<T>{};  // exact, NaN and -0 included
+}
+
+// --- whole vectors -----------------------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+DX_INLINE Vec<T> load_native(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+DX_INLINE void store_native(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+DX_INLINE Vec<float> load(const float* p) { return load_native(p); }
+DX_INLINE Vec<double> load(const double* p) { return load_native(p); }
+DX_INLINE void store(float* p, Vec<float> v) { store_native(p, v); }
+DX_INLINE void store(double* p, Vec<double> v) { store_native(p, v); }
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
+
+DX_INLINE Vec<float> load(const BFloat16* p) {
+  HalfBits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (Vec<float>)(__builtin_convertvector(bits, FloatBits) << 16);
+}
+DX_INLINE void store(BFloat16* p, Vec<float> v) {  // to nearest, ties to even
+  const FloatBits bits = (FloatBits)v;
+  const FloatBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const FloatBits quiet = (bits >> 16) | 0x40u;
+  const HalfBits half = __builtin_convertvector((v == v) ? rounded : quiet, HalfBits);
+  std::memcpy(p, &half, sizeof half);
+}
+
+DX_INLINE float half_to_float(Float16 h) {
+  const uint32_t sign = (h.bits & 0x8000u) << 16, exponent = (h.bits >> 10) & 0x1f, mantissa = h.bits & 0x3ffu;
+  uint32_t bits;
+  if (exponent == 0x1f) {
+    bits = sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u);
+  } else if (exponent) {
+    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  } else {
+    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+    std::memcpy(&bits, &magnitude, 4);
+    bits |= sign;
+  }
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+DX_INLINE Float16 float_to_half(float f) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal half: let the float adder round at 2^-24
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value += 0.5f;
+    std::memcpy(&half, &value, 4);
+    half -= 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
+
+#if defined(__AVX512F__)
+DX_INLINE Vec<float> load(const Float16* p) { return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+DX_INLINE void store(Float16* p, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+DX_INLINE Vec<float> load(const Float16* p) { return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+DX_INLINE void store(Float16* p, Vec<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+DX_INLINE Vec<float> load(const Float16* p) {
+  Vec<float> v;
+  for (int i = 0; i < kVec<float>; ++i) v[i] = half_to_float(p[i]);
+  return v;
+}
+DX_INLINE void store(Float16* p, Vec<float> v) {
+  for (int i = 0; i < kVec<float>; ++i) p[i] = float_to_half(v[i]);
+}
+#endif
+
+// --- the first n elements, 0 <= n <= kVec; the rest load as 0 and are not stored -----------------------------------------------------------------------------
+
+template <class S>
+DX_INLINE Vec<Arithmetic<S>> load_first(const S* p, int64_t n) {
+  using T = Arithmetic<S>;
+  if (n >= kVec<T>) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  if constexpr (sizeof(S) == 8) return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+#endif
+  S lanes[kVec<T>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class S>
+DX_INLINE void store_first(S* p, Vec<Arithmetic<S>> v, int64_t n) {
+  using T = Arithmetic<S>;
+  if (n >= kVec<T>) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+#endif
+  S lanes[kVec<T>];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// --- arithmetic --------------------------------------------------------------------------------------------------------------------------------------------
+
+// max(v, 0) that keeps NaN, as torch.relu does: x86's maximum returns its second operand when either is NaN.
+DX_INLINE Vec<float> relu(Vec<float> v) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)v);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_max_ps(_mm256_setzero_ps(), (__m256)v);
+#elif defined(__SSE2__)
+  return (Vec<float>)_mm_max_ps(_mm_setzero_ps(), (__m128)v);
+#else
+  return (v < 0.f) ? Vec<float>{} : v;
+#endif
+}
+DX_INLINE Vec<double> relu(Vec<double> v) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_max_pd(_mm512_setzero_pd(), (__m512d)v);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_max_pd(_mm256_setzero_pd(), (__m256d)v);
+#elif defined(__SSE2__)
+  return (Vec<double>)_mm_max_pd(_mm_setzero_pd(), (__m128d)v);
+#else
+  return (v < 0.0) ? Vec<double>{} : v;
+#endif
+}
+
+// The gradient of relu at z (or at anything of z's sign): 0 where z <= 0, g elsewhere, NaN included.
+template <class V>
+DX_INLINE V where_positive(V z, V g) {
+  return (z <= V{}) ? V{} : g;
+}
+
+template <class T>
+DX_INLINE T sum_lanes(Vec<T> v) {
+  T lanes[kVec<T>];
+  store(lanes, v);
+  for (int width = kVec<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// Transpose kVec x kVec elements in registers: log2(kVec) rounds, round d exchanges the d-blocks off the diagonal.
+template <int D, int N, class V, int... I>
+DX_INLINE V exchange_low(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, ((I & D) ? N + I - D : I)...);
+}
+template <int D, int N, class V, int... I>
+DX_INLINE V exchange_high(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, ((I & D) ? N + I : I + D)...);
+}
+template <class T, int D>
+DX_INLINE void transpose_round(Vec<T> (&v)[kVec<T>]) {
+  if constexpr (D > 0) {
+    constexpr int N = kVec<T>;
+    DX_UNROLL
+    for (int i = 0; i < N; ++i) {
+      if (i & D) continue;
+      const Vec<T> a = v[i], b = v[i + D];
+      v[i] = exchange_low<D, N>(a, b, std::make_integer_sequence<int, N>{});
+      v[i + D] = exchange_high<D, N>(a, b, std::make_integer_sequence<int, N>{});
+    }
+    transpose_round<T, D / 2>(v);
+  }
+}
+template <class T>
+DX_INLINE void transpose(Vec<T> (&v)[kVec<T>]) {
+  transpose_round<T, kVec<T> / 2>(v);
+}
+
+}  // namespace DENSENET_EXT_ISA
+}  // namespace densenet_ext

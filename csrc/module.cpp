@@ -1,0 +1,64 @@
+// The Python module densenet_ext._C: what was built, and what runs. The ops themselves are torch's
+// to find: see ops.cpp.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <chrono>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace densenet_ext {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = DENSENET_EXT_VERSION;
+#ifdef __clang__
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["instruction_sets"] = py::make_tuple(DENSENET_EXT_INSTRUCTION_SETS);
+  info["cuda"] = false;
+  info["cuda_architectures"] = py::tuple();
+  info["torch_target"] = std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
+                         std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
+  info["torch_built_with"] = DENSENET_EXT_TORCH;
+  info["sanitizers"] = DENSENET_EXT_SANITIZERS;
+  return info;
+}
+
+// How many threads take part when torch runs a loop in parallel, found by asking them.
+size_t parallel_threads() {
+  py::gil_scoped_release release;
+  std::mutex mutex;
+  std::set<std::thread::id> seen;
+  torch::stable::parallel_for(0, 1024, 1, [&](int64_t, int64_t) {
+    // Long enough for every thread to get its share.
+    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(2);
+    while (std::chrono::steady_clock::now() < end) {
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    seen.insert(std::this_thread::get_id());
+  });
+  return seen.size();
+}
+
+}  // namespace
+}  // namespace densenet_ext
+
+PYBIND11_MODULE(_C, m) {
+  densenet_ext::cpu_capability();  // fails the import where the environment asks for one that
+                                   // cannot be
+  m.def("build_info", &densenet_ext::build_info, "How this library was built.");
+  m.def("cpu_capability", &densenet_ext::cpu_capability,
+        "The instruction set of the CPU kernels in use.");
+  m.def("parallel_threads", &densenet_ext::parallel_threads,
+        "The number of threads that run torch's parallel loops.");
+}

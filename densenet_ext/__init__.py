@@ -1,0 +1,27 @@
+"""DenseNet training with the least memory the mathematics allows: fused dense stages for PyTorch."""
+
+from ._version import __version__
+
+__all__ = [
+    "DenseNetBC",
+    "DropChannel",
+    "EfficientDenseBlock",
+    "EfficientDenseLayer",
+    "SqueezeExcitation",
+    "Transition",
+    "__version__",
+    "set_fallback",
+]
+
+try:
+    from .fallback import set_fallback
+    from .layers import DropChannel, EfficientDenseBlock, EfficientDenseLayer, SqueezeExcitation, Transition
+    from .models import DenseNetBC
+except ImportError as error:
+    # Kept for whoever asks for one of the names, so that `python -m densenet_ext.info` can still say what is wrong.
+    _error = error
+
+    def __getattr__(name: str):
+        if name in __all__:
+            raise ImportError(str(_error)) from _error
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

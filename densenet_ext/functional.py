@@ -1,0 +1,219 @@
+"""The fused dense layer and stage as functions of a tensor and the modules that hold the parameters.
+
+Everything around the compiled op is here: checks, autocast, casts, masks, and the running statistics, which change
+exactly once a call whatever backward recomputes.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .masks import Masks, active_dropout, draw_masks
+from .reference.layout import arithmetic_dtype
+from .running_stats import is_frozen, update_running_statistics
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def dense_stage(
+    x: Tensor,
+    layers: Sequence[nn.Module],
+    tail_norm: nn.BatchNorm2d | None = None,
+    tail_conv: nn.Conv2d | None = None,
+    *,
+    keep_bottleneck: bool = False,
+) -> Tensor:
+    """A dense block, and the transition or the head that consumes it, as one differentiable op.
+
+    Layer l of k new channels computes, on the concatenation x_l of x and all earlier layers' outputs,
+        y = SE(dropout(conv2(r2 * relu(norm2(conv1(r1 * relu(norm1(q * x_l))))))))
+    with Drop-Channel masks q or r1 and r2, and SE only where the layers have them.
+
+    Args:
+        x: [N, C0, H, W], float64, float32, bfloat16 or float16, in any memory format; cast as PyTorch would under autocast.
+        layers: at least one module with norm1, conv1, norm2, conv2 and, where used, se, drop_channel,
+            drop_channel_position and drop_rate, as EfficientDenseLayer has them; all of one width.
+        tail_norm: batch normalization of the consumer, or None for the block alone.
+        tail_conv: 1x1 convolution of a transition; None with tail_norm makes the consumer a head.
+        keep_bottleneck: keep the outputs of all conv1 for backward. Saves one convolution a layer in backward, costs
+            N * H * W * K2 values a layer.
+
+    Returns:
+        [N, C0 + L*k, H, W] without a consumer, [N, O, H // 2, W // 2] after a transition: norm, ReLU, 1x1 convolution,
+        2x2 average pool; [N, C0 + L*k] after a head: norm, ReLU, global average pool.
+
+    Norms in training mode normalize with the batch's statistics and update their running ones, others use those.
+
+    Raises:
+        TypeError: x is no tensor, or not of those dtypes.
+        ValueError: a shape does not fit, or a norm in training mode gets a single value a channel.
+
+    Source: Huang et al., Densely Connected Convolutional Networks, CVPR 2017; Pleiss et al., Memory-Efficient
+    Implementation of DenseNets, 2017; Cai et al., arXiv 1904.03392 (Drop-Channel); Hu et al., CVPR 2018 (SE).
+    """
+    x = _input(x, "x")
+    if not layers:
+        raise ValueError("layers is empty; it must hold at least one dense layer")
+    if tail_conv is not None and tail_norm is None:
+        raise ValueError("tail_conv is given without tail_norm; a transition needs both")
+    arguments = _Arguments(x, layers)
+    channels = x.shape[1]
+    for index, layer in enumerate(layers):
+        arguments.add_layer(layer, index, channels, draw_masks(layer, x, channels))
+        channels += layer.conv2.out_channels
+    tail = ops.TAIL_NONE
+    if tail_norm is not None:
+        tail = ops.TAIL_HEAD if tail_conv is None else ops.TAIL_TRANSITION
+        arguments.add_norm(tail_norm, channels, "tail_norm")
+    if tail_conv is not None:
+        if tail_conv.in_channels != channels:
+            raise ValueError(f"tail_conv takes {tail_conv.in_channels} channels; it must take {channels}")
+        if x.shape[2] < 2 or x.shape[3] < 2:
+            raise ValueError(f"x is {tuple(x.shape)}; a transition needs at least 2x2 pixels")
+        arguments.add_parameter(tail_conv.weight)
+    keep = keep_bottleneck and torch.is_grad_enabled()
+    with _no_autocast(x):
+        output, _, stats, _, _ = ops.dense_stage(x, *arguments.flat(), tail, keep)
+    update_running_statistics(arguments.norms, stats, arguments.values)
+    return output
+
+
+def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bottleneck: bool = False) -> Tensor:
+    """One dense layer on the concatenation of `inputs`, as one differentiable op that stores no concatenation.
+
+    Args:
+        inputs: tensors [N, C_i, H, W] of one dtype, or a single one.
+        layer: as in dense_stage.
+        keep_bottleneck: as in dense_stage.
+
+    Returns:
+        The layer's k new channels, [N, k, H, W].
+
+    Raises:
+        TypeError, ValueError: as in dense_stage.
+    """
+    inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+    if not inputs:
+        raise ValueError("inputs is empty; it must hold at least one tensor")
+    inputs = [_input(x, f"inputs[{i}]") for i, x in enumerate(inputs)]
+    x, channels = inputs[0], sum(part.shape[1] for part in inputs)
+    for i, part in enumerate(inputs):
+        if part.dtype != x.dtype or part.shape[0] != x.shape[0] or part.shape[2:] != x.shape[2:]:
+            raise ValueError(
+                f"inputs[{i}] is {tuple(part.shape)} of {part.dtype}; all inputs must have the samples, the size and "
+                f"the dtype of inputs[0], which is {tuple(x.shape)} of {x.dtype}"
+            )
+    arguments = _Arguments(x, [layer])
+    arguments.add_layer(layer, 0, channels, draw_masks(layer, x, channels))
+    keep = keep_bottleneck and torch.is_grad_enabled()
+    with _no_autocast(x):
+        output, stats, _, _ = ops.dense_layer(inputs, *arguments.flat(), keep)
+    update_running_statistics(arguments.norms, stats, arguments.values)
+    return output
+
+
+class _Arguments:
+    """The flat lists that the ops take, gathered from modules."""
+
+    def __init__(self, x: Tensor, layers: Sequence[nn.Module]):
+        self.x, self.dtype = x, arithmetic_dtype(x.dtype)
+        self.values = x.shape[0] * x.shape[2] * x.shape[3]
+        first = layers[0]
+        self.growth, self.width = first.conv2.out_channels, first.conv1.out_channels
+        self.squeeze_excite = getattr(first, "se", None) is not None
+        self.dropout = active_dropout(first)
+        self.params: list[Tensor] = []
+        self.norms: list[nn.BatchNorm2d] = []
+        self.frozen_stats: list[Tensor] = []
+        self.masks: list[Masks] = []
+        self.channels: list[int] = []
+
+    def add_parameter(self, value: Tensor) -> None:
+        if value.dtype != self.dtype:
+            value = value.to(self.dtype)
+        self.params.append(value.contiguous())
+
+    def add_norm(self, norm: nn.BatchNorm2d, channels: int, name: str) -> None:
+        if norm.num_features != channels:
+            raise ValueError(f"{name}.num_features is {norm.num_features}; it must be {channels}")
+        if is_frozen(norm):
+            self.frozen_stats += [norm.running_mean.to(self.dtype), norm.running_var.to(self.dtype)]
+        elif self.values == 1:
+            size = torch.Size((1, channels, 1, 1))
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+        if norm.affine:
+            self.add_parameter(norm.weight)
+            self.add_parameter(norm.bias)
+        else:
+            self.params.append(self.x.new_ones(channels, dtype=self.dtype))
+            self.params.append(self.x.new_zeros(channels, dtype=self.dtype))
+        self.norms.append(norm)
+
+    def add_layer(self, layer: nn.Module, index: int, channels: int, masks: Masks) -> None:
+        conv1, conv2, se, name = layer.conv1, layer.conv2, getattr(layer, "se", None), f"layers[{index}]"
+        if (conv1.out_channels, conv2.in_channels, conv2.out_channels) != (self.width, self.width, self.growth):
+            raise ValueError(
+                f"{name} has convolutions to {conv1.out_channels} and from {conv2.in_channels} to {conv2.out_channels} "
+                f"channels; all layers must go to {self.width} and from there to {self.growth}"
+            )
+        if (se is not None) != self.squeeze_excite or active_dropout(layer) != self.dropout:
+            raise ValueError(f"{name} differs from layers[0] in se or in drop_rate; all layers must be alike")
+        self.add_norm(layer.norm1, channels, f"{name}.norm1")
+        self.add_parameter(conv1.weight)
+        self.add_norm(layer.norm2, self.width, f"{name}.norm2")
+        self.add_parameter(conv2.weight)
+        if se is not None:
+            for parameter in (se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias):
+                self.add_parameter(parameter)
+        self.masks.append(masks)
+        self.channels.append(channels)
+
+    def flat(self) -> tuple:
+        """params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite."""
+        kinds = (ops.MASK_PRE_NORM, ops.MASK_PRE_CONV1, ops.MASK_PRE_CONV2, ops.MASK_DROPOUT)
+        used = [i for i in range(4) if any(masks[i] is not None for masks in self.masks)]
+        masks = [self._mask(layer, i) for layer in range(len(self.masks)) for i in used]
+        return (
+            self.params,
+            masks,
+            self.frozen_stats,
+            sum(kinds[i] for i in used),
+            1 / (1 - self.dropout),
+            [norm.eps for norm in self.norms],
+            [int(is_frozen(norm)) for norm in self.norms],
+            self.squeeze_excite,
+        )
+
+    def _mask(self, layer: int, kind: int) -> Tensor:
+        """That mask of that layer; ones where only other layers have one."""
+        mask = self.masks[layer][kind]
+        if mask is None:
+            channels = self.width if kind == 2 else self.channels[layer]
+            mask = self.x.new_ones((self.x.shape[0], channels), dtype=self.dtype)
+        return mask
+
+
+def _input(x: Tensor, name: str) -> Tensor:
+    """x, checked, in the dtype that autocast asks for, contiguous."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
+    if x.dim() != 4:
+        raise ValueError(f"{name} has {x.dim()} dimensions; it must have 4: [N, C, H, W]")
+    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{name} is {tuple(x.shape)}; only the number of samples may be 0")
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} is of {str(x.dtype).removeprefix('torch.')}; it may be of {names}")
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x.contiguous()
+
+
+def _no_autocast(x: Tensor):
+    """Autocast has done its part in _input: what the op calls inside keeps its dtypes."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()

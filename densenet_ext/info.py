@@ -1,0 +1,73 @@
+"""``python -m densenet_ext.info`` prints what is installed and what runs here: what a bug report starts with."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from pathlib import Path
+
+from densenet_ext._load import load_extension
+from densenet_ext._version import __version__
+
+
+def collect() -> dict[str, str]:
+    """Everything that is printed, by its label. Where the library fails to load, "library" holds the reason."""
+    rows = {"densenet_ext": f"{__version__}, {Path(__file__).parent}"}
+    try:
+        extension = load_extension()
+    except ImportError as error:
+        rows["library"] = f"NOT LOADED: {error}"
+    else:
+        rows |= _library_rows(extension)
+    try:
+        import torch
+    except ImportError as error:
+        rows["torch"] = f"cannot be imported: {error}"
+    else:
+        rows |= _torch_rows(torch)
+    rows["Python"] = f"{platform.python_version()}, {platform.platform()}"
+    return rows
+
+
+def _library_rows(extension) -> dict[str, str]:
+    info = extension.build_info()
+    torch = f"torch {info['torch_built_with']} (runs with {info['torch_target']} and newer)"
+    rows = {
+        "library": extension.__file__,
+        "built with": f"{info['compiler']}, {torch}",
+        "instruction set": f"{extension.cpu_capability()} (built: {', '.join(info['instruction_sets'])})",
+        "CPU threads": str(extension.parallel_threads()),
+        "CUDA kernels": ", ".join(info["cuda_architectures"]) if info["cuda"] else "not in this build",
+    }
+    if info["sanitizers"]:
+        rows["sanitizers"] = info["sanitizers"]
+    return rows
+
+
+def _torch_rows(torch) -> dict[str, str]:
+    rows = {"torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}", "CPU": _cpu_name()}
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.0f} GiB"
+        rows[f"cuda:{index}"] = f"{device.name}, compute capability {device.major}.{device.minor}, {memory}"
+    return rows
+
+
+def _cpu_name() -> str:
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def main() -> int:
+    rows = collect()
+    width = max(map(len, rows))
+    for label, value in rows.items():
+        print(f"{label:<{width}}  {value}")
+    return 1 if rows["library"].startswith("NOT LOADED") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""DenseNet-BC, and the variants of it that the hybrid approach compares."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import fallback, functional
+from .layers import EfficientDenseBlock, EfficientDenseLayer, Transition, check_efficient
+from .squeeze_excitation import check_positive
+
+# A: Drop-Channel in place of dropout; B: squeeze-and-excitation; C: the memory-efficient implementation.
+VARIANTS = {
+    "vanilla": {"drop_rate": 0.2},
+    "A": {"drop_channel": 0.2},
+    "B": {"drop_rate": 0.2, "se_reduction": 16},
+    "A+B": {"drop_channel": 0.2, "se_reduction": 16},
+    "A+B+C": {"drop_channel": 0.2, "se_reduction": 16, "efficient": "fused"},
+}
+
+
+class DenseNetBC(nn.Module):
+    """DenseNet with bottlenecks and compression; its parameters have torchvision's names.
+
+    Args:
+        growth_rate: k, new channels of a dense layer.
+        depth: 6 * n + 4 for three dense blocks of n layers; 100 unless block_config is given.
+        compression: theta, a transition has floor(theta * channels) outputs; 0 < theta <= 1.
+        num_classes: outputs of the classifier.
+        bn_size: width of the bottlenecks in units of k.
+        drop_rate: probability of a single output value of a dense layer to be dropped, in [0, 1).
+        drop_channel: probability of a whole channel to be dropped, in [0, 1).
+        drop_channel_position: 'pre_norm': before the first norm of a dense layer; 'pre_conv': before its convolutions.
+        se_reduction: reduction of squeeze-and-excitation at the end of each dense layer, or None for none.
+        efficient: False: plain PyTorch. 'checkpoint': recompute concatenations and first norms in backward; saves most
+            activations, costs about a sixth of the time. 'fused': one op for each dense block and its consumer; saves
+            nearly all activations. Where that op cannot serve a module or an input, see set_fallback.
+        keep_bottleneck: with 'fused', keep the bottlenecks for backward; saves a convolution a layer, costs
+            N * H * W * bn_size * k values a layer.
+        small_inputs: True: 3x3 convolution of stride 1 as stem, for images such as 32x32; False: 7x7 of stride 2, norm,
+            ReLU, 3x3 max pool of stride 2.
+        in_channels: channels of the images.
+        num_init_features: channels after the stem; 2 * growth_rate unless given.
+        block_config: layers of each dense block, in place of depth. (6, 12, 24, 16) with growth_rate=32,
+            num_init_features=64, num_classes=1000, small_inputs=False is DenseNet-121.
+        eps, momentum: of all norms, as in torch.nn.BatchNorm2d.
+
+    Shape: [N, in_channels, H, W] to [N, num_classes].
+
+    Raises:
+        ValueError: an argument is out of range, or both depth and block_config are given.
+
+    Source: Huang et al., Densely Connected Convolutional Networks, CVPR 2017, sections 3 and 4.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 12,
+        depth: int | None = None,
+        compression: float = 0.5,
+        num_classes: int = 100,
+        bn_size: int = 4,
+        drop_rate: float = 0.0,
+        drop_channel: float = 0.0,
+        drop_channel_position: str = "pre_norm",
+        se_reduction: int | None = None,
+        efficient: bool | str = False,
+        keep_bottleneck: bool = False,
+        small_inputs: bool = True,
+        in_channels: int = 3,
+        num_init_features: int | None = None,
+        block_config: Sequence[int] | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ):
+        super().__init__()
+        check_positive(growth_rate, "growth_rate")
+        check_positive(in_channels, "in_channels")
+        check_positive(num_classes, "num_classes")
+        blocks = _block_config(depth, block_config)
+        if not 0 < compression <= 1:
+            raise ValueError(f"compression is {compression}; it must be more than 0 and at most 1")
+        channels = 2 * growth_rate if num_init_features is None else num_init_features
+        check_positive(channels, "num_init_features")
+        norm = {"eps": eps, "momentum": momentum}
+        layer = dict(
+            drop_rate=drop_rate,
+            drop_channel=drop_channel,
+            drop_channel_position=drop_channel_position,
+            se_reduction=se_reduction,
+            **norm,
+        )
+        self.features = nn.Sequential(_stem(in_channels, channels, small_inputs, norm))
+        for i, count in enumerate(blocks, 1):
+            block = EfficientDenseBlock(count, channels, growth_rate, bn_size, **layer)
+            block.name = f"features.denseblock{i}."
+            self.features.add_module(f"denseblock{i}", block)
+            channels += count * growth_rate
+            if i < len(blocks):
+                out_channels = math.floor(compression * channels)
+                self.features.add_module(f"transition{i}", Transition(channels, out_channels, **norm))
+                channels = out_channels
+        self.features.add_module("norm5", nn.BatchNorm2d(channels, **norm))
+        self.classifier = nn.Linear(channels, num_classes)
+        self.efficient = efficient
+        self.keep_bottleneck = keep_bottleneck
+        self.apply(_initialize)
+
+    @classmethod
+    def variant(cls, name: str, **options) -> "DenseNetBC":
+        """One of the five networks of the hybrid approach.
+
+        Args:
+            name: 'vanilla': dropout with probability 0.2; 'A': Drop-Channel with probability 0.2 in place of dropout;
+                'B': 'vanilla' with squeeze-and-excitation; 'A+B': both; 'A+B+C': both, fused.
+            options: any argument of DenseNetBC, before the variant's own.
+
+        Raises:
+            ValueError: there is no such variant.
+
+        Source: A Hybrid Approach to Image Classification on Densely Connected Convolutional Networks. The probabilities
+        are those of dropout in Huang et al., CVPR 2017.
+        """
+        if name not in VARIANTS:
+            raise ValueError(f"name is {name!r}; it may be {', '.join(map(repr, VARIANTS))}")
+        return cls(**{**VARIANTS[name], **options})
+
+    @property
+    def efficient(self) -> bool | str:
+        """False, 'checkpoint' or 'fused'; may be changed at any time."""
+        return self._efficient
+
+    @efficient.setter
+    def efficient(self, value: bool | str) -> None:
+        self._efficient = check_efficient(value)
+        for module in self._dense_modules():
+            module.efficient = value
+
+    @property
+    def keep_bottleneck(self) -> bool:
+        """Whether 'fused' keeps the bottlenecks for backward; may be changed at any time."""
+        return self._keep_bottleneck
+
+    @keep_bottleneck.setter
+    def keep_bottleneck(self, value: bool) -> None:
+        self._keep_bottleneck = bool(value)
+        for module in self._dense_modules():
+            module.keep_bottleneck = value
+
+    def _dense_modules(self) -> list[nn.Module]:
+        return [m for m in self.modules() if isinstance(m, EfficientDenseBlock | EfficientDenseLayer)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.efficient != "fused":
+            return self._classify(self.features(x))
+        reason = fallback.module_reason(self.features, "features", nn.Sequential)
+        if reason is not None:
+            fallback.report(reason)
+            return self._classify(self.features(x))
+        modules = list(self.features._modules.items())
+        while modules:
+            name, module = modules.pop(0)
+            tail = self._tail_of(module, name, modules, x)
+            if tail is None:
+                x = module(x)
+            else:
+                modules.pop(0)
+                x = functional.dense_stage(x, module.layers, *tail, keep_bottleneck=module.keep_bottleneck)
+        return self._classify(x)
+
+    def _tail_of(self, block: nn.Module, name: str, rest: list, x: Tensor) -> tuple[nn.Module, ...] | None:
+        """The norm, and the convolution if any, of what follows a block; None where both cannot be fused into a stage."""
+        if not isinstance(block, EfficientDenseBlock) or block.efficient != "fused" or not rest:
+            return None
+        tail_name, tail = f"features.{rest[0][0]}", rest[0][1]
+        if len(rest) == 1:
+            reason = fallback.module_reason(tail, tail_name, nn.BatchNorm2d)
+        else:
+            reason = fallback.transition_reason(tail, tail_name, Transition)
+        reason = reason or fallback.module_reason(block, f"features.{name}", EfficientDenseBlock)
+        if reason is not None:
+            fallback.report(reason)
+            return None
+        if block.fallback_reason(x) is not None:
+            return None  # the block reports it
+        return (tail,) if len(rest) == 1 else (tail.norm, tail.conv)
+
+    def _classify(self, x: Tensor) -> Tensor:
+        """The head, unless x [N, C] comes from a stage that contained it, and the classifier."""
+        if x.dim() == 4:
+            x = F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1)
+        return self.classifier(x)
+
+
+def _block_config(depth: int | None, block_config: Sequence[int] | None) -> list[int]:
+    if block_config is None:
+        depth = 100 if depth is None else depth
+        if not isinstance(depth, int) or depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth is {depth!r}; it must be 6 * n + 4 with n at least 1, such as 40 or 100")
+        return [(depth - 4) // 6] * 3
+    if depth is not None:
+        raise ValueError(f"depth is {depth} and block_config is {tuple(block_config)}; only one of them may be given")
+    if not block_config:
+        raise ValueError("block_config is empty; it must hold the number of layers of at least one block")
+    return [check_positive(count, f"block_config[{i}]") for i, count in enumerate(block_config)]
+
+
+def _stem(in_channels: int, channels: int, small_inputs: bool, norm: dict) -> OrderedDict:
+    if small_inputs:
+        return OrderedDict(conv0=nn.Conv2d(in_channels, channels, 3, padding=1, bias=False))
+    return OrderedDict(
+        conv0=nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False),
+        norm0=nn.BatchNorm2d(channels, **norm),
+        relu0=nn.ReLU(inplace=True),
+        pool0=nn.MaxPool2d(3, stride=2, padding=1),
+    )
+
+
+def _initialize(module: nn.Module) -> None:
+    """As torchvision: He et al.'s normal distribution for convolutions, biases 0, norms the identity."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight)
+    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

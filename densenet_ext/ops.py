@@ -1,0 +1,175 @@
+"""The stage ops as PyTorch knows them: loads the compiled library, adds shape functions and autograd.
+
+The ops are `torch.ops.densenet_ext.*`; `reference/stage.py` describes their arguments. The four that have autograd or are
+part of it are functional; the kernel ops below them write into their arguments and have no autograd.
+"""
+
+import torch
+from torch import Tensor
+
+from ._load import load_extension
+from .reference.layout import arithmetic_dtype, feature_pitch, padded_width
+from .reference.stage import (
+    MASK_DROPOUT,
+    MASK_PRE_CONV1,
+    MASK_PRE_CONV2,
+    MASK_PRE_NORM,
+    TAIL_HEAD,
+    TAIL_NONE,
+    TAIL_TRANSITION,
+)
+
+load_extension()
+
+dense_stage = torch.ops.densenet_ext.dense_stage.default
+dense_stage_backward = torch.ops.densenet_ext.dense_stage_backward.default
+dense_layer = torch.ops.densenet_ext.dense_layer.default
+dense_layer_backward = torch.ops.densenet_ext.dense_layer_backward.default
+
+__all__ = [
+    "DEVICES",
+    "MASK_DROPOUT",
+    "MASK_PRE_CONV1",
+    "MASK_PRE_CONV2",
+    "MASK_PRE_NORM",
+    "TAIL_HEAD",
+    "TAIL_NONE",
+    "TAIL_TRANSITION",
+    "dense_layer",
+    "dense_layer_backward",
+    "dense_stage",
+    "dense_stage_backward",
+]
+
+# Types of device that the loaded library has kernels for.
+DEVICES = frozenset(
+    device
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key("densenet_ext::append", key)
+)
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------------------
+
+
+def _saved(
+    x: Tensor, params: list[Tensor], squeeze_excite: bool, tail: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty stats, gates and bottlenecks of a stage with input x."""
+    each, extra = 10 if squeeze_excite else 6, (0, 3, 2)[tail]
+    count = (len(params) - extra) // each
+    width, growth = params[2].shape[0], params[5].shape[0]
+    norms = [i * each + j for i in range(count) for j in (0, 3)] + ([count * each] if tail else [])
+    dtype = arithmetic_dtype(x.dtype)
+    stats = x.new_empty((2, sum(params[i].shape[0] for i in norms)), dtype=dtype)
+    size = (count, x.shape[0] * (2 * growth + params[6].shape[0])) if squeeze_excite else (0,)
+    gates = x.new_empty(size, dtype=dtype)
+    rows = x.shape[0] * x.shape[2] * x.shape[3]
+    bottlenecks = x.new_empty((count, rows, padded_width(width)) if keep else (0,))
+    return stats, gates, bottlenecks
+
+
+@torch.library.register_fake("densenet_ext::dense_stage")
+def _(x, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, tail, keep_bottleneck):
+    stats, gates, bottlenecks = _saved(x, params, squeeze_excite, tail, keep_bottleneck)
+    count, _, height, width = x.shape
+    layers = (len(params) - (0, 3, 2)[tail]) // (10 if squeeze_excite else 6)
+    channels = x.shape[1] + layers * params[5].shape[0]
+    if tail == TAIL_NONE:
+        return x.new_empty((count, channels, height, width)), x.new_empty((0,)), stats, gates, bottlenecks
+    pitch = feature_pitch(height * width)
+    strides = (channels * pitch, pitch, width, 1)
+    features = x.new_empty_strided((count, channels, height, width), strides)
+    if tail == TAIL_TRANSITION:
+        output = x.new_empty((count, params[-1].shape[0], height // 2, width // 2))
+    else:
+        output = x.new_empty((count, channels))
+    return output, features, stats, gates, bottlenecks
+
+
+@torch.library.register_fake("densenet_ext::dense_stage_backward")
+def _(grad, features, params, masks, stats, gates, bottlenecks, *options):
+    in_channels, need_dx = options[-2:]
+    count, _, height, width = features.shape
+    dx = features.new_empty((count, in_channels, height, width) if need_dx else (0,))
+    return dx, [p.new_empty(p.shape) for p in params]
+
+
+@torch.library.register_fake("densenet_ext::dense_layer")
+def _(inputs, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, keep_bottleneck):
+    x = inputs[0]
+    output = x.new_empty((x.shape[0], params[5].shape[0], x.shape[2], x.shape[3]))
+    return output, *_saved(x, params, squeeze_excite, TAIL_NONE, keep_bottleneck)
+
+
+@torch.library.register_fake("densenet_ext::dense_layer_backward")
+def _(grad, output, inputs, params, masks, stats, gates, bottlenecks, *options):
+    return [x.new_empty(x.shape) for x in inputs], [p.new_empty(p.shape) for p in params]
+
+
+# ---- autograd ----------------------------------------------------------------------------------------------------------
+
+
+def _wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+
+
+def _stage_setup(ctx, inputs, output):
+    x, params, masks, _, ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, ctx.tail, _ = inputs
+    result, features, *kept = output
+    ctx.mark_non_differentiable(features, *kept)
+    ctx.set_materialize_grads(False)
+    ctx.in_channels, ctx.counts = x.shape[1], (len(params), len(masks), len(inputs[3]))
+    ctx.save_for_backward(result if ctx.tail == TAIL_NONE else features, *kept, *params, *masks)
+
+
+def _stage_backward(ctx, grad, *_):
+    params, masks, frozen_stats = ctx.counts
+    need_x, need_params = ctx.needs_input_grad[:2]
+    if grad is None:
+        dx, dparams = None, [None] * params
+    else:
+        features, *kept = ctx.saved_tensors[:4]
+        rest = list(ctx.saved_tensors[4:])
+        options = (ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, ctx.tail, ctx.in_channels, need_x)
+        dx, dparams = dense_stage_backward(grad.contiguous(), features, rest[:params], rest[params:], *kept, *options)
+        dx, dparams = dx if need_x else None, _wanted(dparams, need_params)
+    return dx, dparams, [None] * masks, [None] * frozen_stats, *[None] * 7
+
+
+def _layer_setup(ctx, inputs, output):
+    xs, params, masks, _, ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, _ = inputs
+    result, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.counts = (len(xs), len(params), len(masks), len(inputs[3]))
+    ctx.save_for_backward(result, *kept, *xs, *params, *masks)
+
+
+def _layer_backward(ctx, grad, *_):
+    xs, params, masks, frozen_stats = ctx.counts
+    need_xs, need_params = ctx.needs_input_grad[:2]
+    if grad is None:
+        dxs, dparams = [None] * xs, [None] * params
+    else:
+        output, *kept = ctx.saved_tensors[:4]
+        rest = list(ctx.saved_tensors[4:])
+        options = (ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite)
+        dxs, dparams = dense_layer_backward(
+            grad.contiguous(), output, rest[:xs], rest[xs : xs + params], rest[xs + params :], *kept, *options
+        )
+        dxs, dparams = _wanted(dxs, need_xs), _wanted(dparams, need_params)
+    return dxs, dparams, [None] * masks, [None] * frozen_stats, *[None] * 6
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "densenet_ext: a fused dense layer or stage has no second derivative; "
+        "build the model with efficient=False to differentiate its gradients"
+    )
+
+
+torch.library.register_autograd("densenet_ext::dense_stage", _stage_backward, setup_context=_stage_setup)
+torch.library.register_autograd("densenet_ext::dense_layer", _layer_backward, setup_context=_layer_setup)
+torch.library.register_autograd("densenet_ext::dense_stage_backward", _no_second_derivative)
+torch.library.register_autograd("densenet_ext::dense_layer_backward", _no_second_derivative)

@@ -1,0 +1,73 @@
+"""Dtypes, paddings and views that the reference twins share."""
+
+import torch
+from torch import Tensor
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values stored as `dtype` are computed: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def padded_width(width: int) -> int:
+    """Row length of a bottleneck of `width` channels: the next multiple of 16."""
+    return (width + 15) // 16 * 16
+
+
+def feature_pitch(pixels: int) -> int:
+    """Distance in elements between two planes of a padded feature buffer.
+
+    Planes of fewer than 256 pixels follow each other; larger ones start 16 * odd elements apart, because pitches that
+    are a multiple of 4 KB make all channels compete for the same cache sets.
+    """
+    if pixels < 256:
+        return pixels
+    blocks = (pixels + 15) // 16
+    return 16 * (blocks + 1 - blocks % 2)
+
+
+def new_features(like: Tensor, channels: int, pitch: int | None = None) -> Tensor:
+    """An uninitialized feature buffer [N, channels, H, W] with `like`'s N, H, W, dtype and device."""
+    count, _, height, width = like.shape
+    pitch = height * width if pitch is None else pitch
+    return like.new_empty((count, channels, pitch))[:, :, : height * width].unflatten(2, (height, width))
+
+
+def read(features: Tensor, columns: slice) -> Tensor:
+    """Those channels, in the arithmetic dtype."""
+    return features[:, columns].to(arithmetic_dtype(features.dtype))
+
+
+def spread(table: Tensor) -> Tensor:
+    """[1 or N, c] -> [1 or N, c, 1, 1]."""
+    return table[:, :, None, None]
+
+
+def write(out: Tensor | None, value: Tensor) -> None:
+    """out = value, whatever dimensions of size 1 differ; nothing where out is None."""
+    if out is not None:
+        out.copy_(value.reshape(out.shape))
+
+
+def planes(rows: Tensor, like: Tensor, channels: int) -> Tensor:
+    """Rows of pixels [M, K2p] -> planes [N, channels, H, W] in the arithmetic dtype."""
+    count, _, height, width = like.shape
+    maps = rows.view(count, height, width, rows.size(1))[..., :channels].permute(0, 3, 1, 2)
+    return maps.to(arithmetic_dtype(rows.dtype))
+
+
+def write_rows(out: Tensor, maps: Tensor) -> None:
+    """Planes [N, K2, H, W] -> rows of pixels [M, K2p], zero from column K2 on."""
+    channels = maps.size(1)
+    out[:, :channels] = maps.permute(0, 2, 3, 1).reshape(-1, channels)
+    out[:, channels:] = 0
+
+
+def write_moments(x: Tensor, mean: Tensor | None, m2: Tensor | None, columns: slice) -> None:
+    """Mean and centered sum of squares over the pixels of x [N, c, H, W], into those columns of [N, C]."""
+    if mean is None:
+        return
+    x = x.to(mean.dtype).flatten(2)
+    mu = x.mean(2)
+    mean[:, columns] = mu
+    m2[:, columns] = (x - mu[:, :, None]).square().sum(2)

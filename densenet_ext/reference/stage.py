@@ -1,0 +1,286 @@
+"""The stage ops composed of kernel ops: the algorithm of the compiled stage, readable and runnable.
+
+A stage is a dense block together with the transition or the head that consumes it. Every channel is written once into
+one feature buffer, its moments are computed once, and batch normalization, ReLU and masks happen while a kernel loads.
+Backward walks the layers from last to first with one gradient buffer; nothing of the size of a bottleneck outlives its
+layer unless keep_bottleneck asks for it.
+
+The keyword `kernels` chooses whose kernel ops are composed: the reference twins, or `torch.ops.densenet_ext`.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from . import backward, forward
+from .layout import arithmetic_dtype, feature_pitch, new_features, padded_width
+
+TAIL_NONE, TAIL_TRANSITION, TAIL_HEAD = 0, 1, 2
+MASK_PRE_NORM, MASK_PRE_CONV1, MASK_PRE_CONV2, MASK_DROPOUT = 1, 2, 4, 8
+TWINS = SimpleNamespace(**{**vars(forward), **vars(backward)})
+
+
+class _Stage:
+    """The flat arguments of an op, taken apart: parameters, masks and norms of each layer, and the sizes."""
+
+    def __init__(self, params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, x, kernels):
+        self.kernels = kernels or TWINS
+        each = 10 if squeeze_excite else 6
+        extra = (0, 3, 2)[tail]
+        self.count = (len(params) - extra) // each
+        self.layers = [params[i * each : (i + 1) * each] for i in range(self.count)]
+        self.tail_params = params[self.count * each :]
+        self.width, self.growth = params[2].size(0), params[5].size(0)
+        self.hidden = params[6].size(0) if squeeze_excite else 0
+        self.in_channels, self.channels = in_channels, in_channels + self.count * self.growth
+        self.samples, self.pixels = x.size(0), x.size(2) * x.size(3)
+        self.dtype = arithmetic_dtype(x.dtype)
+        self.x = x
+        bits = [bit for bit in (MASK_PRE_NORM, MASK_PRE_CONV1, MASK_PRE_CONV2, MASK_DROPOUT) if mask_kind & bit]
+        self.masks = [dict(zip(bits, masks[i * len(bits) :], strict=False)) for i in range(self.count)]
+        self.eps, self.frozen = eps, frozen
+        widths = [w for i in range(self.count) for w in (in_channels + i * self.growth, self.width)]
+        widths += [self.channels] if tail else []
+        self.ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+        self.widths = widths
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.x.new_empty(shape, dtype=dtype or self.dtype)
+
+    def bottleneck(self) -> Tensor:
+        return self.empty(self.samples * self.pixels, padded_width(self.width), dtype=self.x.dtype)
+
+    def statistics(self, stats: Tensor, norm: int) -> tuple[Tensor, Tensor]:
+        """Views of the mean and the variance of that batch normalization."""
+        mean, var = stats[:, self.ends[norm] - self.widths[norm] : self.ends[norm]]
+        return mean, var
+
+    def fold(self, norm, weight, bias, stats, moments=None, pixels=0, pre_mask=None, post_mask=None):
+        """Scale and shift of that batch normalization; computes its statistics where moments are given."""
+        mean, var = self.statistics(stats, norm)
+        given = moments is None or bool(self.frozen[norm])
+        rows = 1 if pre_mask is None and post_mask is None else self.samples
+        scale, shift = self.empty(2, rows, self.widths[norm])
+        source = (mean[None], var[None]) if moments is None else moments
+        self.kernels.fold_norm(
+            *source, pixels, pre_mask, post_mask, weight, bias, self.eps[norm], given, mean, var, scale, shift
+        )
+        return scale, shift
+
+    def gates(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of one layer's pooled [N, k], hidden [N, r] and gate [N, k]."""
+        sizes = (self.growth, self.hidden, self.growth)
+        parts = row.split([self.samples * size for size in sizes])
+        pooled, hidden, gate = (part.view(self.samples, size) for part, size in zip(parts, sizes, strict=True))
+        return pooled, hidden, gate
+
+
+def _forward(stage: _Stage, inputs: list[Tensor], features: Tensor, frozen_stats, dropout_scale: float, keep: bool):
+    s, kernels = stage, stage.kernels
+    moments = s.empty(2, s.samples, s.channels)
+    mean, m2 = moments
+    offset = 0
+    for x in inputs:
+        kernels.append(x, features, offset, mean, m2)
+        offset += x.size(1)
+    stats = s.empty(2, s.ends[-1])
+    given = iter(frozen_stats)
+    for norm, is_frozen in enumerate(s.frozen):
+        if is_frozen:
+            for row in s.statistics(stats, norm):
+                row.copy_(next(given))
+    gates = s.empty(s.count, s.samples * (2 * s.growth + s.hidden)) if s.hidden else s.empty(0)
+    kept = [s.bottleneck() for _ in range(s.count)] if keep else []
+    workspace = None if keep else s.bottleneck()
+    for i, (weight1, bias1, conv1, weight2, bias2, conv2, *excite) in enumerate(s.layers):
+        masks = s.masks[i]
+        offset = s.in_channels + i * s.growth
+        scale, shift = s.fold(
+            2 * i, weight1, bias1, stats, moments, s.pixels, masks.get(MASK_PRE_NORM), masks.get(MASK_PRE_CONV1)
+        )
+        b = kept[i] if keep else workspace
+        inner = s.empty(2, 1, s.width)
+        kernels.bottleneck_forward(features, scale, shift, conv1, b, *inner)
+        scale, shift = s.fold(
+            2 * i + 1, weight2, bias2, stats, inner, s.samples * s.pixels, None, masks.get(MASK_PRE_CONV2)
+        )
+        kernels.conv3x3_forward(
+            b, scale, shift, conv2, masks.get(MASK_DROPOUT), dropout_scale, features, offset, mean, m2
+        )
+        if excite:
+            kernels.squeeze_excite_forward(features, offset, mean, m2, *excite, *s.gates(gates[i]))
+    bottlenecks = torch.stack(kept) if keep else s.empty(0, dtype=s.x.dtype)
+    return moments, stats, gates, bottlenecks
+
+
+def _backward(stage: _Stage, features, source, grad, coef, stats, gates, bottlenecks, dropout_scale, dparams):
+    """All layers from last to first. `source` holds the gradient of the last layer's output, `grad` accumulates."""
+    s, kernels = stage, stage.kernels
+    each = len(s.layers[0])
+    workspace = None if bottlenecks.numel() else s.bottleneck()
+    dv = s.empty(s.samples * s.pixels, padded_width(s.width))
+    table = s.empty(3, s.width)
+    for i in reversed(range(s.count)):
+        weight1, bias1, conv1, weight2, bias2, conv2, *excite = s.layers[i]
+        dweight1, dbias1, dconv1, dweight2, dbias2, dconv2, *dexcite = dparams[i * each : (i + 1) * each]
+        masks = s.masks[i]
+        q, r1, r2 = (masks.get(bit) for bit in (MASK_PRE_NORM, MASK_PRE_CONV1, MASK_PRE_CONV2))
+        offset = s.in_channels + i * s.growth
+        scale1, shift1 = s.fold(2 * i, weight1, bias1, stats, None, 0, q, r1)
+        scale2, shift2 = s.fold(2 * i + 1, weight2, bias2, stats, None, 0, None, r2)
+        b = bottlenecks[i] if workspace is None else workspace
+        if workspace is not None:
+            kernels.bottleneck_forward(features, scale1, shift1, conv1, b, None, None)
+        if excite:
+            fc1, _, fc2, _ = excite
+            kernels.squeeze_excite_backward(features, source, offset, fc1, fc2, *s.gates(gates[i]), coef, *dexcite)
+        kernels.conv3x3_backward(
+            *(b, scale2, shift2, r2, conv2, masks.get(MASK_DROPOUT), dropout_scale, features, source, coef, offset),
+            *(weight2, *s.statistics(stats, 2 * i + 1), s.eps[2 * i + 1], not s.frozen[2 * i + 1]),
+            *(dv, dconv2, dweight2, dbias2, table),
+        )
+        kernels.bottleneck_backward(
+            *(features, scale1, shift1, q, r1, conv1, dv, b, table),
+            *(weight1, *s.statistics(stats, 2 * i), s.eps[2 * i], not s.frozen[2 * i]),
+            *(source, grad, coef, dconv1, dweight1, dbias1),
+        )
+        source = grad
+
+
+def dense_stage(
+    x: Tensor,
+    params: list[Tensor],
+    masks: list[Tensor],
+    frozen_stats: list[Tensor],
+    mask_kind: int,
+    dropout_scale: float,
+    eps: list[float],
+    frozen: list[int],
+    squeeze_excite: bool,
+    tail: int,
+    keep_bottleneck: bool,
+    kernels=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Forward of a dense block and its consumer: (output, features, stats, gates, bottlenecks).
+
+    x [N, C0, H, W] S; params, all A, a layer: norm1 weight, bias, conv1 weight, norm2 weight, bias, conv2 weight [, fc1
+    weight, bias, fc2 weight, bias], then the tail's; masks a layer, where mask_kind has the bit: 1 before norm1
+    [N, C_l], 2 before conv1 [N, C_l], 4 before conv2 [N, K2], 8 dropout bool [N, k, H, W]; eps and frozen: one a batch
+    normalization in the order norm1, norm2 of each layer, then the tail's; frozen_stats: mean, variance of the frozen
+    ones; tail: 0 none, 1 transition, 2 head. stats [2, sum of widths] A: mean and biased variance, as used.
+    """
+    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, x.size(1), x, kernels)
+    # With no consumer the buffer is the output, which the caller gets without gaps between its planes.
+    features = new_features(x, s.channels, feature_pitch(s.pixels) if tail else s.pixels)
+    moments, stats, gates, bottlenecks = _forward(s, [x], features, frozen_stats, dropout_scale, keep_bottleneck)
+    if tail == TAIL_NONE:
+        return features, s.empty(0, dtype=x.dtype), stats, gates, bottlenecks
+    weight, bias, *conv = s.tail_params
+    scale, shift = s.fold(2 * s.count, weight, bias, stats, moments, s.pixels)
+    if tail == TAIL_TRANSITION:
+        output = s.empty(s.samples, conv[0].size(0), x.size(2) // 2, x.size(3) // 2, dtype=x.dtype)
+        s.kernels.transition_forward(features, scale, shift, *conv, output)
+    else:
+        output = s.empty(s.samples, s.channels, dtype=x.dtype)
+        s.kernels.head_forward(features, scale, shift, output)
+    return output, features, stats, gates, bottlenecks
+
+
+def dense_stage_backward(
+    grad: Tensor,
+    features: Tensor,
+    params: list[Tensor],
+    masks: list[Tensor],
+    stats: Tensor,
+    gates: Tensor,
+    bottlenecks: Tensor,
+    mask_kind: int,
+    dropout_scale: float,
+    eps: list[float],
+    frozen: list[int],
+    squeeze_excite: bool,
+    tail: int,
+    in_channels: int,
+    need_dx: bool,
+    kernels=None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Backward of dense_stage from what it returned: (dx [N, C0, H, W] S, or [0] unless need_dx; dparams like params)."""
+    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, features, kernels)
+    dparams = [torch.empty_like(p) for p in params]
+    buffer = s.empty(s.samples, s.channels, features.size(2), features.size(3))
+    coef = s.empty(3, s.samples, s.channels)
+    source = buffer
+    if tail == TAIL_NONE:
+        source = grad
+        coef[0], coef[1:] = 1, 0
+    else:
+        weight, bias, *conv = s.tail_params
+        dweight, dbias, *dconv = dparams[len(dparams) - len(s.tail_params) :]
+        last = 2 * s.count
+        scale, shift = s.fold(last, weight, bias, stats)
+        run = s.kernels.transition_backward if tail == TAIL_TRANSITION else s.kernels.head_backward
+        run(
+            *(features, scale, shift, *conv, weight, *s.statistics(stats, last), eps[last], not frozen[last]),
+            *(grad, buffer, coef, *dconv, dweight, dbias),
+        )
+    _backward(s, features, source, buffer, coef, stats, gates, bottlenecks, dropout_scale, dparams)
+    if not need_dx:
+        return s.empty(0, dtype=features.dtype), dparams
+    dx = s.empty(s.samples, in_channels, features.size(2), features.size(3), dtype=features.dtype)
+    s.kernels.finish_gradient(features, buffer, coef, 0, dx)
+    return dx, dparams
+
+
+def dense_layer(
+    inputs: list[Tensor],
+    params: list[Tensor],
+    masks: list[Tensor],
+    frozen_stats: list[Tensor],
+    mask_kind: int,
+    dropout_scale: float,
+    eps: list[float],
+    frozen: list[int],
+    squeeze_excite: bool,
+    keep_bottleneck: bool,
+    kernels=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Forward of one dense layer over the concatenation of inputs: (output [N, k, H, W], stats, gates, bottlenecks)."""
+    in_channels = sum(x.size(1) for x in inputs)
+    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, inputs[0], kernels)
+    features = new_features(inputs[0], s.channels)
+    _, stats, gates, bottlenecks = _forward(s, inputs, features, frozen_stats, dropout_scale, keep_bottleneck)
+    return features[:, in_channels:].clone(memory_format=torch.contiguous_format), stats, gates, bottlenecks
+
+
+def dense_layer_backward(
+    grad: Tensor,
+    output: Tensor,
+    inputs: list[Tensor],
+    params: list[Tensor],
+    masks: list[Tensor],
+    stats: Tensor,
+    gates: Tensor,
+    bottlenecks: Tensor,
+    mask_kind: int,
+    dropout_scale: float,
+    eps: list[float],
+    frozen: list[int],
+    squeeze_excite: bool,
+    kernels=None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Backward of dense_layer: (dinputs like inputs, dparams like params)."""
+    in_channels = sum(x.size(1) for x in inputs)
+    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, output, kernels)
+    features = torch.cat([*inputs, output], 1)
+    buffer = torch.zeros_like(features, dtype=s.dtype)
+    buffer[:, in_channels:] = grad
+    coef = torch.zeros(3, s.samples, s.channels, dtype=s.dtype, device=output.device)
+    coef[0] = 1
+    dparams = [torch.empty_like(p) for p in params]
+    _backward(s, features, buffer, buffer, coef, stats, gates, bottlenecks, dropout_scale, dparams)
+    dinputs, offset = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs], 0
+    for dx in dinputs:
+        s.kernels.finish_gradient(features, buffer, coef, offset, dx)
+        offset += dx.size(1)
+    return dinputs, dparams

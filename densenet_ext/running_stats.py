@@ -1,0 +1,68 @@
+"""Which statistics a batch normalization uses, and the update of its running ones."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def is_frozen(norm: nn.BatchNorm2d) -> bool:
+    """Whether `norm` normalizes with its running statistics, by the rule of torch.nn.BatchNorm2d."""
+    return not norm.training and norm.running_mean is not None and norm.running_var is not None
+
+
+@torch.no_grad()
+def update_running_statistics(norms: list[nn.BatchNorm2d], stats: Tensor, values: int) -> None:
+    """Let every norm in training mode that tracks statistics take in one batch, as torch.nn.BatchNorm2d does.
+
+        running = (1 - momentum) * running + momentum * batch,    momentum None: 1 / num_batches_tracked
+    stats [2, sum of widths]: mean and biased variance in the norms' order, from `values` values a channel; the running
+    variance gets the unbiased one. A batch without values counts as a batch and changes nothing else.
+    """
+    tracking = [norm.training and norm.track_running_stats for norm in norms]
+    if not any(tracking):
+        return
+    counters = [norm.num_batches_tracked for norm, on in zip(norms, tracking, strict=True) if on]
+    counters = [counter for counter in counters if counter is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    if values == 0:
+        return
+    widths = [norm.num_features for norm in norms]
+    means = stats[0].split(widths)
+    variances = (stats[1] * (values / max(values - 1, 1))).split(widths)
+    groups = defaultdict(lambda: ([], []))
+    for norm, on, mean, variance in zip(norms, tracking, means, variances, strict=True):
+        if on and norm.running_mean is not None:
+            running, batch = groups[_momentum(norm)]
+            running += (norm.running_mean, norm.running_var)
+            batch += (mean, variance)
+    for momentum, (running, batch) in groups.items():
+        torch._foreach_mul_(running, 1 - momentum)
+        torch._foreach_add_(running, batch, alpha=momentum)
+
+
+def _momentum(norm: nn.BatchNorm2d) -> float:
+    if norm.momentum is not None:
+        return norm.momentum
+    return 1 / float(norm.num_batches_tracked) if norm.num_batches_tracked is not None else 0.0
+
+
+@contextmanager
+def unchanged_running_statistics(norm: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, `norm` runs in the given mode, and what it does to its buffers is forgotten at the end.
+
+    For recomputation in backward: the statistics have seen the batch in forward, and norm.eval() may have come since.
+    """
+    saved = [(module, module.training, dict(module._buffers)) for module in norm.modules()]
+    try:
+        for module, _, buffers in saved:
+            module.training = training
+            module._buffers.update({name: b.clone() for name, b in buffers.items() if b is not None})
+        yield
+    finally:
+        for module, mode, buffers in saved:
+            module.training = mode
+            module._buffers.update(buffers)

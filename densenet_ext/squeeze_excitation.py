@@ -1,0 +1,37 @@
+"""Squeeze-and-excitation as a module."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SqueezeExcitation(nn.Module):
+    """Squeeze-and-excitation: x * sigmoid(fc2(relu(fc1(mean of x over its pixels)))).
+
+    Args:
+        channels: channels of the input.
+        reduction: fc1 has max(1, channels // reduction) outputs.
+
+    Shape: [N, channels, H, W] to the same. fc1 and fc2 are 1x1 convolutions with bias.
+
+    Raises:
+        ValueError: an argument is no positive integer.
+
+    Source: Hu et al., Squeeze-and-Excitation Networks, CVPR 2018, section 3.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        hidden = max(1, check_positive(channels, "channels") // check_positive(reduction, "reduction"))
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(x, 1)
+        return x * self.fc2(F.relu(self.fc1(pooled))).sigmoid()
+
+
+def check_positive(value: int, name: str) -> int:
+    """`value` if it is a positive integer, else ValueError."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+    return value

@@ -1,0 +1,21 @@
+"""Every test starts from the same seed, and fails where the fused implementation quietly is not used."""
+
+import pytest
+import torch
+
+import densenet_ext
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+
+
+@pytest.fixture(autouse=True)
+def fixed_state():
+    """A fixed seed, fallback as an error, and the thread count as it was."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    densenet_ext.set_fallback("error")
+    yield
+    densenet_ext.set_fallback("warn")
+    torch.set_num_threads(threads)

@@ -1,0 +1,254 @@
+"""Random arguments of every kernel op, on grids where no rounding can change the sign before a rectifier.
+
+x is a multiple of 1/8, a scale a multiple of 1/8 and a shift an odd multiple of 1/128: scale * x + shift is exact in
+float32 and never 0, so that a kernel in any dtype and the twin in float64 rectify the same values.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from densenet_ext.reference import arithmetic_dtype, padded_width
+
+EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N samples of H x W pixels, c of them read, width K2 of the bottleneck, growth k; `why` it is tested."""
+
+    why: str
+    samples: int = 2
+    height: int = 6
+    width: int = 5
+    channels: int = 16
+    bottleneck: int = 16
+    growth: int = 4
+    outputs: int = 8
+
+    def __str__(self):
+        return self.why.replace(" ", "-")
+
+
+SHAPES = [
+    Shape("channels no multiple of 16", channels=13, bottleneck=20, growth=5, outputs=7),
+    Shape("growth 1", channels=3, bottleneck=4, growth=1, outputs=1),
+    Shape("one pixel", samples=3, height=1, width=1),
+    Shape("one row", height=1, width=37),
+    Shape("one sample", samples=1, height=4, width=4),
+    Shape("empty batch", samples=0),
+    Shape("7x7", samples=3, height=7, width=7, channels=40, bottleneck=48, growth=12),
+    Shape("14x14", height=14, width=14, channels=33, bottleneck=128, growth=32, outputs=16),
+    Shape("33x31", height=33, width=31, channels=24, bottleneck=48, growth=12, outputs=12),
+    Shape("32x32 of more pixels than a tile", samples=3, height=32, width=32, channels=60, bottleneck=48, growth=12),
+    Shape("56x56 in blocks of rows", height=56, width=56, channels=32, bottleneck=128, growth=32, outputs=40),
+]
+
+
+class Problem:
+    """Arguments for one shape and storage dtype: tensors of the shapes that the twins document.
+
+    masked: with masks before and after the norm and with dropout. Buffers have two channels more than are used, and
+    gaps between their planes; both hold NaN.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, masked: bool = False, seed: int = 0):
+        self.shape, self.dtype, self.masked = shape, dtype, masked
+        self.arithmetic = arithmetic_dtype(dtype)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rows = shape.samples * shape.height * shape.width
+
+    def grid(self, *shape, step=8, limit=24, odd=False):
+        """Multiples of 1/step, odd ones on demand, up to limit/step."""
+        values = torch.randint(-limit, limit + 1, shape, generator=self.generator).double()
+        return (2 * values + 1) / step if odd else values / step
+
+    def normal(self, *shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=self.generator, dtype=torch.float64)).to(self.arithmetic)
+
+    def mask(self, *shape):
+        return ((torch.rand(shape, generator=self.generator) > 0.3).double() / 0.5).to(self.arithmetic)
+
+    def new(self, *shape, dtype=None):
+        """An output, full of NaN."""
+        return torch.full(shape, torch.nan, dtype=dtype or self.arithmetic)
+
+    def buffer(self, channels, dtype=None, offset=0, values=True):
+        """A feature or gradient buffer with values in `channels` channels from offset on; NaN everywhere else."""
+        s, gap = self.shape, 3
+        pixels = s.height * s.width
+        base = self.new(s.samples, offset + channels + 2, pixels + gap, dtype=dtype or self.dtype)
+        if values:
+            x = self.grid(s.samples, channels, pixels)
+            base[:, offset : offset + channels, :pixels] = x.to(base.dtype)
+        return base[:, :, :pixels].unflatten(2, (s.height, s.width))
+
+    def table(self, channels, masked=False):
+        """scale and shift [1 or N, channels]; rows of masked ones are multiples of the same, some of them zero."""
+        scale, shift = self.grid(1, channels, limit=16), self.grid(1, channels, step=128, limit=100, odd=True)
+        if masked:
+            factor = self.mask(self.shape.samples, channels).double()
+            scale, shift = scale * factor, shift * factor
+        return scale.to(self.arithmetic), shift.to(self.arithmetic)
+
+    def norm(self, channels, training=True):
+        """norm weight, batch mean, batch variance, eps, training."""
+        weight, mean = self.normal(channels), self.normal(channels)
+        return weight, mean, self.normal(channels).square() + 0.1, EPS, training
+
+    @cached_property
+    def pre_mask(self):
+        return self.mask(self.shape.samples, self.shape.channels) if self.masked else None
+
+    @cached_property
+    def post_mask(self):
+        return self.mask(self.shape.samples, self.shape.channels) if self.masked else None
+
+    def dropout(self):
+        s = self.shape
+        if not self.masked:
+            return None, 1.0
+        return torch.rand((s.samples, s.growth, s.height, s.width), generator=self.generator) > 0.3, 1 / 0.7
+
+    def bottleneck(self):
+        values = torch.zeros(self.rows, padded_width(self.shape.bottleneck), dtype=torch.float64)
+        values[:, : self.shape.bottleneck] = self.grid(self.rows, self.shape.bottleneck)
+        return values.to(self.dtype)
+
+    def excite_parameters(self):
+        k, hidden = self.shape.growth, max(1, self.shape.growth // 2)
+        return self.normal(hidden, k), self.normal(hidden), self.normal(k, hidden), self.normal(k)
+
+    # ---- one method a kernel op: its arguments ----------------------------------------------------------------------
+
+    def append(self):
+        s = self.shape
+        x = self.grid(s.samples, s.growth, s.height, s.width).to(self.dtype)
+        columns = (s.samples, s.channels + s.growth + 2)
+        return x, self.buffer(s.channels + s.growth, values=False), s.channels, self.new(*columns), self.new(*columns)
+
+    def fold_norm(self, use_given=False):
+        s = self.shape
+        rows = s.samples
+        moments = self.normal(rows, s.channels + 2), self.normal(rows, s.channels + 2).square() * 40
+        weight, mean, var, eps, _ = self.norm(s.channels)
+        given = (mean, var) if use_given else (self.new(s.channels), self.new(s.channels))
+        tables = [self.new(rows if self.masked else 1, s.channels) for _ in range(2)]
+        pixels = s.height * s.width
+        masks = (self.pre_mask, self.post_mask)
+        return *moments, pixels, *masks, weight, self.normal(s.channels), eps, use_given, *given, *tables
+
+    def bottleneck_forward(self, moments=True):
+        s = self.shape
+        weight = self.normal(s.bottleneck, s.channels, 1, 1, scale=0.1)
+        out = self.new(self.rows, padded_width(s.bottleneck), dtype=self.dtype)
+        mean, m2 = (self.new(1, s.bottleneck), self.new(1, s.bottleneck)) if moments else (None, None)
+        return self.buffer(s.channels), *self.table(s.channels, self.masked), weight, out, mean, m2
+
+    def conv3x3_forward(self, moments=True):
+        s = self.shape
+        weight = self.normal(s.growth, s.bottleneck, 3, 3, scale=0.1)
+        features = self.buffer(s.channels + s.growth, values=False)
+        columns = (s.samples, s.channels + s.growth + 2)
+        mean, m2 = (self.new(*columns), self.new(*columns)) if moments else (None, None)
+        tables = self.table(s.bottleneck, self.masked)
+        return self.bottleneck(), *tables, weight, *self.dropout(), features, s.channels, mean, m2
+
+    def squeeze_excite_forward(self):
+        s = self.shape
+        features = self.buffer(s.growth, offset=s.channels)
+        flat = features[:, s.channels : s.channels + s.growth].flatten(2).to(self.arithmetic)
+        moments = [self.new(s.samples, s.channels + s.growth + 2) for _ in range(2)]
+        moments[0][:, s.channels : s.channels + s.growth] = flat.mean(2)
+        moments[1][:, s.channels : s.channels + s.growth] = (flat - flat.mean(2, keepdim=True)).square().sum(2)
+        fc1, bias1, fc2, bias2 = self.excite_parameters()
+        outputs = self.new(s.samples, s.growth), self.new(s.samples, len(fc1)), self.new(s.samples, s.growth)
+        return features, s.channels, *moments, fc1, bias1, fc2, bias2, *outputs
+
+    def squeeze_excite_backward(self):
+        s = self.shape
+        fc1, bias1, fc2, bias2 = self.excite_parameters()
+        hidden = torch.relu(self.normal(s.samples, len(fc1)))
+        saved = self.normal(s.samples, s.growth), hidden, self.normal(s.samples, s.growth).sigmoid()
+        coef = self.normal(3, s.samples, s.channels + s.growth + 2)
+        features = self.buffer(s.growth, offset=s.channels)
+        grad = self.buffer(s.growth, self.arithmetic, offset=s.channels)
+        grads = [torch.full_like(p, torch.nan) for p in (fc1, bias1, fc2, bias2)]
+        return features, grad, s.channels, fc1, fc2, *saved, coef, *grads
+
+    def conv3x3_backward(self, training=True, grad_dtype=None):
+        s = self.shape
+        weight = self.normal(s.growth, s.bottleneck, 3, 3, scale=0.1)
+        features = self.buffer(s.growth, offset=s.channels)
+        grad = self.buffer(s.growth, grad_dtype or self.arithmetic, offset=s.channels)
+        coef = self.normal(3, s.samples, s.channels + s.growth + 2)
+        post_mask = self.mask(s.samples, s.bottleneck) if self.masked else None
+        tables = self.table(s.bottleneck)
+        if self.masked:
+            tables = [(table * post_mask).contiguous() for table in tables]
+        outputs = (
+            self.new(self.rows, padded_width(s.bottleneck)),
+            torch.full_like(weight, torch.nan),
+            self.new(s.bottleneck),
+            self.new(s.bottleneck),
+            self.new(3, s.bottleneck),
+        )
+        inputs = (self.bottleneck(), *tables, post_mask, weight, *self.dropout(), features, grad, coef, s.channels)
+        return *inputs, *self.norm(s.bottleneck, training), *outputs
+
+    def bottleneck_backward(self, training=True, grad_in="none"):
+        """grad_in: 'none', 'same' as grad, 'storage' or 'arithmetic' for another tensor of that dtype."""
+        s = self.shape
+        weight = self.normal(s.bottleneck, s.channels, 1, 1, scale=0.1)
+        table = self.normal(3, s.bottleneck)
+        scale, shift = self.table(s.channels)
+        if self.masked:
+            scale, shift = scale * self.pre_mask * self.post_mask, shift * self.post_mask
+        dv = self.normal(self.rows, padded_width(s.bottleneck))
+        dv[:, s.bottleneck :] = 0
+        grad = self.buffer(s.channels, self.arithmetic, values=grad_in == "same")
+        other = self.buffer(s.channels, self.dtype if grad_in == "storage" else self.arithmetic)
+        incoming = {"none": None, "same": grad}.get(grad_in, other)
+        coef = self.normal(3, s.samples, s.channels + 2)
+        outputs = (grad, coef, torch.full_like(weight, torch.nan), self.new(s.channels), self.new(s.channels))
+        masks = (self.pre_mask, self.post_mask)
+        inputs = (self.buffer(s.channels), scale, shift, *masks, weight, dv, self.bottleneck(), table)
+        return *inputs, *self.norm(s.channels, training), incoming, *outputs
+
+    def _whole(self, values=True, dtype=None):
+        """A buffer that is used whole, with gaps between its planes."""
+        return self.buffer(self.shape.channels, dtype, values=values)[:, : self.shape.channels]
+
+    def transition_forward(self):
+        s = self.shape
+        weight = self.normal(s.outputs, s.channels, 1, 1, scale=0.1)
+        out = self.new(s.samples, s.outputs, s.height // 2, s.width // 2, dtype=self.dtype)
+        return self._whole(), *self.table(s.channels), weight, out
+
+    def transition_backward(self, training=True):
+        s = self.shape
+        features, scale, shift, weight, out = self.transition_forward()
+        grad_out = self.grid(*out.shape).to(self.dtype)
+        return *(features, scale, shift, weight, *self.norm(s.channels, training), grad_out), *self._gradients(weight)
+
+    def head_forward(self):
+        s = self.shape
+        return self._whole(), *self.table(s.channels), self.new(s.samples, s.channels, dtype=self.dtype)
+
+    def head_backward(self, training=True):
+        features, scale, shift, out = self.head_forward()
+        grad_out = self.grid(*out.shape).to(self.dtype)
+        return features, scale, shift, *self.norm(self.shape.channels, training), grad_out, *self._gradients()
+
+    def _gradients(self, *weights):
+        s = self.shape
+        grad, coef = self._whole(False, self.arithmetic), self.new(3, s.samples, s.channels)
+        return grad, coef, *[torch.full_like(w, torch.nan) for w in weights], self.new(s.channels), self.new(s.channels)
+
+    def finish_gradient(self):
+        s = self.shape
+        features = self.buffer(s.growth, offset=s.channels)
+        grad = self.buffer(s.growth, self.arithmetic, offset=s.channels)
+        coef = self.normal(3, s.samples, s.channels + s.growth + 2)
+        return features, grad, coef, s.channels, self.new(s.samples, s.growth, s.height, s.width, dtype=self.dtype)

@@ -1,0 +1,182 @@
+"""Every compiled kernel op against its reference twin, in float64 where the op computes in float32."""
+
+import pytest
+import torch
+from kernel_cases import SHAPES, Problem, Shape
+
+from densenet_ext import reference
+from densenet_ext.reference.layout import write_moments
+
+# Largest error by dtype of arithmetic, relative to the largest value of a tensor: sums of up to 20000 terms.
+ARITHMETIC = {torch.float64: 1e-12, torch.float32: 1e-5}
+# What storing adds, relative to each value: op and twin may round to neighbors, one unit in the last place apart.
+STORAGE = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+DTYPES = list(STORAGE)
+
+OPS = {
+    "append": [{}],
+    "fold_norm": [{}, {"use_given": True}],
+    "bottleneck_forward": [{}, {"moments": False}],
+    "conv3x3_forward": [{}, {"moments": False}],
+    "squeeze_excite_forward": [{}],
+    "squeeze_excite_backward": [{}],
+    "conv3x3_backward": [{}, {"training": False}],
+    "bottleneck_backward": [
+        {},
+        {"training": False},
+        {"grad_in": "same"},
+        {"grad_in": "storage"},
+        {"grad_in": "arithmetic"},
+    ],
+    "transition_forward": [{}],
+    "transition_backward": [{}, {"training": False}],
+    "head_forward": [{}],
+    "head_backward": [{}, {"training": False}],
+    "finish_gradient": [{}],
+}
+MASKED = ("fold_norm", "bottleneck_forward", "conv3x3_forward", "conv3x3_backward", "bottleneck_backward")
+CASES = [(op, options) for op, variants in OPS.items() for options in variants]
+
+
+def copy_of(value):
+    """The tensor with its strides and with what lies between its planes."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    base = value if value._base is None else value._base
+    return base.clone().as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def for_twin(value, dtype):
+    """The tensor as the twin gets it: in float64, but what is stored in half precision stays so."""
+    if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
+        return value
+    return value.clone() if value.dtype == dtype and dtype not in ARITHMETIC else value.double().clone()
+
+
+def run_both(op, args, dtype):
+    """The op's arguments after it ran, and the twin's."""
+    actual, expected = [copy_of(a) for a in args], [for_twin(a, dtype) for a in args]
+    for i, a in enumerate(args):
+        for j in range(i):
+            if a is args[j] and isinstance(a, torch.Tensor):
+                actual[j], expected[j] = actual[i], expected[i]
+    getattr(torch.ops.densenet_ext, op)(*actual)
+    getattr(reference, op)(*expected)
+    if dtype not in ARITHMETIC:
+        use_moments_of_stored_values(op, actual, expected)
+    return actual, expected
+
+
+def use_moments_of_stored_values(op, actual, expected):
+    """Moments are those of the rounded values, and single values may have been rounded otherwise than the twin's."""
+    if op == "bottleneck_forward" and expected[5] is not None:
+        rows, (mean, m2) = actual[4][:, : expected[5].size(1)].double(), expected[5:]
+        mean[:] = rows.sum(0) / max(len(rows), 1)
+        m2[:] = (rows - mean).square().sum(0)
+    if op == "conv3x3_forward" and expected[8] is not None:
+        columns = slice(actual[7], actual[7] + actual[3].size(0))
+        write_moments(actual[6][:, columns], *expected[8:], columns)
+
+
+def check(op, args, dtype):
+    """Compare what was written with the twin's, and everything else with what it was."""
+    actual, expected = run_both(op, args, dtype)
+    schema = getattr(torch.ops.densenet_ext, op).default._schema
+    for argument, got, want, before in zip(schema.arguments, actual, expected, args, strict=True):
+        if not isinstance(got, torch.Tensor):
+            continue
+        written = argument.alias_info is not None or any(
+            got is actual[i] for i in range(len(args)) if is_written(schema, i)
+        )
+        assert_gaps_unchanged(got, before, argument.name)
+        if written:
+            assert_near(got, want, argument.name)
+        else:
+            assert bits(got).equal(bits(before)), f"{argument.name} was changed"
+
+
+def is_written(schema, index):
+    return schema.arguments[index].alias_info is not None
+
+
+def bits(x):
+    """The tensor as bytes, so that NaN equals NaN."""
+    return x.contiguous().view(torch.uint8)
+
+
+def assert_gaps_unchanged(got, before, name):
+    if before._base is None:
+        return
+    inside = torch.zeros_like(before._base, dtype=torch.bool)
+    inside.as_strided(before.shape, before.stride(), before.storage_offset()).fill_(True)
+    assert bits(got._base[~inside]).equal(bits(before._base[~inside])), f"{name} was changed between its planes"
+
+
+def assert_near(got, want, name):
+    """Both are NaN at the same places, and near elsewhere."""
+    rounding = STORAGE[got.dtype]
+    got, want, near = got.double(), want.double(), ARITHMETIC.get(got.dtype, ARITHMETIC[torch.float32])
+    assert torch.equal(got.isnan(), want.isnan()), f"{name} has NaN at other places"
+    got, want = got.nan_to_num(), want.nan_to_num()
+    if want.numel():
+        excess = (got - want).abs() - rounding * want.abs() - near * want.abs().max()
+        assert excess.max() <= 0, f"{name}: error {(got - want).abs().max():.2e} of values up to {want.abs().max():.2e}"
+
+
+def problems(shape, dtype, op):
+    """Without masks, and where the op takes masks, with them."""
+    return [Problem(shape, dtype, masked) for masked in ((False, True) if op in MASKED else (False,))]
+
+
+def fits(op, shape):
+    return not op.startswith("transition") or (shape.height > 1 and shape.width > 1)
+
+
+def label(value):
+    return (
+        "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value).removeprefix("torch.")
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("op", "options"), CASES, ids=label)
+def test_kernel_equals_twin(op, options, shape, dtype):
+    if not fits(op, shape):
+        pytest.skip("a transition needs 2x2 pixels")
+    for problem in problems(shape, dtype, op):
+        check(op, getattr(problem, op)(**options), dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("op", OPS)
+def test_any_number_of_threads(op, threads):
+    """5 threads are more than there are samples, and do not divide the rows."""
+    torch.set_num_threads(threads)
+    for shape in (Shape("", samples=3, height=33, width=31), Shape("", samples=1, height=12, width=12, bottleneck=40)):
+        for problem in problems(shape, torch.float32, op):
+            check(op, getattr(problem, op)(), torch.float32)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_repeated_run_is_bit_equal(op):
+    shape = Shape("", samples=3, height=17, width=19, channels=20, bottleneck=24, growth=6)
+    problem = Problem(shape, torch.float32, op in MASKED)
+    args = getattr(problem, op)()
+    first, again = [copy_of(a) for a in args], [copy_of(a) for a in args]
+    getattr(torch.ops.densenet_ext, op)(*first)
+    getattr(torch.ops.densenet_ext, op)(*again)
+    for a, b in zip(first, again, strict=True):
+        assert not isinstance(a, torch.Tensor) or bits(a).equal(bits(b))
+
+
+@pytest.mark.parametrize("op", ["bottleneck_forward", "conv3x3_forward", "transition_forward", "head_forward"])
+def test_nan_reaches_what_depends_on_it(op):
+    """One NaN among the inputs: relu(NaN) is NaN, as in PyTorch."""
+    args = getattr(Problem(Shape("", height=8, width=8), torch.float32), op)()
+    first = args[0]
+    first[(0, 1, 3, 3) if first.dim() == 4 else (9, 1)] = torch.nan
+    actual, expected = run_both(op, args, torch.float32)
+    out = {"bottleneck_forward": 4, "conv3x3_forward": 6, "transition_forward": 4, "head_forward": 3}[op]
+    assert expected[out].isnan().any()
+    assert torch.equal(actual[out].isnan(), expected[out].isnan())
