@@ -106,7 +106,7 @@ def describe_library(path, compiler, torch, version):
     library.flags = [*COMMON_FLAGS, *filter(compiler.accepts, GCC_FLAGS)]
     library.flags += [f"-isystem{torch.directory / 'include'}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
     if SANITIZERS:
-        library.flags += ["-O1", "-g", *sanitizer_flags()]
+        library.flags += ["-O1", "-g1", *sanitizer_flags()]
     library.link_flags = ["-shared", *sanitizer_flags(), f"-L{torch.directory / 'lib'}", "-ltorch_cpu", "-lc10"]
     # No rpath: `import torch` comes first and has these libraries in the process, wherever they are.
     if sys.platform == "darwin":

@@ -92,6 +92,7 @@ def _torchvision(spec):
         spec.growth_rate,
         (layers,) * 3,
         stem,
+        drop_rate=0.2,
         num_classes=spec.num_classes,
         memory_efficient=spec.implementation == "torchvision-efficient",
     )
@@ -148,11 +149,11 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes over parameters, gradients and optimizer state."""
+    """Memory over parameters, gradients and optimizer state."""
 
-    peak: int  # highest level in the step
-    kept: int  # level between forward and backward: what is kept for backward
-    reserved: int | None = None  # CUDA: what the caching allocator took from the device at the peak, all included
+    peak_bytes: int  # highest level in the step
+    kept_bytes: int  # level between forward and backward: what is kept for backward
+    reserved_bytes: int | None = None  # CUDA: what the caching allocator took from the device at the peak, all included
 
 
 def measure_memory(step):

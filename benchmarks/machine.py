@@ -101,7 +101,7 @@ def write_csv(path, description, rows):
 
 def table(header, rows):
     """Markdown table with aligned columns; cells are text, all but the first two columns to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
     rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     lines = []
     for row in [header, rule, *rows]:

@@ -16,7 +16,6 @@ from dataclasses import asdict
 import agreement
 import harness
 import machine
-import plot
 import resident
 import scaling
 import torch
@@ -112,12 +111,12 @@ def measure(specs, args, deadline):
     rows = []
     for spec in specs:
         median, low, high = harness.quantiles(times[spec])
-        row = asdict(spec) | asdict(memory[spec]) | {"resident": grown.get(spec)}
+        row = asdict(spec) | asdict(memory[spec]) | {"resident_bytes": grown.get(spec)}
         row |= {"seconds": median, "seconds_20": low, "seconds_80": high, "rounds": len(times[spec])}
         rows.append(row | {"paper_mb": PAPER.get((spec.variant, spec.implementation)) if _is_papers(spec) else None})
     for row in rows:
         plain = next((r for r in rows if r["variant"] == row["variant"] and r["implementation"] == "plain"), None)
-        row["memory_ratio"] = plain and plain["peak"] / row["peak"]
+        row["memory_ratio"] = plain and plain["peak_bytes"] / row["peak_bytes"]
         row["time_ratio"] = plain and plain["seconds"] / row["seconds"]
     return rows
 
@@ -132,14 +131,14 @@ def format_rows(rows):
     header += ["s a step", "20-80 %", "faster", "paper MB"]
     cells = []
     for r in rows:
-        whole = r["reserved"] if cuda else r["resident"]
+        whole = r["reserved_bytes"] if cuda else r["resident_bytes"]
         cells.append(
             [
                 label(r),
                 r["implementation"],
-                f"{r['peak'] / MB:.0f}",
+                f"{r['peak_bytes'] / MB:.0f}",
                 _optional(r["memory_ratio"], "{:.1f}x"),
-                f"{r['kept'] / MB:.0f}",
+                f"{r['kept_bytes'] / MB:.0f}",
                 _optional(whole and whole / MB, "{:.0f}"),
                 f"{r['seconds']:.3f}",
                 f"{r['seconds_20']:.3f}-{r['seconds_80']:.3f}",
@@ -167,10 +166,10 @@ def notes(rows):
     lines = [
         "peak: highest level in a training step, over parameters, gradients and momentum; kept: of it, what lives from "
         "forward to backward.",
-        "less, faster: against plain, same variant. Times: median and 20-80 % quantiles of interleaved steps "
-        f"({rows[-1]['rounds']} of {label(rows[-1])}, {rows[0]['rounds']} of {label(rows[0])}).",
+        "less, faster: against plain, same variant. Times: median and 20-80 % quantiles of interleaved steps: "
+        + ", ".join(f"{count} of {variant}" for variant, count in {r["variant"]: r["rounds"] for r in rows}.items()),
     ]
-    if any(r["resident"] for r in rows):
+    if any(r["resident_bytes"] for r in rows):
         lines.append("resident: growth of a fresh process in one step, whoever allocates.")
     if any(r["paper_mb"] for r in rows):
         lines.append("paper: its Table 1, an RTX 3060; its C recomputes as checkpoint does.")
@@ -190,7 +189,7 @@ def main():
 
     specs = choose_specs(args)
     try:
-        agreed = agreement.check_with_progress(specs)
+        agreed = agreement.check(specs)
     except agreement.DisagreementError as error:
         sys.exit(f"The implementations disagree: nothing was measured.\n{error}")
     print(agreement.summary(agreed) + "\n", flush=True)
@@ -206,6 +205,8 @@ def main():
     if args.csv:
         machine.write_csv(args.csv, description, rows)
     if args.plot:
+        import plot  # matplotlib, which measuring does without
+
         plot.plot_memory([r for r in rows if r["variant"] == specs[-1].variant], description, args.plot)
 
 

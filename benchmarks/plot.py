@@ -37,7 +37,7 @@ def plot_memory(rows, description, path):
     colours = [_colour(r["implementation"]) for r in rows]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.42 * len(rows) + 1.4), sharey=True)
-        peaks, seconds = [r["peak"] / MB for r in rows], [r["seconds"] for r in rows]
+        peaks, seconds = [r["peak_bytes"] / MB for r in rows], [r["seconds"] for r in rows]
         spread = [[r["seconds"] - r["seconds_20"] for r in rows], [r["seconds_80"] - r["seconds"] for r in rows]]
         left.barh(names, peaks, color=colours)
         right.barh(names, seconds, color=colours, xerr=spread, error_kw={"ecolor": "#444444", "lw": 1})
@@ -71,7 +71,7 @@ def plot_scaling(rows, description, path):
             for name in dict.fromkeys(r["implementation"] for r in chosen):
                 line = [r for r in chosen if r["implementation"] == name]
                 text = f"{NAMES[name]}: exponent {line[0]['exponent']:.2f}"
-                x, y = [r[what] for r in line], [r["peak"] / MB for r in line]
+                x, y = [r[what] for r in line], [r["peak_bytes"] / MB for r in line]
                 axes.plot(x, y, "o-", color=_colour(name), markersize=4, label=text)
             other = "growth_rate" if what == "depth" else "depth"
             axes.set(

@@ -8,7 +8,6 @@ from math import log
 
 import harness
 import machine
-import plot
 from harness import MB, Spec
 from tqdm import tqdm
 
@@ -37,7 +36,7 @@ def run(args, description):
     }
     peaks = {}
     for spec in tqdm(dict.fromkeys(sum(sweeps.values(), [])), desc="peak", disable=None):
-        peaks[spec] = harness.measure_memory(harness.TrainingStep(spec)).peak
+        peaks[spec] = harness.measure_memory(harness.TrainingStep(spec)).peak_bytes
     rows, fits = [], []
     print(
         f"Peak MB of a training step, {base['variant']}, batch {base['batch_size']}, {args.size}x{args.size}, {args.dtype}"
@@ -50,7 +49,7 @@ def run(args, description):
             fit = {"against": what, "implementation": implementation, "exponent": exponent(values, found)}
             fit["last_step"] = exponent(values[-2:], found[-2:])
             fits.append(fit)
-            rows += [fit | {what: v, "peak": p} for v, p in zip(values, found, strict=True)]
+            rows += [fit | {what: v, "peak_bytes": p} for v, p in zip(values, found, strict=True)]
             peak_cells = [f"{p / MB:.0f}" for p in found]
             cells.append([what, implementation, *peak_cells, f"{fit['exponent']:.2f}", f"{fit['last_step']:.2f}"])
         fixed = f"k = {args.growth_rate}" if what == "depth" else f"depth {DEPTH_OF_GROWTH}"
@@ -58,13 +57,15 @@ def run(args, description):
     print(
         "\nexponent: of a least-squares line through all points in log-log axes; last two: between the last two points."
     )
-    columns = ["against", "implementation", "depth", "growth_rate", "peak", "exponent", "last_step"]
+    columns = ["against", "implementation", "depth", "growth_rate", "peak_bytes", "exponent", "last_step"]
     rows = [base | {c: row.get(c, _fixed(c, args)) for c in columns} for row in rows]
     if args.json:
         machine.write_json(args.json, description, rows, fits=fits)
     if args.csv:
         machine.write_csv(args.csv, description, rows)
     if args.plot:
+        import plot  # matplotlib, which measuring does without
+
         plot.plot_scaling(rows, description, args.plot)
 
 

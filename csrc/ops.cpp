@@ -1,51 +1,81 @@
-// All operators, by schema. The kernel operators write into their arguments and have no autograd; the functional ones at the end are what Python calls.
-// Shapes: N samples, C channels of the feature buffer, c of them in use, k growth rate, K2 bottleneck width (its rows padded to a multiple of 16), r SE width.
+// All operators, by schema. The kernel operators write into their arguments and have no autograd;
+// the functional ones at the end are what Python calls. Shapes: N samples, C channels of the
+// feature buffer, c of them in use, k growth rate, K2 bottleneck width (its rows padded to a
+// multiple of 16), r SE width.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(densenet_ext, m) {
-  m.def("append(Tensor x, Tensor(a!) features, int offset, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def(
-      "fold_norm(Tensor mean, Tensor m2, int pixels, Tensor? pre_mask, Tensor? post_mask, Tensor weight, Tensor bias, float eps, bool use_given, "
+      "append(Tensor x, Tensor(a!) features, int offset, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
+  m.def(
+      "fold_norm(Tensor mean, Tensor m2, int pixels, Tensor? pre_mask, Tensor? post_mask, Tensor "
+      "weight, Tensor bias, float eps, bool use_given, "
       "Tensor(a!) batch_mean, Tensor(b!) batch_var, Tensor(c!) scale, Tensor(d!) shift) -> ()");
   m.def(
-      "bottleneck_forward(Tensor features, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) bottleneck, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
+      "bottleneck_forward(Tensor features, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) "
+      "bottleneck, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def(
-      "bottleneck_backward(Tensor features, Tensor scale, Tensor shift, Tensor? pre_mask, Tensor? post_mask, Tensor weight, Tensor dv, Tensor bottleneck, "
-      "Tensor table, Tensor norm_weight, Tensor batch_mean, Tensor batch_var, float eps, bool training, Tensor? grad_in, Tensor(a!) grad, Tensor(b!) coef, "
+      "bottleneck_backward(Tensor features, Tensor scale, Tensor shift, Tensor? pre_mask, Tensor? "
+      "post_mask, Tensor weight, Tensor dv, Tensor bottleneck, "
+      "Tensor table, Tensor norm_weight, Tensor batch_mean, Tensor batch_var, float eps, bool "
+      "training, Tensor? grad_in, Tensor(a!) grad, Tensor(b!) coef, "
       "Tensor(c!) dweight, Tensor(d!) dnorm_weight, Tensor(e!) dnorm_bias) -> ()");
   m.def(
-      "conv3x3_forward(Tensor bottleneck, Tensor scale, Tensor shift, Tensor weight, Tensor? dropout_mask, float dropout_scale, Tensor(a!) features, "
+      "conv3x3_forward(Tensor bottleneck, Tensor scale, Tensor shift, Tensor weight, Tensor? "
+      "dropout_mask, float dropout_scale, Tensor(a!) features, "
       "int offset, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def(
-      "conv3x3_backward(Tensor bottleneck, Tensor scale, Tensor shift, Tensor? post_mask, Tensor weight, Tensor? dropout_mask, float dropout_scale, "
-      "Tensor features, Tensor grad, Tensor coef, int offset, Tensor norm_weight, Tensor batch_mean, Tensor batch_var, float eps, bool training, "
-      "Tensor(a!) dv, Tensor(b!) dweight, Tensor(c!) dnorm_weight, Tensor(d!) dnorm_bias, Tensor(e!) table) -> ()");
+      "conv3x3_backward(Tensor bottleneck, Tensor scale, Tensor shift, Tensor? post_mask, Tensor "
+      "weight, Tensor? dropout_mask, float dropout_scale, "
+      "Tensor features, Tensor grad, Tensor coef, int offset, Tensor norm_weight, Tensor "
+      "batch_mean, Tensor batch_var, float eps, bool training, "
+      "Tensor(a!) dv, Tensor(b!) dweight, Tensor(c!) dnorm_weight, Tensor(d!) dnorm_bias, "
+      "Tensor(e!) table) -> ()");
   m.def(
-      "squeeze_excite_forward(Tensor(a!) features, int offset, Tensor(b!) mean, Tensor(c!) m2, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
+      "squeeze_excite_forward(Tensor(a!) features, int offset, Tensor(b!) mean, Tensor(c!) m2, "
+      "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
       "Tensor fc2_bias, Tensor(d!) pooled, Tensor(e!) hidden, Tensor(f!) gate) -> ()");
   m.def(
-      "squeeze_excite_backward(Tensor features, Tensor grad, int offset, Tensor fc1_weight, Tensor fc2_weight, Tensor pooled, Tensor hidden, Tensor gate, "
-      "Tensor(a!) coef, Tensor(b!) dfc1_weight, Tensor(c!) dfc1_bias, Tensor(d!) dfc2_weight, Tensor(e!) dfc2_bias) -> ()");
-  m.def("transition_forward(Tensor features, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) out) -> ()");
+      "squeeze_excite_backward(Tensor features, Tensor grad, int offset, Tensor fc1_weight, Tensor "
+      "fc2_weight, Tensor pooled, Tensor hidden, Tensor gate, "
+      "Tensor(a!) coef, Tensor(b!) dfc1_weight, Tensor(c!) dfc1_bias, Tensor(d!) dfc2_weight, "
+      "Tensor(e!) dfc2_bias) -> ()");
   m.def(
-      "transition_backward(Tensor features, Tensor scale, Tensor shift, Tensor weight, Tensor norm_weight, Tensor batch_mean, Tensor batch_var, float eps, "
-      "bool training, Tensor grad_out, Tensor(a!) grad, Tensor(b!) coef, Tensor(c!) dweight, Tensor(d!) dnorm_weight, Tensor(e!) dnorm_bias) -> ()");
+      "transition_forward(Tensor features, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) "
+      "out) -> ()");
+  m.def(
+      "transition_backward(Tensor features, Tensor scale, Tensor shift, Tensor weight, Tensor "
+      "norm_weight, Tensor batch_mean, Tensor batch_var, float eps, "
+      "bool training, Tensor grad_out, Tensor(a!) grad, Tensor(b!) coef, Tensor(c!) dweight, "
+      "Tensor(d!) dnorm_weight, Tensor(e!) dnorm_bias) -> ()");
   m.def("head_forward(Tensor features, Tensor scale, Tensor shift, Tensor(a!) out) -> ()");
   m.def(
-      "head_backward(Tensor features, Tensor scale, Tensor shift, Tensor norm_weight, Tensor batch_mean, Tensor batch_var, float eps, bool training, "
-      "Tensor grad_out, Tensor(a!) grad, Tensor(b!) coef, Tensor(c!) dnorm_weight, Tensor(d!) dnorm_bias) -> ()");
-  m.def("finish_gradient(Tensor features, Tensor grad, Tensor coef, int offset, Tensor(a!) out) -> ()");
+      "head_backward(Tensor features, Tensor scale, Tensor shift, Tensor norm_weight, Tensor "
+      "batch_mean, Tensor batch_var, float eps, bool training, "
+      "Tensor grad_out, Tensor(a!) grad, Tensor(b!) coef, Tensor(c!) dnorm_weight, Tensor(d!) "
+      "dnorm_bias) -> ()");
+  m.def(
+      "finish_gradient(Tensor features, Tensor grad, Tensor coef, int offset, Tensor(a!) out) -> "
+      "()");
 
   m.def(
-      "dense_stage(Tensor x, Tensor[] params, Tensor[] masks, Tensor[] frozen_stats, int mask_kind, float dropout_scale, float[] eps, int[] frozen, "
-      "bool squeeze_excite, int tail, bool keep_bottleneck) -> (Tensor output, Tensor features, Tensor stats, Tensor gates, Tensor bottlenecks)");
+      "dense_stage(Tensor x, Tensor[] params, Tensor[] masks, Tensor[] frozen_stats, int "
+      "mask_kind, float dropout_scale, float[] eps, int[] frozen, "
+      "bool squeeze_excite, int tail, bool keep_bottleneck) -> (Tensor output, Tensor features, "
+      "Tensor stats, Tensor gates, Tensor bottlenecks)");
   m.def(
-      "dense_stage_backward(Tensor grad, Tensor features, Tensor[] params, Tensor[] masks, Tensor stats, Tensor gates, Tensor bottlenecks, int mask_kind, "
-      "float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite, int tail, int in_channels, bool need_dx) -> (Tensor dx, Tensor[] dparams)");
+      "dense_stage_backward(Tensor grad, Tensor features, Tensor[] params, Tensor[] masks, Tensor "
+      "stats, Tensor gates, Tensor bottlenecks, int mask_kind, "
+      "float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite, int tail, int "
+      "in_channels, bool need_dx) -> (Tensor dx, Tensor[] dparams)");
   m.def(
-      "dense_layer(Tensor[] inputs, Tensor[] params, Tensor[] masks, Tensor[] frozen_stats, int mask_kind, float dropout_scale, float[] eps, int[] frozen, "
-      "bool squeeze_excite, bool keep_bottleneck) -> (Tensor output, Tensor stats, Tensor gates, Tensor bottlenecks)");
+      "dense_layer(Tensor[] inputs, Tensor[] params, Tensor[] masks, Tensor[] frozen_stats, int "
+      "mask_kind, float dropout_scale, float[] eps, int[] frozen, "
+      "bool squeeze_excite, bool keep_bottleneck) -> (Tensor output, Tensor stats, Tensor gates, "
+      "Tensor bottlenecks)");
   m.def(
-      "dense_layer_backward(Tensor grad, Tensor output, Tensor[] inputs, Tensor[] params, Tensor[] masks, Tensor stats, Tensor gates, Tensor bottlenecks, "
-      "int mask_kind, float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite) -> (Tensor[] dinputs, Tensor[] dparams)");
+      "dense_layer_backward(Tensor grad, Tensor output, Tensor[] inputs, Tensor[] params, Tensor[] "
+      "masks, Tensor stats, Tensor gates, Tensor bottlenecks, "
+      "int mask_kind, float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite) -> "
+      "(Tensor[] dinputs, Tensor[] dparams)");
 }

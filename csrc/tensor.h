@@ -28,19 +28,29 @@ inline Sizes sizes_of(const Tensor& t) {
 }
 
 inline bool is_storage_type(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
 }
 // The type of statistics, parameters and gradients for feature maps of `type`.
-inline ScalarType arithmetic_type(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType arithmetic_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 inline void check_shape(const char* name, const Tensor& t, const Sizes& sizes) {
-  STD_TORCH_CHECK(sizes_of(t) == sizes, name, " must have shape ", describe(sizes), ", got ", describe(sizes_of(t)));
+  STD_TORCH_CHECK(sizes_of(t) == sizes, name, " must have shape ", describe(sizes), ", got ",
+                  describe(sizes_of(t)));
 }
 inline void check_type(const char* name, const Tensor& t, ScalarType type) {
-  STD_TORCH_CHECK(t.scalar_type() == type, name, " must have dtype ", torch::headeronly::toString(type), ", got ", torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " must have dtype ",
+                  torch::headeronly::toString(type), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
 }
-inline void check_contiguous(const char* name, const Tensor& t) { STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous"); }
+inline void check_contiguous(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+}
 
-inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) { return torch::stable::new_empty(like, sizes, type); }
+inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
 
 }  // namespace densenet_ext

@@ -24,10 +24,10 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--epochs", type=int, default=10)
-    add("--batch-size", type=int, default=64)
+    add("--batch-size", type=int, default=32)
     add("--depth", type=int, default=40, help="6n + 4")
     add("--growth-rate", type=int, default=12)
-    add("--learning-rate", type=float, default=0.1)
+    add("--learning-rate", type=float, default=0.01)
     add("--seed", type=int, default=0, help="of the split, the weights, the masks and the order of the data")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--efficient", choices=EFFICIENT, default="fused", help="how the dense blocks are computed")
@@ -50,10 +50,8 @@ def load_digits(generator, device):
 
 
 def train(model, loader, args):
-    """SGD with a one-cycle schedule."""
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.learning_rate, momentum=0.9, nesterov=True, weight_decay=1e-4
-    )
+    """AdamW with a one-cycle schedule."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     steps = args.epochs * len(loader)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps)
     with tqdm(total=steps, unit="step", disable=None) as progress:

@@ -12,9 +12,10 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def fixed_state():
-    """A fixed seed, fallback as an error, and the thread count as it was."""
+    """A fixed seed, fallback as an error, and one thread: most tests are too small for more."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     densenet_ext.set_fallback("error")
     yield
     densenet_ext.set_fallback("warn")

@@ -49,12 +49,13 @@ SHAPES = [
 class Problem:
     """Arguments for one shape and storage dtype: tensors of the shapes that the twins document.
 
-    masked: with masks before and after the norm and with dropout. Buffers have two channels more than are used, and
-    gaps between their planes; both hold NaN.
+    masks: 'none'; 'pre': before the norm, which makes scale different for each sample; 'all': also after the norm, which
+    makes shift so too, and dropout. Buffers have two channels more than are used, and gaps between their planes; both
+    hold NaN.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, masked: bool = False, seed: int = 0):
-        self.shape, self.dtype, self.masked = shape, dtype, masked
+    def __init__(self, shape: Shape, dtype: torch.dtype, masks: str = "none", seed: int = 0):
+        self.shape, self.dtype, self.masks = shape, dtype, masks
         self.arithmetic = arithmetic_dtype(dtype)
         self.generator = torch.Generator().manual_seed(seed)
         self.rows = shape.samples * shape.height * shape.width
@@ -84,13 +85,13 @@ class Problem:
             base[:, offset : offset + channels, :pixels] = x.to(base.dtype)
         return base[:, :, :pixels].unflatten(2, (s.height, s.width))
 
-    def table(self, channels, masked=False):
-        """scale and shift [1 or N, channels]; rows of masked ones are multiples of the same, some of them zero."""
+    def table(self, channels, pre_mask=None, post_mask=None):
+        """scale and shift [1 or N, channels]; masks multiply their rows."""
         scale, shift = self.grid(1, channels, limit=16), self.grid(1, channels, step=128, limit=100, odd=True)
-        if masked:
-            factor = self.mask(self.shape.samples, channels).double()
-            scale, shift = scale * factor, shift * factor
-        return scale.to(self.arithmetic), shift.to(self.arithmetic)
+        scale, shift = scale.to(self.arithmetic), shift.to(self.arithmetic)
+        for mask in (pre_mask, post_mask):
+            scale = scale if mask is None else scale * mask
+        return scale, shift if post_mask is None else shift * post_mask
 
     def norm(self, channels, training=True):
         """norm weight, batch mean, batch variance, eps, training."""
@@ -99,15 +100,15 @@ class Problem:
 
     @cached_property
     def pre_mask(self):
-        return self.mask(self.shape.samples, self.shape.channels) if self.masked else None
+        return self.mask(self.shape.samples, self.shape.channels) if self.masks != "none" else None
 
     @cached_property
     def post_mask(self):
-        return self.mask(self.shape.samples, self.shape.channels) if self.masked else None
+        return self.mask(self.shape.samples, self.shape.channels) if self.masks == "all" else None
 
     def dropout(self):
         s = self.shape
-        if not self.masked:
+        if self.masks != "all":
             return None, 1.0
         return torch.rand((s.samples, s.growth, s.height, s.width), generator=self.generator) > 0.3, 1 / 0.7
 
@@ -134,7 +135,7 @@ class Problem:
         moments = self.normal(rows, s.channels + 2), self.normal(rows, s.channels + 2).square() * 40
         weight, mean, var, eps, _ = self.norm(s.channels)
         given = (mean, var) if use_given else (self.new(s.channels), self.new(s.channels))
-        tables = [self.new(rows if self.masked else 1, s.channels) for _ in range(2)]
+        tables = [self.new(1 if mask is None else rows, s.channels) for mask in (self.pre_mask, self.post_mask)]
         pixels = s.height * s.width
         masks = (self.pre_mask, self.post_mask)
         return *moments, pixels, *masks, weight, self.normal(s.channels), eps, use_given, *given, *tables
@@ -144,7 +145,7 @@ class Problem:
         weight = self.normal(s.bottleneck, s.channels, 1, 1, scale=0.1)
         out = self.new(self.rows, padded_width(s.bottleneck), dtype=self.dtype)
         mean, m2 = (self.new(1, s.bottleneck), self.new(1, s.bottleneck)) if moments else (None, None)
-        return self.buffer(s.channels), *self.table(s.channels, self.masked), weight, out, mean, m2
+        return self.buffer(s.channels), *self.table(s.channels, self.pre_mask, self.post_mask), weight, out, mean, m2
 
     def conv3x3_forward(self, moments=True):
         s = self.shape
@@ -152,7 +153,7 @@ class Problem:
         features = self.buffer(s.channels + s.growth, values=False)
         columns = (s.samples, s.channels + s.growth + 2)
         mean, m2 = (self.new(*columns), self.new(*columns)) if moments else (None, None)
-        tables = self.table(s.bottleneck, self.masked)
+        tables = self.table(s.bottleneck, None, self.mask(s.samples, s.bottleneck) if self.masks == "all" else None)
         return self.bottleneck(), *tables, weight, *self.dropout(), features, s.channels, mean, m2
 
     def squeeze_excite_forward(self):
@@ -177,16 +178,14 @@ class Problem:
         grads = [torch.full_like(p, torch.nan) for p in (fc1, bias1, fc2, bias2)]
         return features, grad, s.channels, fc1, fc2, *saved, coef, *grads
 
-    def conv3x3_backward(self, training=True, grad_dtype=None):
+    def conv3x3_backward(self, training=True):
         s = self.shape
         weight = self.normal(s.growth, s.bottleneck, 3, 3, scale=0.1)
         features = self.buffer(s.growth, offset=s.channels)
-        grad = self.buffer(s.growth, grad_dtype or self.arithmetic, offset=s.channels)
+        grad = self.buffer(s.growth, self.arithmetic, offset=s.channels)
         coef = self.normal(3, s.samples, s.channels + s.growth + 2)
-        post_mask = self.mask(s.samples, s.bottleneck) if self.masked else None
-        tables = self.table(s.bottleneck)
-        if self.masked:
-            tables = [(table * post_mask).contiguous() for table in tables]
+        post_mask = self.mask(s.samples, s.bottleneck) if self.masks == "all" else None
+        tables = self.table(s.bottleneck, None, post_mask)
         outputs = (
             self.new(self.rows, padded_width(s.bottleneck)),
             torch.full_like(weight, torch.nan),
@@ -198,18 +197,15 @@ class Problem:
         return *inputs, *self.norm(s.bottleneck, training), *outputs
 
     def bottleneck_backward(self, training=True, grad_in="none"):
-        """grad_in: 'none', 'same' as grad, 'storage' or 'arithmetic' for another tensor of that dtype."""
+        """grad_in: 'none', the 'same' as grad, or 'other' tensor."""
         s = self.shape
         weight = self.normal(s.bottleneck, s.channels, 1, 1, scale=0.1)
         table = self.normal(3, s.bottleneck)
-        scale, shift = self.table(s.channels)
-        if self.masked:
-            scale, shift = scale * self.pre_mask * self.post_mask, shift * self.post_mask
+        scale, shift = self.table(s.channels, self.pre_mask, self.post_mask)
         dv = self.normal(self.rows, padded_width(s.bottleneck))
         dv[:, s.bottleneck :] = 0
         grad = self.buffer(s.channels, self.arithmetic, values=grad_in == "same")
-        other = self.buffer(s.channels, self.dtype if grad_in == "storage" else self.arithmetic)
-        incoming = {"none": None, "same": grad}.get(grad_in, other)
+        incoming = {"none": None, "same": grad, "other": self.buffer(s.channels, self.arithmetic)}[grad_in]
         coef = self.normal(3, s.samples, s.channels + 2)
         outputs = (grad, coef, torch.full_like(weight, torch.nan), self.new(s.channels), self.new(s.channels))
         masks = (self.pre_mask, self.post_mask)

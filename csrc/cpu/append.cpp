@@ -3,7 +3,8 @@
 namespace densenet_ext {
 namespace {
 
-void append_cpu(const Tensor& x, const Tensor& features, int64_t offset, const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
+void append_cpu(const Tensor& x, const Tensor& features, int64_t offset,
+                const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
   dispatch_storage("features", features, [&](auto storage, const auto& kernels) {
     using S = decltype(storage);
     const auto f = maps<S>("features", features);
@@ -14,7 +15,8 @@ void append_cpu(const Tensor& x, const Tensor& features, int64_t offset, const s
   });
 }
 
-void finish_gradient_cpu(const Tensor& features, const Tensor& grad, const Tensor& coef, int64_t offset, const Tensor& out) {
+void finish_gradient_cpu(const Tensor& features, const Tensor& grad, const Tensor& coef,
+                         int64_t offset, const Tensor& out) {
   dispatch_storage("features", features, [&](auto storage, const auto& kernels) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
@@ -22,7 +24,8 @@ void finish_gradient_cpu(const Tensor& features, const Tensor& grad, const Tenso
     const auto o = maps<S>("out", out);
     check_shape("out", out, {f.samples, o.channels, f.height, f.width});
     check_range("features", f, offset, o.channels);
-    kernels.finish_gradient({f, maps_like<const T>("grad", grad, f), coefficients<T>(coef, f), offset, o});
+    kernels.finish_gradient(
+        {f, maps_like<const T>("grad", grad, f), coefficients<T>(coef, f), offset, o});
   });
 }
 

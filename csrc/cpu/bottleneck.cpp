@@ -3,7 +3,8 @@
 namespace densenet_ext {
 namespace {
 
-void bottleneck_forward_cpu(const Tensor& features, const Tensor& scale, const Tensor& shift, const Tensor& weight, const Tensor& bottleneck,
+void bottleneck_forward_cpu(const Tensor& features, const Tensor& scale, const Tensor& shift,
+                            const Tensor& weight, const Tensor& bottleneck,
                             const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
   dispatch_storage("features", features, [&](auto storage, const auto& kernels) {
     using S = decltype(storage);
@@ -11,40 +12,44 @@ void bottleneck_forward_cpu(const Tensor& features, const Tensor& scale, const T
     const auto f = maps<const S>("features", features);
     const int64_t width = weight.size(0), channels = weight.size(1);
     check_range("features", f, 0, channels);
-    kernels.bottleneck_forward({f, norm_table<T>(scale, shift, f.samples, channels), matrix<T>("weight", weight, width, channels), channels, width,
-                                pointer<S>("bottleneck", bottleneck, {rows_of(f), round_up(width, kLanes)}), pointer<T>("mean", mean, {1, width}),
-                                pointer<T>("m2", m2, {1, width})});
+    kernels.bottleneck_forward(
+        {f, norm_table<T>(scale, shift, f.samples, channels),
+         matrix<T>("weight", weight, width, channels), channels, width,
+         pointer<S>("bottleneck", bottleneck, {rows_of(f), round_up(width, kLanes)}),
+         pointer<T>("mean", mean, {1, width}), pointer<T>("m2", m2, {1, width})});
   });
 }
 
-void bottleneck_backward_cpu(const Tensor& features, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& pre_mask,
-                             const std::optional<Tensor>& post_mask, const Tensor& weight, const Tensor& dv, const Tensor& bottleneck, const Tensor& table,
-                             const Tensor& norm_weight, const Tensor& batch_mean, const Tensor& batch_var, double eps, bool training,
-                             const std::optional<Tensor>& grad_in, const Tensor& grad, const Tensor& coef, const Tensor& dweight, const Tensor& dnorm_weight,
+void bottleneck_backward_cpu(const Tensor& features, const Tensor& scale, const Tensor& shift,
+                             const std::optional<Tensor>& pre_mask,
+                             const std::optional<Tensor>& post_mask, const Tensor& weight,
+                             const Tensor& dv, const Tensor& bottleneck, const Tensor& table,
+                             const Tensor& norm_weight, const Tensor& batch_mean,
+                             const Tensor& batch_var, double eps, bool training,
+                             const std::optional<Tensor>& grad_in, const Tensor& grad,
+                             const Tensor& coef, const Tensor& dweight, const Tensor& dnorm_weight,
                              const Tensor& dnorm_bias) {
   dispatch_storage("features", features, [&](auto storage, const auto& kernels) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
     const auto f = maps<const S>("features", features);
-    const int64_t width = weight.size(0), channels = weight.size(1), pitch = round_up(width, kLanes);
+    const int64_t width = weight.size(0), channels = weight.size(1),
+                  pitch = round_up(width, kLanes);
     check_range("features", f, 0, channels);
-    kernels.bottleneck_backward({f,
-                                 norm_table<T>(scale, shift, f.samples, channels),
-                                 per_channel<T>("pre_mask", pre_mask, f.samples, channels),
-                                 per_channel<T>("post_mask", post_mask, f.samples, channels),
-                                 matrix<T>("weight", weight, width, channels),
-                                 channels,
-                                 width,
-                                 pointer<T>("dv", dv, {rows_of(f), pitch}),
-                                 pointer<S>("bottleneck", bottleneck, {rows_of(f), pitch}),
-                                 pointer<T>("table", table, {3, width}),
-                                 norm<T>(norm_weight, batch_mean, batch_var, eps, training, channels),
-                                 grad_in.has_value() ? maps_like<const T>("grad_in", *grad_in, f) : Maps<const T>{},
-                                 maps_like<T>("grad", grad, f),
-                                 coefficients<T>(coef, f),
-                                 const_cast<T*>(matrix<T>("dweight", dweight, width, channels)),
-                                 pointer<T>("dnorm_weight", dnorm_weight, {channels}),
-                                 pointer<T>("dnorm_bias", dnorm_bias, {channels})});
+    kernels.bottleneck_backward(
+        {f, norm_table<T>(scale, shift, f.samples, channels),
+         per_channel<T>("pre_mask", pre_mask, f.samples, channels),
+         per_channel<T>("post_mask", post_mask, f.samples, channels),
+         matrix<T>("weight", weight, width, channels), channels, width,
+         pointer<T>("dv", dv, {rows_of(f), pitch}),
+         pointer<S>("bottleneck", bottleneck, {rows_of(f), pitch}),
+         pointer<T>("table", table, {3, width}),
+         norm<T>(norm_weight, batch_mean, batch_var, eps, training, channels),
+         grad_in.has_value() ? maps_like<const T>("grad_in", *grad_in, f) : Maps<const T>{},
+         maps_like<T>("grad", grad, f), coefficients<T>(coef, f),
+         const_cast<T*>(matrix<T>("dweight", dweight, width, channels)),
+         pointer<T>("dnorm_weight", dnorm_weight, {channels}),
+         pointer<T>("dnorm_bias", dnorm_bias, {channels})});
   });
 }
 

@@ -1,4 +1,5 @@
-// Chooses the kernels of the best instruction set that this machine has; DENSENET_EXT_CPU_CAPABILITY forces a lower one.
+// Chooses the kernels of the best instruction set that this machine has;
+// DENSENET_EXT_CPU_CAPABILITY forces a lower one.
 #include "dispatch.h"
 
 #include <cstdlib>
@@ -18,10 +19,11 @@ std::vector<Capability> available() {
   std::vector<Capability> list = {{"baseline", &baseline::kernel_table}};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2");
   if (avx2) list.push_back({"avx2", &avx2::kernel_table});
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     list.push_back({"avx512", &avx512::kernel_table});
   }
 #endif
@@ -37,7 +39,8 @@ Capability choose() {
     if (c.name == std::string(forced)) return c;
     names += (names.empty() ? "" : ", ") + std::string(c.name);
   }
-  throw std::runtime_error("DENSENET_EXT_CPU_CAPABILITY is '" + std::string(forced) + "'; on this machine it may be one of: " + names);
+  throw std::runtime_error("DENSENET_EXT_CPU_CAPABILITY is '" + std::string(forced) +
+                           "'; on this machine it may be one of: " + names);
 }
 
 const Capability& chosen() {

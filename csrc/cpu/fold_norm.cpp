@@ -1,8 +1,11 @@
-// Batch statistics from moments, and batch normalization with the masks around it as one scale and one shift.
+// Batch statistics from moments, and batch normalization with the masks around it as one scale and
+// one shift.
 //
-//   mean_c = (1/N) sum_n q mu,  var_c = (1/M) sum_n (q^2 M2 + P (q mu - mean_c)^2)       scale = r*q*gamma*rstd,  shift = r*(beta - gamma*rstd*mean)
+//   mean_c = (1/N) sum_n q mu,  var_c = (1/M) sum_n (q^2 M2 + P (q mu - mean_c)^2)       scale =
+//   r*q*gamma*rstd,  shift = r*(beta - gamma*rstd*mean)
 //
-// mu, M2 the moments of a channel of one sample, q the mask before and r the mask after batch normalization, M = N*P. No pass over pixels, no cancellation.
+// mu, M2 the moments of a channel of one sample, q the mask before and r the mask after batch
+// normalization, M = N*P. No pass over pixels, no cancellation.
 #include <cmath>
 
 #include "arguments.h"
@@ -11,35 +14,47 @@ namespace densenet_ext {
 namespace {
 
 template <class T>
-void fold_norm_of(const Tensor& mean, const Tensor& m2, int64_t pixels, const std::optional<Tensor>& pre_mask, const std::optional<Tensor>& post_mask,
-                  const Tensor& weight, const Tensor& bias, double eps, bool use_given, const Tensor& batch_mean, const Tensor& batch_var, const Tensor& scale,
+void fold_norm_of(const Tensor& mean, const Tensor& m2, int64_t pixels,
+                  const std::optional<Tensor>& pre_mask, const std::optional<Tensor>& post_mask,
+                  const Tensor& weight, const Tensor& bias, double eps, bool use_given,
+                  const Tensor& batch_mean, const Tensor& batch_var, const Tensor& scale,
                   const Tensor& shift) {
   const int64_t channels = weight.numel();
-  const int64_t samples = pre_mask.has_value() ? pre_mask->size(0) : post_mask.has_value() ? post_mask->size(0) : 1;
-  const PerChannel<T> q = per_channel<T>("pre_mask", pre_mask, samples, channels), r = per_channel<T>("post_mask", post_mask, samples, channels);
+  const int64_t samples = pre_mask.has_value()    ? pre_mask->size(0)
+                          : post_mask.has_value() ? post_mask->size(0)
+                                                  : 1;
+  const PerChannel<T> q = per_channel<T>("pre_mask", pre_mask, samples, channels),
+                      r = per_channel<T>("post_mask", post_mask, samples, channels);
   const T* const gamma = pointer<T>("weight", weight, {channels});
   const T* const beta = pointer<T>("bias", bias, {channels});
   T* const mean_out = pointer<T>("batch_mean", batch_mean, {channels});
   T* const var_out = pointer<T>("batch_var", batch_var, {channels});
-  const PerChannel<T> s = per_channel<T>("scale", scale, samples, channels), t = per_channel<T>("shift", shift, samples, channels);
+  const PerChannel<T> s = per_channel<T>("scale", scale, samples, channels),
+                      t = per_channel<T>("shift", shift, samples, channels);
 
   if (!use_given) {
-    STD_TORCH_CHECK(mean.dim() == 2 && mean.size(1) >= channels, "mean must have shape [rows, >= ", channels, "], got ", describe(sizes_of(mean)));
+    STD_TORCH_CHECK(mean.dim() == 2 && mean.size(1) >= channels,
+                    "mean must have shape [rows, >= ", channels, "], got ",
+                    describe(sizes_of(mean)));
     const int64_t rows = mean.size(0), stride = mean.size(1);
-    STD_TORCH_CHECK(!q.data || rows == samples, "pre_mask must have one row for each row of mean, ", rows, ", got ", samples);
+    STD_TORCH_CHECK(!q.data || rows == samples, "pre_mask must have one row for each row of mean, ",
+                    rows, ", got ", samples);
     const T* const mu = pointer<T>("mean", mean, {rows, stride});
     const T* const centred = pointer<T>("m2", m2, {rows, stride});
     std::vector<double> sums(channels, 0.0), squares(channels, 0.0);
     for (int64_t n = 0; n < rows; ++n) {
       for (int64_t c = 0; c < channels; ++c) {
-        sums[c] += (q.data ? static_cast<double>(q.row(n)[c]) : 1.0) * static_cast<double>(mu[n * stride + c]);
+        sums[c] += (q.data ? static_cast<double>(q.row(n)[c]) : 1.0) *
+                   static_cast<double>(mu[n * stride + c]);
       }
     }
     for (double& sum : sums) sum /= static_cast<double>(rows > 0 ? rows : 1);
     for (int64_t n = 0; n < rows; ++n) {
       for (int64_t c = 0; c < channels; ++c) {
-        const double mask = q.data ? static_cast<double>(q.row(n)[c]) : 1.0, off = mask * static_cast<double>(mu[n * stride + c]) - sums[c];
-        squares[c] += mask * mask * static_cast<double>(centred[n * stride + c]) + static_cast<double>(pixels) * off * off;
+        const double mask = q.data ? static_cast<double>(q.row(n)[c]) : 1.0,
+                     off = mask * static_cast<double>(mu[n * stride + c]) - sums[c];
+        squares[c] += mask * mask * static_cast<double>(centred[n * stride + c]) +
+                      static_cast<double>(pixels) * off * off;
       }
     }
     const double count = static_cast<double>(rows) * static_cast<double>(pixels);
@@ -54,7 +69,8 @@ void fold_norm_of(const Tensor& mean, const Tensor& m2, int64_t pixels, const st
     gain[c] = static_cast<double>(gamma[c]) / std::sqrt(static_cast<double>(var_out[c]) + eps);
     offset[c] = static_cast<double>(beta[c]) - gain[c] * static_cast<double>(mean_out[c]);
   }
-  const auto fill = [&](const Tensor& out, const std::vector<double>& values, const PerChannel<T>& first, const PerChannel<T>& second) {
+  const auto fill = [&](const Tensor& out, const std::vector<double>& values,
+                        const PerChannel<T>& first, const PerChannel<T>& second) {
     T* const data = static_cast<T*>(out.data_ptr());
     for (int64_t n = 0; n < out.size(0); ++n) {
       for (int64_t c = 0; c < channels; ++c) {
@@ -65,21 +81,28 @@ void fold_norm_of(const Tensor& mean, const Tensor& m2, int64_t pixels, const st
       }
     }
   };
-  STD_TORCH_CHECK((scale.size(0) == samples || !(q.data || r.data)) && (shift.size(0) == samples || !r.data), "scale and shift must have a row a sample, ",
-                  samples, ", where masks apply to them");
+  STD_TORCH_CHECK(
+      (scale.size(0) == samples || !(q.data || r.data)) && (shift.size(0) == samples || !r.data),
+      "scale and shift must have a row a sample, ", samples, ", where masks apply to them");
   static_cast<void>(s), static_cast<void>(t);
   fill(scale, gain, q, r);
   fill(shift, offset, PerChannel<T>{}, r);
 }
 
-void fold_norm_cpu(const Tensor& mean, const Tensor& m2, int64_t pixels, const std::optional<Tensor>& pre_mask, const std::optional<Tensor>& post_mask,
-                   const Tensor& weight, const Tensor& bias, double eps, bool use_given, const Tensor& batch_mean, const Tensor& batch_var, const Tensor& scale,
+void fold_norm_cpu(const Tensor& mean, const Tensor& m2, int64_t pixels,
+                   const std::optional<Tensor>& pre_mask, const std::optional<Tensor>& post_mask,
+                   const Tensor& weight, const Tensor& bias, double eps, bool use_given,
+                   const Tensor& batch_mean, const Tensor& batch_var, const Tensor& scale,
                    const Tensor& shift) {
   const bool is_double = weight.scalar_type() == ScalarType::Double;
-  (is_double ? fold_norm_of<double> : fold_norm_of<float>)(mean, m2, pixels, pre_mask, post_mask, weight, bias, eps, use_given, batch_mean, batch_var, scale, shift);
+  (is_double ? fold_norm_of<double> : fold_norm_of<float>)(mean, m2, pixels, pre_mask, post_mask,
+                                                           weight, bias, eps, use_given, batch_mean,
+                                                           batch_var, scale, shift);
 }
 
 }  // namespace
 }  // namespace densenet_ext
 
-STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CPU, m) { m.impl("fold_norm", TORCH_BOX(&densenet_ext::fold_norm_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CPU, m) {
+  m.impl("fold_norm", TORCH_BOX(&densenet_ext::fold_norm_cpu));
+}

@@ -1,10 +1,12 @@
 // The CPU kernels as plain C++: argument structures and the table of one instruction set.
 //
-// csrc/cpu/kernels/ is compiled once per instruction set and knows nothing of torch; csrc/cpu/*.cpp checks tensors, fills these structures and calls the
-// table that dispatch.cpp chose. Threads and scratch memory come in through parallel.h.
+// csrc/cpu/kernels/ is compiled once per instruction set and knows nothing of torch; csrc/cpu/*.cpp
+// checks tensors, fills these structures and calls the table that dispatch.cpp chose. Threads and
+// scratch memory come in through parallel.h.
 //
-// Vocabulary: n sample, c channel, p pixel of a map of P = height*width pixels, M = N*P rows; k growth rate, K2 bottleneck width; S storage type of feature
-// maps, T = Arithmetic<S> the type of everything else.
+// Vocabulary: n sample, c channel, p pixel of a map of P = height*width pixels, M = N*P rows; k
+// growth rate, K2 bottleneck width; S storage type of feature maps, T = Arithmetic<S> the type of
+// everything else.
 #pragma once
 
 #include <cstdint>
@@ -30,13 +32,15 @@ struct ArithmeticOf<double> {
 template <class S>
 using Arithmetic = typename ArithmeticOf<S>::type;
 
-// Bottleneck rows, packed weights and tiles are padded to whole groups of this many elements, whatever the vector length.
+// Bottleneck rows, packed weights and tiles are padded to whole groups of this many elements,
+// whatever the vector length.
 constexpr int64_t kLanes = 16;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Planar feature maps [samples, channels, height, width]; the pixels of a plane are contiguous, planes and samples may be padded.
+// Planar feature maps [samples, channels, height, width]; the pixels of a plane are contiguous,
+// planes and samples may be padded.
 template <class E>
 struct Maps {
   E* data = nullptr;
@@ -244,18 +248,18 @@ struct HeadBackward {
 };
 
 // X(function, arguments)
-#define DENSENET_EXT_KERNELS(X)                    \
-  X(append, Append)                                \
-  X(finish_gradient, FinishGradient)               \
-  X(bottleneck_forward, BottleneckForward)         \
-  X(bottleneck_backward, BottleneckBackward)       \
-  X(conv3x3_forward, Conv3x3Forward)               \
-  X(conv3x3_backward, Conv3x3Backward)             \
-  X(squeeze_excite_forward, SqueezeExciteForward)  \
+#define DENSENET_EXT_KERNELS(X)                     \
+  X(append, Append)                                 \
+  X(finish_gradient, FinishGradient)                \
+  X(bottleneck_forward, BottleneckForward)          \
+  X(bottleneck_backward, BottleneckBackward)        \
+  X(conv3x3_forward, Conv3x3Forward)                \
+  X(conv3x3_backward, Conv3x3Backward)              \
+  X(squeeze_excite_forward, SqueezeExciteForward)   \
   X(squeeze_excite_backward, SqueezeExciteBackward) \
-  X(transition_forward, TransitionForward)         \
-  X(transition_backward, TransitionBackward)       \
-  X(head_forward, HeadForward)                     \
+  X(transition_forward, TransitionForward)          \
+  X(transition_backward, TransitionBackward)        \
+  X(head_forward, HeadForward)                      \
   X(head_backward, HeadBackward)
 
 // The kernels of one instruction set for one storage type.

@@ -1,5 +1,6 @@
-// Threads and scratch memory for the kernels. The threads are torch's (its parallel_for lives in its library, so no OpenMP of our own) and the memory comes from
-// torch's allocator, where every memory figure sees it.
+// Threads and scratch memory for the kernels. The threads are torch's (its parallel_for lives in
+// its library, so no OpenMP of our own) and the memory comes from torch's allocator, where every
+// memory figure sees it.
 #pragma once
 
 #include <cstddef>
@@ -31,13 +32,16 @@ int64_t thread_count(int64_t items);
 using ThreadBody = void (*)(void* context, int64_t thread, int64_t begin, int64_t end);
 void parallel_threads(int64_t items, int64_t threads, ThreadBody body, void* context);
 
-// body(thread, begin, end) on `threads` threads: each owns one contiguous share of the items, the same at every call, so that sums kept per thread and merged in
-// order are bit-equal from run to run.
+// body(thread, begin, end) on `threads` threads: each owns one contiguous share of the items, the
+// same at every call, so that sums kept per thread and merged in order are bit-equal from run to
+// run.
 template <class F>
 void parallel(int64_t items, int64_t threads, const F& body) {
   parallel_threads(
       items, threads,
-      [](void* context, int64_t thread, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(thread, begin, end); },
+      [](void* context, int64_t thread, int64_t begin, int64_t end) {
+        (*static_cast<const F*>(context))(thread, begin, end);
+      },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

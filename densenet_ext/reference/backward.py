@@ -40,7 +40,7 @@ def squeeze_excite_backward(
 
     With g the gradient after the gate and x the gated output, (1 - gate) sum_p g x is the gradient before the sigmoid:
     nothing is divided by the gate. The gradient before the gate is gate * g + dpooled / P.
-    features [N, C, H, W] S; grad [N, C, H, W] S or A; coef [3, N, C] A, changed at the k channels from offset on;
+    features [N, C, H, W] S; grad [N, C, H, W] A; coef [3, N, C] A, changed at the k channels from offset on;
     the others as in squeeze_excite_forward.
     """
     columns = slice(offset, offset + fc2_weight.size(0))
@@ -100,8 +100,8 @@ def conv3x3_backward(
     dy = dropout(coef[0] grad + coef[1] + coef[2] x), dv = conv3x3^T(dy) * r * [scale * b + shift > 0], r = post_mask;
     the gradient of b is table[0] dv + table[1] + table[2] b, where training makes table[1] and table[2] non-zero.
     bottleneck b [M, K2p] S; scale, shift [1 or N, K2], post_mask [N, K2], weight [k, K2, 3, 3] A; dropout_mask bool
-    [N, k, H, W]; features [N, C, H, W] S; grad [N, C, H, W] S or A; coef [3, N, C], norm_weight, batch_mean, batch_var
-    [K2] A. Written, all A: dv [M, K2p], zero from column K2 on; dweight like weight; dnorm_weight, dnorm_bias [K2];
+    [N, k, H, W]; features [N, C, H, W] S; grad [N, C, H, W], coef [3, N, C], norm_weight, batch_mean,
+    batch_var [K2] A. Written, all A: dv [M, K2p], zero from column K2 on; dweight like weight; dnorm_weight, dnorm_bias [K2];
     table [3, K2].
     """
     out_channels, width = weight.shape[:2]
@@ -154,8 +154,8 @@ def bottleneck_backward(
         coef[1] -= q norm_weight rstd (S1 - mean rstd S2) / M          (where training)
         coef[2] -= q^2 norm_weight rstd^2 S2 / M                       (where training)
     features [N, C, H, W] S; scale, shift [1 or N, c], masks [N, c], weight [K2, c] or [K2, c, 1, 1], dv [M, K2p] A;
-    bottleneck b [M, K2p] S; table [3, K2], norm_weight, batch_mean, batch_var [c] A; grad_in [N, C, H, W] S or A, or
-    the same tensor as grad. Written, all A: grad [N, C, H, W] and coef [3, N, C] at the first c channels, dweight like
+    bottleneck b [M, K2p] S; table [3, K2], norm_weight, batch_mean, batch_var [c] A; grad_in [N, C, H, W] A, which
+    may be grad itself. Written, all A: grad [N, C, H, W] and coef [3, N, C] at the first c channels, dweight like
     weight, dnorm_weight, dnorm_bias [c].
     """
     width, channels = weight.shape[:2]

@@ -118,7 +118,7 @@ def _backward(stage: _Stage, features, source, grad, coef, stats, gates, bottlen
     """All layers from last to first. `source` holds the gradient of the last layer's output, `grad` accumulates."""
     s, kernels = stage, stage.kernels
     each = len(s.layers[0])
-    workspace = None if bottlenecks.numel() else s.bottleneck()
+    workspace = None if bottlenecks.dim() == 3 else s.bottleneck()
     dv = s.empty(s.samples * s.pixels, padded_width(s.width))
     table = s.empty(3, s.width)
     for i in reversed(range(s.count)):
@@ -212,7 +212,7 @@ def dense_stage_backward(
     coef = s.empty(3, s.samples, s.channels)
     source = buffer
     if tail == TAIL_NONE:
-        source = grad
+        source = grad.to(s.dtype)
         coef[0], coef[1:] = 1, 0
     else:
         weight, bias, *conv = s.tail_params

@@ -1,5 +1,6 @@
-// Copying channels into the feature buffer with their moments, and the gradient of channels out of the gradient buffer. One plane at a time; threads own contiguous
-// planes. Bytes moved: append x once and its copy once; finish_gradient G, x and out once.
+// Copying channels into the feature buffer with their moments, and the gradient of channels out of
+// the gradient buffer. One plane at a time; threads own contiguous planes. Bytes moved: append x
+// and its copy once; finish_gradient G, x and out once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "moments.h"
@@ -34,13 +35,15 @@ void finish_gradient(const FinishGradient<S>& a) {
   parallel(planes, thread_count(planes), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / a.out.channels, j = i % a.out.channels, c = a.offset + j;
-      const Vec<T> c0 = broadcast(a.coef.at(0, n, c)), c1 = broadcast(a.coef.at(1, n, c)), c2 = broadcast(a.coef.at(2, n, c));
+      const Vec<T> c0 = broadcast(a.coef.at(0, n, c)), c1 = broadcast(a.coef.at(1, n, c)),
+                   c2 = broadcast(a.coef.at(2, n, c));
       const T* const g = a.grad.plane(n, c);
       const S* const x = a.features.plane(n, c);
       S* const out = a.out.plane(n, j);
       for (int64_t p = 0; p < pixels; p += kVec<T>) {
         const int64_t left = pixels - p;
-        store_first(out + p, c0 * load_first(g + p, left) + (c1 + c2 * load_first(x + p, left)), left);
+        store_first(out + p, c0 * load_first(g + p, left) + (c1 + c2 * load_first(x + p, left)),
+                    left);
       }
     }
   });

@@ -1,12 +1,15 @@
-// Joint backward of a dense layer's 1x1 convolution and of the batch normalization and ReLU in front of it, one pass over x and G:
+// Joint backward of a dense layer's 1x1 convolution and of the batch normalization and ReLU in
+// front of it, one pass over x and G:
 //
-//   db = t0*dv + t1 + t2*b          gradient of the bottleneck, through BN2
-//   dW[o, c] = sum_m db[m, o] z[m, c]          z = relu(scale*x + shift), remade
-//   dz[m, c] = sum_o db[m, o] W[o, c],  dx_direct = q*gamma*rstd * r*dz*[z > 0]  added to G;  S1, S2 of BN1 on the way
+//   db = t0*dv + t1 + t2*b                   gradient of the bottleneck, through BN2
+//   dW[o, c] = sum_m db[m, o] z[m, c]        z = relu(scale*x + shift), remade
+//   dz[m, c] = sum_o db[m, o] W[o, c]
+//   G += q*gamma*rstd * dv1,  dv1 = r*dz*[z > 0];   S1, S2 of BN1 on the way
 //
-// A tile of up to 512 pixels: db is formed once, in both orientations ([position, o] and [o, position]). Then for 12 channels at a time: z (12 runs of pixels),
-// dW (lanes are o), dz (lanes are pixels), whose epilogue masks, sums and updates G from registers: dz never reaches memory. Threads own contiguous tiles and
-// private sums, merged in thread order. Bytes moved: dv, b, x and G once, G written once.
+// A tile of up to 512 pixels: db is formed once, in both orientations. Then for 12 channels at a
+// time: z (12 runs of pixels), dW (lanes are o), dz (lanes are pixels), whose epilogue masks, sums
+// and updates G from registers: dz never reaches memory. Threads own contiguous tiles and private
+// sums, merged in thread order. Bytes moved: dv, b, x and G once, G written once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
@@ -24,9 +27,9 @@ template <class S>
 struct Job {
   using T = Arithmetic<S>;
   const BottleneckBackward<S>& a;
-  int64_t pitch, capacity;
-  const T* weight;  // [groups, width, kGroup]
-  const T* scaled;  // gamma*rstd [channels]
+  int64_t pitch, stride;  // of db and dweight; of db_t and z
+  const T* weight;        // [groups, width, kGroup]
+  const T* scaled;        // gamma*rstd [channels]
   // of one thread
   T *db, *db_t, *z, *dweight;
   double* sums;
@@ -37,13 +40,16 @@ struct Job {
     for (int64_t v = 0; v < vectors; ++v) {
       T t[3][kVec<T>] = {};
       for (int j = 0; j < 3; ++j) {
-        for (int64_t i = 0; i < kVec<T> && v * kVec<T> + i < a.width; ++i) t[j][i] = a.db_table[j * a.width + v * kVec<T> + i];
+        for (int64_t i = 0; i < kVec<T> && v * kVec<T> + i < a.width; ++i)
+          t[j][i] = a.db_table[j * a.width + v * kVec<T> + i];
       }
       const Vec<T> t0 = load(t[0]), t1 = load(t[1]), t2 = load(t[2]);
       for (int64_t s = 0; s < tile.samples; ++s) {
         const int64_t row = (first_row + s * tile.count) * pitch + v * kVec<T>;
         T* const out = db + s * tile.pitch * pitch + v * kVec<T>;
-        for (int64_t i = 0; i < tile.count; ++i) store(out + i * pitch, t0 * load(a.dv + row + i * pitch) + (t1 + t2 * load(a.bottleneck + row + i * pitch)));
+        for (int64_t i = 0; i < tile.count; ++i)
+          store(out + i * pitch, t0 * load(a.dv + row + i * pitch) +
+                                     (t1 + t2 * load(a.bottleneck + row + i * pitch)));
         for (int64_t i = tile.count; i < tile.pitch; ++i) store(out + i * pitch, Vec<T>{});
       }
     }
@@ -54,7 +60,7 @@ struct Job {
         for (int i = 0; i < kVec<T>; ++i) square[i] = load(db + (p + i) * pitch + v * kVec<T>);
         transpose<T>(square);
         DX_UNROLL
-        for (int i = 0; i < kVec<T>; ++i) store(db_t + (v * kVec<T> + i) * capacity + p, square[i]);
+        for (int i = 0; i < kVec<T>; ++i) store(db_t + (v * kVec<T> + i) * stride + p, square[i]);
       }
     }
   }
@@ -64,12 +70,14 @@ struct Job {
       for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
         constexpr int NV = decltype(group)::value;
         Block<T, kWeightRows, NV> block;
-        block.product(tile.positions(), z + r0 * capacity, capacity, 1, db + first * kVec<T>, pitch);
+        block.product(tile.positions(), z + r0 * stride, stride, 1, db + first * kVec<T>, pitch);
         T* const out = dweight + (c0 + r0) * pitch + first * kVec<T>;
         DX_UNROLL
         for (int r = 0; r < kWeightRows; ++r) {
           DX_UNROLL
-          for (int v = 0; v < NV; ++v) store(out + r * pitch + v * kVec<T>, load(out + r * pitch + v * kVec<T>) + block.acc[r][v]);
+          for (int v = 0; v < NV; ++v)
+            store(out + r * pitch + v * kVec<T>,
+                  load(out + r * pitch + v * kVec<T>) + block.acc[r][v]);
         }
       });
     }
@@ -85,34 +93,37 @@ struct Job {
       const int64_t n = tile.sample + s;
       const T* const pre = a.pre_mask.data ? a.pre_mask.row(n) : nullptr;
       const T* const post = a.post_mask.data ? a.post_mask.row(n) : nullptr;
-      for_vector_groups<kPixelVectors>(ceil_div(tile.count, kVec<T>), [&](int64_t first, auto group) {
-        constexpr int NV = decltype(group)::value;
-        const int64_t position = s * tile.pitch + first * kVec<T>;
-        Block<T, kChannelRows, NV> block;
-        block.product(a.width, weight + c0 * a.width + r0, 1, kGroup, db_t + position, capacity);
-        DX_UNROLL
-        for (int r = 0; r < kChannelRows; ++r) {
-          if (r >= valid) continue;
-          const int64_t c = c0 + r0 + r;
-          const Vec<T> q = broadcast(pre ? pre[c] : T(1)), mean = broadcast(a.norm.mean[c]);
-          const Vec<T> step = q * broadcast(scaled[c]);
-          DX_UNROLL
-          for (int v = 0; v < NV; ++v) {
-            const int64_t p = (first + v) * kVec<T>, left = tile.count - p;
-            const Vec<T> x = load_first(a.features.plane(n, c) + tile.pixel + p, left);
-            Vec<T> d = where_positive(load(z + (r0 + r) * capacity + position + v * kVec<T>), block.acc[r][v]);
-            if (post) d = d * broadcast(post[c]);
-            s1[r] += d;
-            s2[r] += d * (q * x - mean);
-            T* const g = a.grad.plane(n, c) + tile.pixel + p;
-            if constexpr (FIRST) {
-              store_first(g, step * d, left);
-            } else {
-              store_first(g, step * d + load_first(a.grad_in.plane(n, c) + tile.pixel + p, left), left);
+      for_vector_groups<kPixelVectors>(
+          ceil_div(tile.count, kVec<T>), [&](int64_t first, auto group) {
+            constexpr int NV = decltype(group)::value;
+            const int64_t position = s * tile.pitch + first * kVec<T>;
+            Block<T, kChannelRows, NV> block;
+            block.product(a.width, weight + c0 * a.width + r0, 1, kGroup, db_t + position, stride);
+            DX_UNROLL
+            for (int r = 0; r < kChannelRows; ++r) {
+              if (r >= valid) continue;
+              const int64_t c = c0 + r0 + r;
+              const Vec<T> q = broadcast(pre ? pre[c] : T(1)), mean = broadcast(a.norm.mean[c]);
+              const Vec<T> step = q * broadcast(scaled[c]);
+              DX_UNROLL
+              for (int v = 0; v < NV; ++v) {
+                const int64_t p = (first + v) * kVec<T>, left = tile.count - p;
+                const Vec<T> x = load_first(a.features.plane(n, c) + tile.pixel + p, left);
+                Vec<T> d = where_positive(load(z + (r0 + r) * stride + position + v * kVec<T>),
+                                          block.acc[r][v]);
+                if (post) d = d * broadcast(post[c]);
+                s1[r] += d;
+                s2[r] += d * (q * x - mean);
+                T* const g = a.grad.plane(n, c) + tile.pixel + p;
+                if constexpr (FIRST) {
+                  store_first(g, step * d, left);
+                } else {
+                  store_first(
+                      g, step * d + load_first(a.grad_in.plane(n, c) + tile.pixel + p, left), left);
+                }
+              }
             }
-          }
-        }
-      });
+          });
     }
     for (int64_t r = 0; r < valid; ++r) {
       sums[2 * (c0 + r0 + r)] += static_cast<double>(sum_lanes<T>(s1[r]));
@@ -125,9 +136,9 @@ struct Job {
     for (int64_t c0 = 0; c0 < a.channels; c0 += kGroup) {
       for (int64_t r = 0; r < kGroup; ++r) {
         if (c0 + r < a.channels) {
-          norm_relu_tile(a.features, a.table, tile, c0 + r, z + r * capacity);
+          norm_relu_tile(a.features, a.table, tile, c0 + r, z + r * stride);
         } else {
-          std::fill_n(z + r * capacity, tile.positions(), T(0));
+          std::fill_n(z + r * stride, tile.positions(), T(0));
         }
       }
       weight_gradient(tile, c0);
@@ -156,11 +167,15 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
   const Scratch scaled(sizeof(T) * a.channels);
   for (int64_t c = 0; c < channels; ++c) {
     T* const column = packed.as<T>() + (c / kGroup) * kGroup * a.width + c % kGroup;
-    for (int64_t o = 0; o < a.width; ++o) column[o * kGroup] = c < a.channels ? a.weight[o * a.channels + c] : T(0);
+    for (int64_t o = 0; o < a.width; ++o)
+      column[o * kGroup] = c < a.channels ? a.weight[o * a.channels + c] : T(0);
   }
-  for (int64_t c = 0; c < a.channels; ++c) scaled.as<T>()[c] = static_cast<T>(static_cast<double>(a.norm.weight[c]) * reciprocal_std(a.norm, c));
+  for (int64_t c = 0; c < a.channels; ++c)
+    scaled.as<T>()[c] =
+        static_cast<T>(static_cast<double>(a.norm.weight[c]) * reciprocal_std(a.norm, c));
 
-  const int64_t tile_values = (2 * pitch + kGroup) * capacity;
+  const int64_t stride = padded_stride(capacity),
+                tile_values = pitch * capacity + (pitch + kGroup) * stride;
   const Scratch tiles(sizeof(T) * threads * tile_values);
   const Scratch partials(sizeof(T) * threads * channels * pitch);
   const Scratch sums(sizeof(double) * threads * 2 * a.channels);
@@ -171,12 +186,12 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
     T* const tile = tiles.as<T>() + thread * tile_values;
     const Job<S> job{a,
                      pitch,
-                     capacity,
+                     stride,
                      packed.as<T>(),
                      scaled.as<T>(),
                      tile,
                      tile + pitch * capacity,
-                     tile + 2 * pitch * capacity,
+                     tile + pitch * (capacity + stride),
                      partials.as<T>() + thread * channels * pitch,
                      sums.as<double>() + thread * 2 * a.channels};
     for (int64_t i = begin; i < end; ++i) job.run(tiling[i]);
@@ -193,8 +208,10 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
   for (int64_t t = 1; t < threads; ++t) {
     for (int64_t i = 0; i < 2 * a.channels; ++i) total[i] += total[t * 2 * a.channels + i];
   }
-  const double rows = static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
-  finish_norm_backward(a.norm, total, a.channels, rows, a.pre_mask, a.coef, true, a.dnorm_weight, a.dnorm_bias);
+  const double rows =
+      static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
+  finish_norm_backward(a.norm, total, a.channels, rows, a.pre_mask, a.coef, true, a.dnorm_weight,
+                       a.dnorm_bias);
 }
 
 DENSENET_EXT_INSTANTIATE(bottleneck_backward, BottleneckBackward)

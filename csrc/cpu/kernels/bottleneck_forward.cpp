@@ -1,9 +1,11 @@
 // Forward of the 1x1 convolution of a dense layer, batch normalization and ReLU in its load:
 //
-//   b[m, o] = sum_c relu(scale[c]*x[m, c] + shift[c]) * W[o, c]        and the moments of b over all M rows
+//   b[m, o] = sum_c relu(scale[c]*x[m, c] + shift[c]) * W[o, c]     and the moments of b over all
+//   rows
 //
-// A tile of up to 256 pixels of all input channels is normalized and rectified into z [C, positions] in the second-level cache; a register block of 8 pixels by 3
-// vectors of outputs then runs over all channels. Threads own contiguous tiles. Bytes moved: x once, b once.
+// A tile of up to 256 pixels of all input channels is normalized and rectified into z [C,
+// positions] in the second-level cache; a register block of 8 pixels by 3 vectors of outputs then
+// runs over all channels. Threads own contiguous tiles. Bytes moved: x once, b once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
@@ -16,7 +18,8 @@ namespace {
 
 // Moments of `rows` rows of b, merged into the thread's running (count, mean, m2).
 template <class S, class T = Arithmetic<S>>
-void add_row_moments(const S* b, int64_t rows, int64_t pitch, double count, double* mean, double* m2) {
+void add_row_moments(const S* b, int64_t rows, int64_t pitch, double count, double* mean,
+                     double* m2) {
   for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
     constexpr int NV = decltype(group)::value;
     Vec<T> sums[NV] = {}, squares[NV] = {};
@@ -47,8 +50,10 @@ void add_row_moments(const S* b, int64_t rows, int64_t pitch, double count, doub
 }
 
 template <class S, class T = Arithmetic<S>>
-void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const T* weight, int64_t pitch, T* z, int64_t capacity) {
-  for (int64_t c = 0; c < a.channels; ++c) norm_relu_tile(a.features, a.norm, tile, c, z + c * capacity);
+void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const T* weight,
+                     int64_t pitch, T* z, int64_t stride) {
+  for (int64_t c = 0; c < a.channels; ++c)
+    norm_relu_tile(a.features, a.norm, tile, c, z + c * stride);
   S* const rows = a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch;
   for (int64_t i = 0; i < tile.samples; ++i) {
     for (int64_t p = 0; p < tile.count; p += kPixelRows) {
@@ -57,12 +62,14 @@ void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const T* w
       for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
         constexpr int NV = decltype(group)::value;
         Block<T, kPixelRows, NV> block;
-        block.product(a.channels, z + i * tile.pitch + p, 1, capacity, weight + first * kVec<T>, pitch);
+        block.product(a.channels, z + i * tile.pitch + p, 1, stride, weight + first * kVec<T>,
+                      pitch);
         DX_UNROLL
         for (int r = 0; r < kPixelRows; ++r) {
           if (r < valid) {
             DX_UNROLL
-            for (int v = 0; v < NV; ++v) store(out + r * pitch + (first + v) * kVec<T>, block.acc[r][v]);
+            for (int v = 0; v < NV; ++v)
+              store(out + r * pitch + (first + v) * kVec<T>, block.acc[r][v]);
           }
         }
       });
@@ -81,12 +88,14 @@ void bottleneck_forward(const BottleneckForward<S>& a) {
   const int64_t threads = thread_count(tiling.count);
   const bool moments = a.mean != nullptr;
 
-  const Scratch packed(sizeof(T) * a.channels * pitch);  // W transposed to [channels, pitch], zeros beyond width
+  const Scratch packed(sizeof(T) * a.channels *
+                       pitch);  // W transposed to [channels, pitch], zeros beyond width
   T* const weight = packed.as<T>();
   for (int64_t c = 0; c < a.channels; ++c) {
-    for (int64_t o = 0; o < pitch; ++o) weight[c * pitch + o] = o < a.width ? a.weight[o * a.channels + c] : T(0);
+    for (int64_t o = 0; o < pitch; ++o)
+      weight[c * pitch + o] = o < a.width ? a.weight[o * a.channels + c] : T(0);
   }
-  const int64_t tile_values = round_up(a.channels * capacity, kLanes);
+  const int64_t stride = padded_stride(capacity), tile_values = a.channels * stride;
   const Scratch tiles(sizeof(T) * threads * tile_values);
   const Scratch sums(sizeof(double) * threads * 2 * pitch);
   const Scratch counts(sizeof(double) * threads);
@@ -98,9 +107,10 @@ void bottleneck_forward(const BottleneckForward<S>& a) {
     double& count = counts.as<double>()[thread];
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile = tiling[i];
-      bottleneck_tile<S>(a, tile, weight, pitch, tiles.as<T>() + thread * tile_values, capacity);
+      bottleneck_tile<S>(a, tile, weight, pitch, tiles.as<T>() + thread * tile_values, stride);
       if (moments) {
-        add_row_moments<S>(a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch, tile.rows(), pitch, count, mean, mean + pitch);
+        add_row_moments<S>(a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch,
+                           tile.rows(), pitch, count, mean, mean + pitch);
         count += static_cast<double>(tile.rows());
       }
     }

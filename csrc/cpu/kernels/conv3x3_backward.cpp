@@ -1,12 +1,15 @@
 // Backward of a dense layer's 3x3 convolution and of BN2's reduction:
 //
-//   dy[j, p] = coef0*G + coef1 + coef2*x  (times the dropout)         dh[q, i] = sum_{j, tap} W[j, i, tap] dy[j, q - tap]
-//   h[q, i] = relu(scale*b + shift) remade, dv = r*dh*[h > 0]         dW[j, i, tap] = sum_q dy[j, q - tap] h[q, i]
-//   S1 = sum dv, S2 = sum dv*bhat: dbeta, dgamma and the table of db = t0*dv + t1 + t2*b
+//   dy[j, p] = coef0*G + coef1 + coef2*x, times the dropout
+//   dh[q, i] = sum_{j, tap} W[j, i, tap] dy[j, q - tap]
+//   dW[j, i, tap] = sum_q dy[j, q - tap] h[q, i]          h = relu(scale*b + shift), remade
+//   dv = r*dh*[h > 0],  S1 = sum dv,  S2 = sum dv*bhat: dbeta, dgamma, and db = t0*dv + t1 + t2*b
 //
-// Unit: as in the forward. dy goes to zero-padded planes; a register block of 8 pixels by 3 vectors of i runs over all outputs and taps, and its epilogue remakes h, stores
-// dv and adds both sums; then dW from the unit's h, 9 taps by 3 vectors for one output at a time. Threads own contiguous units and private sums, merged in thread
-// order. Bytes moved: b, dv and k channels of G and x once.
+// Unit: as in the forward. dy goes to zero-padded planes; a register block of 8 pixels by 3 vectors
+// of i runs over all outputs and taps, and its epilogue remakes h, stores dv and adds both sums;
+// then dW from the unit's h, 9 taps by 3 vectors for one output at a time. Threads own contiguous
+// units and private sums, merged in thread order. Bytes moved: b, dv and k channels of G and x
+// once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
@@ -17,7 +20,8 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-constexpr int kTapVectors = kRegisters == 32 ? 3 : 1;  // 9 sums for each vector, the vectors and a broadcast
+constexpr int kTapVectors =
+    kRegisters == 32 ? 3 : 1;  // 9 sums for each vector, the vectors and a broadcast
 
 template <class S>
 struct Job {
@@ -25,9 +29,9 @@ struct Job {
   const Conv3x3Backward<S>& a;
   const Units& units;
   int64_t pitch;
-  const T* weight;                              // [growth, 9, pitch]
-  const T *scale, *shift, *post, *mean;         // padded tables; post null: ones
-  int64_t scale_stride, shift_stride;           // 0 or pitch
+  const T* weight;                       // [growth, 9, pitch]
+  const T *scale, *shift, *post, *mean;  // padded tables; post null: ones
+  int64_t scale_stride, shift_stride;    // 0 or pitch
   // of one thread
   T *planes, *h, *unit_sums, *dweight;
   double* sums;
@@ -39,16 +43,19 @@ struct Job {
       units.clear_outside(u, plane);
       units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
         const int64_t n = u.sample + s, first = (u.row + y) * units.width;
-        const Vec<T> c0 = broadcast(a.coef.at(0, n, c)), c1 = broadcast(a.coef.at(1, n, c)), c2 = broadcast(a.coef.at(2, n, c));
+        const Vec<T> c0 = broadcast(a.coef.at(0, n, c)), c1 = broadcast(a.coef.at(1, n, c)),
+                     c2 = broadcast(a.coef.at(2, n, c));
         const T* const g = a.grad.plane(n, c) + first;
         const S* const x = a.features.plane(n, c) + first;
         T* const row = plane + units.position(u, s, y);
         for (int64_t i = 0; i < units.width; i += kVec<T>) {
           const int64_t left = units.width - i;
-          store_first(row + i, c0 * load_first(g + i, left) + (c1 + c2 * load_first(x + i, left)), left);
+          store_first(row + i, c0 * load_first(g + i, left) + (c1 + c2 * load_first(x + i, left)),
+                      left);
         }
         if (a.dropout_mask) {
-          const bool* const mask = a.dropout_mask + (n * a.growth + j) * units.height * units.width + first;
+          const bool* const mask =
+              a.dropout_mask + (n * a.growth + j) * units.height * units.width + first;
           const T keep_scale = static_cast<T>(a.dropout_scale);
           for (int64_t i = 0; i < units.width; ++i) row[i] = mask[i] ? row[i] * keep_scale : T(0);
         }
@@ -56,7 +63,8 @@ struct Job {
     }
   }
 
-  // dh of up to kPixelRows pixels from (s, y, x) and everything that follows from it, for the vectors first .. first + NV.
+  // dh of up to kPixelRows pixels from (s, y, x) and everything that follows from it, for the
+  // vectors first .. first + NV.
   template <int NV>
   void pixels(const Unit& u, int64_t s, int64_t y, int64_t x, int64_t first) const {
     Block<T, kPixelRows, NV> block;
@@ -68,13 +76,16 @@ struct Job {
       dy += units.plane_size;
       w += 9 * pitch;
     }
-    const int64_t n = u.sample + s, valid = std::min<int64_t>(kPixelRows, units.width - x), column = first * kVec<T>;
+    const int64_t n = u.sample + s, valid = std::min<int64_t>(kPixelRows, units.width - x),
+                  column = first * kVec<T>;
     const int64_t row = ((n * units.height + u.row + y) * units.width + x) * pitch + column;
     T* const h_row = h + ((s * u.rows + y) * units.width + x) * pitch + column;
     DX_UNROLL
     for (int v = 0; v < NV; ++v) {
       const int64_t i = v * kVec<T>;
-      const Vec<T> sc = load(scale + n * scale_stride + column + i), sh = load(shift + n * shift_stride + column + i), center = load(mean + column + i);
+      const Vec<T> sc = load(scale + n * scale_stride + column + i),
+                   sh = load(shift + n * shift_stride + column + i),
+                   center = load(mean + column + i);
       Vec<T> s1 = load(unit_sums + column + i), s2 = load(unit_sums + pitch + column + i);
       DX_UNROLL
       for (int r = 0; r < kPixelRows; ++r) {
@@ -121,7 +132,9 @@ struct Job {
         DX_UNROLL
         for (int t = 0; t < 9; ++t) {
           DX_UNROLL
-          for (int v = 0; v < NV; ++v) store(out + t * pitch + v * kVec<T>, load(out + t * pitch + v * kVec<T>) + block.acc[t][v]);
+          for (int v = 0; v < NV; ++v)
+            store(out + t * pitch + v * kVec<T>,
+                  load(out + t * pitch + v * kVec<T>) + block.acc[t][v]);
         }
       });
     }
@@ -133,7 +146,9 @@ struct Job {
     for (int64_t s = 0; s < u.samples; ++s) {
       for (int64_t y = 0; y < u.rows; ++y) {
         for (int64_t x = 0; x < units.width; x += kPixelRows) {
-          for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) { pixels<decltype(group)::value>(u, s, y, x, first); });
+          for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
+            pixels<decltype(group)::value>(u, s, y, x, first);
+          });
         }
       }
     }
@@ -154,10 +169,13 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   const Scratch packed(sizeof(T) * a.growth * 9 * pitch);
   for (int64_t j = 0; j < a.growth; ++j) {
     for (int64_t t = 0; t < 9; ++t) {
-      for (int64_t i = 0; i < pitch; ++i) packed.as<T>()[(j * 9 + t) * pitch + i] = i < a.width ? a.weight[(j * a.width + i) * 9 + t] : T(0);
+      for (int64_t i = 0; i < pitch; ++i)
+        packed.as<T>()[(j * 9 + t) * pitch + i] =
+            i < a.width ? a.weight[(j * a.width + i) * 9 + t] : T(0);
     }
   }
-  const int64_t scale_rows = a.table.scale.sample_stride ? samples : 1, shift_rows = a.table.shift.sample_stride ? samples : 1;
+  const int64_t scale_rows = a.table.scale.sample_stride ? samples : 1,
+                shift_rows = a.table.shift.sample_stride ? samples : 1;
   const int64_t post_rows = a.post_mask.data ? samples : 0;
   const Scratch tables(sizeof(T) * (scale_rows + shift_rows + post_rows + 1) * pitch);
   T* const scale = tables.as<T>();
@@ -175,7 +193,9 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   const Scratch work(sizeof(T) * threads * thread_values);
   const Scratch sums(sizeof(double) * threads * 2 * pitch);
   std::fill_n(sums.as<double>(), threads * 2 * pitch, 0.0);
-  const auto dweight_of = [&](int64_t thread) { return work.as<T>() + thread * thread_values + plane_values + h_values + 2 * pitch; };
+  const auto dweight_of = [&](int64_t thread) {
+    return work.as<T>() + thread * thread_values + plane_values + h_values + 2 * pitch;
+  };
   for (int64_t t = 0; t < threads; ++t) std::fill_n(dweight_of(t), a.growth * 9 * pitch, T(0));
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
@@ -203,12 +223,14 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
     for (int64_t i = 0; i < a.width; ++i) {
       for (int64_t t = 0; t < 9; ++t) {
         T sum = 0;
-        for (int64_t thread = 0; thread < threads; ++thread) sum += dweight_of(thread)[(j * 9 + t) * pitch + i];
+        for (int64_t thread = 0; thread < threads; ++thread)
+          sum += dweight_of(thread)[(j * 9 + t) * pitch + i];
         a.dweight[(j * a.width + i) * 9 + t] = sum;
       }
     }
   }
-  const double rows = static_cast<double>(samples) * static_cast<double>(units.height * units.width);
+  const double rows =
+      static_cast<double>(samples) * static_cast<double>(units.height * units.width);
   for (int64_t i = 0; i < a.width; ++i) {
     double s1 = 0, s2 = 0;
     for (int64_t t = 0; t < threads; ++t) {
@@ -221,7 +243,9 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
     a.dnorm_weight[i] = static_cast<T>(s2);
     const bool correct = a.norm.training && rows > 0;
     a.db_table[i] = static_cast<T>(g);
-    a.db_table[a.width + i] = correct ? static_cast<T>(-g * (s1 - static_cast<double>(a.norm.mean[i]) * rstd * s2) / rows) : T(0);
+    a.db_table[a.width + i] =
+        correct ? static_cast<T>(-g * (s1 - static_cast<double>(a.norm.mean[i]) * rstd * s2) / rows)
+                : T(0);
     a.db_table[2 * a.width + i] = correct ? static_cast<T>(-g * rstd * s2 / rows) : T(0);
   }
 }

@@ -1,9 +1,12 @@
-// Forward of a dense layer's 3x3 convolution, BN2 and ReLU in its load, its output straight into the feature buffer with its moments:
+// Forward of a dense layer's 3x3 convolution, BN2 and ReLU in its load, its output straight into
+// the feature buffer with its moments:
 //
-//   y[j, p] = sum_{i, tap} relu(scale[i]*b[p + tap, i] + shift[i]) W[j, i, tap]         (a tap outside the image is 0, not relu(shift))
+//   y[j, p] = sum_{i, tap} relu(scale[i]*b[p + tap, i] + shift[i]) W[j, i, tap]
 //
-// Unit: about 64K values of b. They are normalized, rectified and transposed in registers from [pixel, i] to zero-padded planes; a register block of up to 12 outputs by 2
-// vectors of pixels runs over all i and taps. Threads own contiguous units. Bytes moved: b once (and the rows around a block of rows), y once.
+// where a tap outside the image is 0, not relu(shift). Unit: about 64K values of b. They are
+// normalized, rectified and transposed in registers from [pixel, i] to zero-padded planes; a
+// register block of up to 12 outputs by 2 vectors of pixels runs over all i and taps. Threads own
+// contiguous units. Bytes moved: b once (and the rows around a block of rows), y once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
@@ -38,7 +41,8 @@ struct Convolution {
       DX_UNROLL
       for (int r = 0; r < R; ++r) {
         DX_UNROLL
-        for (int v = 0; v < kPixelVectors; ++v) store(out + r * units.plane_size + p + v * kVec<T>, block.acc[r][v]);
+        for (int v = 0; v < kPixelVectors; ++v)
+          store(out + r * units.plane_size + p + v * kVec<T>, block.acc[r][v]);
       }
     }
   }
@@ -57,10 +61,10 @@ struct Job {
   using T = Arithmetic<S>;
   const Conv3x3Forward<S>& a;
   const Units& units;
-  int64_t pitch;               // of a row of b
-  const T *scale, *shift;      // padded tables
+  int64_t pitch;           // of a row of b
+  const T *scale, *shift;  // padded tables
   int64_t scale_stride, shift_stride;
-  T *planes, *out;             // of one thread
+  T *planes, *out;  // of one thread
 
   void load_planes(const Unit& u) const {
     for (int64_t i = 0; i < a.width; ++i) units.clear_outside(u, planes + i * units.plane_size);
@@ -68,7 +72,8 @@ struct Job {
       const int64_t n = u.sample + s;
       const S* const row = a.bottleneck + (n * units.height + u.row + y) * units.width * pitch;
       for (int64_t v = 0; v < pitch / kVec<T>; ++v) {
-        const Vec<T> sc = load(scale + n * scale_stride + v * kVec<T>), sh = load(shift + n * shift_stride + v * kVec<T>);
+        const Vec<T> sc = load(scale + n * scale_stride + v * kVec<T>),
+                     sh = load(shift + n * shift_stride + v * kVec<T>);
         T* const plane = planes + v * kVec<T> * units.plane_size + units.position(u, s, y);
         const int64_t channels = std::min<int64_t>(kVec<T>, a.width - v * kVec<T>);
         for (int64_t x = 0; x < units.width; x += kVec<T>) {
@@ -76,7 +81,8 @@ struct Job {
           Vec<T> square[kVec<T>];
           DX_UNROLL
           for (int i = 0; i < kVec<T>; ++i) {
-            square[i] = i < valid ? relu(sc * load(row + (x + i) * pitch + v * kVec<T>) + sh) : Vec<T>{};
+            square[i] =
+                i < valid ? relu(sc * load(row + (x + i) * pitch + v * kVec<T>) + sh) : Vec<T>{};
           }
           transpose<T>(square);
           DX_UNROLL
@@ -88,19 +94,24 @@ struct Job {
     });
   }
 
-  // From the padded plane of output j to its channel, with dropout; moments of the unit's part of each map to `moments` [samples of the unit, 2].
+  // From the padded plane of output j to its channel, with dropout; moments of the unit's part of
+  // each map to `moments` [samples of the unit, 2].
   void write_channel(const Unit& u, int64_t j, double* moments) const {
     for (int64_t s = 0; s < u.samples; ++s) {
       const int64_t n = u.sample + s, first = u.row * units.width;
       S* const channel = a.features.plane(n, a.offset + j) + first;
-      const bool* const mask = a.dropout_mask ? a.dropout_mask + (n * a.growth + j) * units.height * units.width + first : nullptr;
+      const bool* const mask =
+          a.dropout_mask ? a.dropout_mask + (n * a.growth + j) * units.height * units.width + first
+                         : nullptr;
       const T keep_scale = static_cast<T>(a.dropout_scale);
       for (int64_t y = 0; y < u.rows; ++y) {
         T* const row = out + j * units.plane_size + units.position(u, s, y);
         if (mask) {
-          for (int64_t x = 0; x < units.width; ++x) row[x] = mask[y * units.width + x] ? row[x] * keep_scale : T(0);
+          for (int64_t x = 0; x < units.width; ++x)
+            row[x] = mask[y * units.width + x] ? row[x] * keep_scale : T(0);
         }
-        for (int64_t x = 0; x < units.width; x += kVec<T>) store_first(channel + y * units.width + x, load(row + x), units.width - x);
+        for (int64_t x = 0; x < units.width; x += kVec<T>)
+          store_first(channel + y * units.width + x, load(row + x), units.width - x);
       }
       if (moments) run_moments(channel, u.rows * units.width, moments[2 * s], moments[2 * s + 1]);
     }
@@ -128,7 +139,8 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
       }
     }
   }
-  const int64_t scale_rows = a.norm.scale.sample_stride ? samples : 1, shift_rows = a.norm.shift.sample_stride ? samples : 1;
+  const int64_t scale_rows = a.norm.scale.sample_stride ? samples : 1,
+                shift_rows = a.norm.shift.sample_stride ? samples : 1;
   const Scratch scale(sizeof(T) * scale_rows * pitch), shift(sizeof(T) * shift_rows * pitch);
   pad_rows(a.norm.scale.data, a.norm.scale.sample_stride, scale_rows, a.width, scale.as<T>());
   pad_rows(a.norm.shift.data, a.norm.shift.sample_stride, shift_rows, a.width, shift.as<T>());
@@ -136,7 +148,8 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
   const int64_t thread_values = (a.width + a.growth) * units.plane_size;
   const Scratch planes(sizeof(T) * threads * thread_values);
   const bool moments = a.moments.mean != nullptr;
-  const Scratch parts(sizeof(double) * 2 * a.growth * samples * units.blocks_per_map);  // [growth, blocks, samples, 2]
+  const Scratch parts(sizeof(double) * 2 * a.growth * samples *
+                      units.blocks_per_map);  // [growth, blocks, samples, 2]
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const own = planes.as<T>() + thread * thread_values;
@@ -155,11 +168,17 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
       job.load_planes(u);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = a.growth * g / groups, rows = a.growth * (g + 1) / groups - first;
-        const Convolution<T> convolution{units, a.width, job.planes, packed.as<T>() + first * a.width * 9, job.out + first * units.plane_size};
+        const Convolution<T> convolution{units, a.width, job.planes,
+                                         packed.as<T>() + first * a.width * 9,
+                                         job.out + first * units.plane_size};
         convolution.dispatch(rows, units.span(u));
       }
       for (int64_t j = 0; j < a.growth; ++j) {
-        job.write_channel(u, j, moments ? parts.as<double>() + 2 * ((j * units.blocks_per_map + units.block(u)) * samples + u.sample) : nullptr);
+        job.write_channel(
+            u, j,
+            moments ? parts.as<double>() +
+                          2 * ((j * units.blocks_per_map + units.block(u)) * samples + u.sample)
+                    : nullptr);
       }
     }
   });
@@ -168,8 +187,10 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
     for (int64_t j = 0; j < a.growth; ++j) {
       double count = 0, mean = 0, m2 = 0;
       for (int64_t k = 0; k < units.blocks_per_map; ++k) {
-        const double* const part = parts.as<double>() + 2 * ((j * units.blocks_per_map + k) * samples + n);
-        const double pixels = static_cast<double>(std::min(units.rows_per_unit, units.height - k * units.rows_per_unit) * units.width);
+        const double* const part =
+            parts.as<double>() + 2 * ((j * units.blocks_per_map + k) * samples + n);
+        const double pixels = static_cast<double>(
+            std::min(units.rows_per_unit, units.height - k * units.rows_per_unit) * units.width);
         merge_moments(count, mean, m2, pixels, part[0], part[1]);
         count += pixels;
       }

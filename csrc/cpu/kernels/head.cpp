@@ -1,6 +1,8 @@
-// The head: batch normalization, ReLU and the mean over pixels, forward and backward; the backward starts the gradient buffer.
+// The head: batch normalization, ReLU and the mean over pixels, forward and backward; the backward
+// starts the gradient buffer.
 //
-//   out[n, c] = (1/P) sum_p relu(scale*x + shift)          G = gamma*rstd * [scale*x + shift > 0] * dout/P,  S1, S2 on the way
+//   out[n, c] = (1/P) sum_p relu(scale*x + shift)          G = gamma*rstd * [scale*x + shift > 0] *
+//   dout/P,  S1, S2 on the way
 //
 // One plane at a time; threads own contiguous planes. Bytes moved: x once (and G once).
 #include "../parallel.h"
@@ -25,7 +27,8 @@ DX_INLINE Arithmetic<S> load_scalar(const S* p) {
 template <class S>
 void head_forward(const HeadForward<S>& a) {
   using T = Arithmetic<S>;
-  const int64_t channels = a.features.channels, planes = a.features.samples * channels, pixels = a.features.pixels();
+  const int64_t channels = a.features.channels, planes = a.features.samples * channels,
+                pixels = a.features.pixels();
   parallel(planes, thread_count(planes), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / channels, c = i % channels;
@@ -48,14 +51,18 @@ void head_forward(const HeadForward<S>& a) {
 template <class S>
 void head_backward(const HeadBackward<S>& a) {
   using T = Arithmetic<S>;
-  const int64_t channels = a.features.channels, samples = a.features.samples, planes = samples * channels, pixels = a.features.pixels();
+  const int64_t channels = a.features.channels, samples = a.features.samples,
+                planes = samples * channels, pixels = a.features.pixels();
   const Scratch plane_sums(sizeof(double) * (2 * planes + 1)), sums(sizeof(double) * 2 * channels);
   parallel(planes, thread_count(planes), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / channels, c = i % channels;
-      const Vec<T> s = broadcast(a.table.scale.row(n)[c]), t = broadcast(a.table.shift.row(n)[c]), mean = broadcast(a.norm.mean[c]);
+      const Vec<T> s = broadcast(a.table.scale.row(n)[c]), t = broadcast(a.table.shift.row(n)[c]),
+                   mean = broadcast(a.norm.mean[c]);
       const T each = load_scalar(a.grad_out + i) / static_cast<T>(pixels);
-      const Vec<T> dz = broadcast(each), step = broadcast(static_cast<T>(static_cast<double>(a.norm.weight[c]) * reciprocal_std(a.norm, c)));
+      const Vec<T> dz = broadcast(each),
+                   step = broadcast(static_cast<T>(static_cast<double>(a.norm.weight[c]) *
+                                                   reciprocal_std(a.norm, c)));
       const S* const x = a.features.plane(n, c);
       T* const g = a.grad.plane(n, c);
       Vec<T> s1 = {}, s2 = {};
@@ -79,9 +86,11 @@ void head_backward(const HeadBackward<S>& a) {
   });
   std::fill_n(sums.as<double>(), 2 * channels, 0.0);
   for (int64_t n = 0; n < samples; ++n) {
-    for (int64_t i = 0; i < 2 * channels; ++i) sums.as<double>()[i] += plane_sums.as<double>()[2 * n * channels + i];
+    for (int64_t i = 0; i < 2 * channels; ++i)
+      sums.as<double>()[i] += plane_sums.as<double>()[2 * n * channels + i];
   }
-  finish_norm_backward(a.norm, sums.as<double>(), channels, static_cast<double>(samples * pixels), PerChannel<T>{}, a.coef, false, a.dnorm_weight, a.dnorm_bias);
+  finish_norm_backward(a.norm, sums.as<double>(), channels, static_cast<double>(samples * pixels),
+                       PerChannel<T>{}, a.coef, false, a.dnorm_weight, a.dnorm_bias);
 }
 
 DENSENET_EXT_INSTANTIATE(head_forward, HeadForward)

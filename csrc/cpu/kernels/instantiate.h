@@ -1,4 +1,5 @@
-// The last line of a kernel file: DENSENET_EXT_INSTANTIATE(function, Arguments) makes it for the four storage types.
+// The last line of a kernel file: DENSENET_EXT_INSTANTIATE(function, Arguments) makes it for the
+// four storage types.
 #pragma once
 
 #define DENSENET_EXT_INSTANTIATE(function, Arguments)           \

@@ -1,4 +1,5 @@
-// The one inner loop of all matrix work: a register block acc[R][NV] of R rows by NV vectors gathers rank-1 updates, R broadcasts times NV loaded vectors.
+// The one inner loop of all matrix work: a register block acc[R][NV] of R rows by NV vectors
+// gathers rank-1 updates, R broadcasts times NV loaded vectors.
 #pragma once
 
 #include "vec.h"
@@ -7,7 +8,8 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
 // Shapes that fit the registers: R*NV sums, NV loaded vectors, one broadcast.
-//   lanes are channels: kPixelRows rows (pixels) by 1..kMaxVectors vectors;  lanes are pixels: up to kChannelRows rows (channels) by kPixelVectors vectors.
+//   lanes are channels: kPixelRows rows (pixels) by 1..kMaxVectors vectors;  lanes are pixels: up
+//   to kChannelRows rows (channels) by kPixelVectors vectors.
 constexpr int kMaxVectors = 3;
 constexpr int kPixelRows = kRegisters == 32 ? 8 : 4;
 constexpr int kChannelRows = kRegisters == 32 ? 12 : 6;
@@ -39,7 +41,8 @@ struct Block {
   }
 
   // The sum of `count` rank-1 updates, a and b advancing by their steps.
-  DX_INLINE void product(int64_t count, const T* a, int64_t row_step, int64_t a_step, const T* b, int64_t b_step) {
+  DX_INLINE void product(int64_t count, const T* a, int64_t row_step, int64_t a_step, const T* b,
+                         int64_t b_step) {
     for (int64_t i = 0; i < count; ++i) {
       rank1(a, row_step, b);
       a += a_step;
@@ -48,7 +51,8 @@ struct Block {
   }
 };
 
-// Calls body(vector, std::integral_constant<int, NV>) over `vectors` vectors in the fewest, most even groups of at most MAX: 8 -> 3, 3, 2.
+// Calls body(vector, std::integral_constant<int, NV>) over `vectors` vectors in the fewest, most
+// even groups of at most MAX: 8 -> 3, 3, 2.
 template <int MAX, class F>
 DX_INLINE void for_vector_groups(int64_t vectors, const F& body) {
   const int64_t groups = ceil_div(vectors, MAX);

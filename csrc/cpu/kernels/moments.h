@@ -1,4 +1,5 @@
-// Mean and centred sum of squares, two passes over what is still in cache, and Chan's merge of two groups in double.
+// Mean and centred sum of squares, two passes over what is still in cache, and Chan's merge of two
+// groups in double.
 #pragma once
 
 #include "vec.h"
@@ -17,7 +18,8 @@ DX_INLINE void run_moments(const S* x, int64_t count, double& mean, double& m2) 
     for (int j = 0; j < 4; ++j) sums[j] += load(x + i + j * kVec<T>);
   }
   for (; i < count; i += kVec<T>) sums[0] += load_first(x + i, count - i);
-  mean = static_cast<double>(sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]))) / static_cast<double>(count);
+  mean = static_cast<double>(sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]))) /
+         static_cast<double>(count);
 
   const Vec<T> center = broadcast(static_cast<T>(mean));
   Vec<T> squares[4] = {};
@@ -48,7 +50,8 @@ DX_INLINE void run_moments(const S* x, int64_t count, double& mean, double& m2) 
 }
 
 // (count, mean, m2) of a group joined with those of another.
-DX_INLINE void merge_moments(double count, double& mean, double& m2, double other_count, double other_mean, double other_m2) {
+DX_INLINE void merge_moments(double count, double& mean, double& m2, double other_count,
+                             double other_mean, double other_m2) {
   const double total = count + other_count;
   if (total == 0) return;
   const double delta = other_mean - mean;

@@ -1,9 +1,11 @@
-// Backward of batch normalization from its two sums (design: the gradient of a normalized channel is affine in its values).
+// Backward of batch normalization from its two sums (design: the gradient of a normalized channel
+// is affine in its values).
 //
-//   xhat = (q*x - mean)*rstd,   dv the gradient of gamma*xhat + beta,   S1 = sum dv,   S2 = sum dv*xhat
-//   dgamma = S2, dbeta = S1, dx = q*gamma*rstd*(dv - S1/M - xhat*S2/M)
+//   xhat = (q*x - mean)*rstd,   dv the gradient of gamma*xhat + beta,   S1 = sum dv,   S2 = sum
+//   dv*xhat dgamma = S2, dbeta = S1, dx = q*gamma*rstd*(dv - S1/M - xhat*S2/M)
 //
-// The first term goes to the gradient buffer; the others are added to the coefficients of the channel.
+// The first term goes to the gradient buffer; the others are added to the coefficients of the
+// channel.
 #pragma once
 
 #include <cmath>
@@ -20,8 +22,10 @@ DX_INLINE double reciprocal_std(const Norm<T>& norm, int64_t c) {
 
 // From `sums` [channels, 2]: sum dv and sum dv*(q*x - mean), of `rows` values each.
 template <class T>
-inline void finish_norm_backward(const Norm<T>& norm, const double* sums, int64_t channels, double rows, const PerChannel<T>& pre_mask, const Coefficients<T>& coef,
-                                 bool accumulate, T* dweight, T* dbias) {
+inline void finish_norm_backward(const Norm<T>& norm, const double* sums, int64_t channels,
+                                 double rows, const PerChannel<T>& pre_mask,
+                                 const Coefficients<T>& coef, bool accumulate, T* dweight,
+                                 T* dbias) {
   for (int64_t c = 0; c < channels; ++c) {
     const double rstd = reciprocal_std(norm, c);
     dbias[c] = static_cast<T>(sums[2 * c]);
@@ -31,7 +35,8 @@ inline void finish_norm_backward(const Norm<T>& norm, const double* sums, int64_
     for (int64_t c = 0; c < channels; ++c) {
       double a = 0, d = 0;
       if (norm.training && rows > 0) {
-        const double rstd = reciprocal_std(norm, c), q = pre_mask.data ? static_cast<double>(pre_mask.row(n)[c]) : 1.0;
+        const double rstd = reciprocal_std(norm, c),
+                     q = pre_mask.data ? static_cast<double>(pre_mask.row(n)[c]) : 1.0;
         const double g = q * static_cast<double>(norm.weight[c]) * rstd;
         const double s1 = sums[2 * c] / rows, s2 = sums[2 * c + 1] * rstd / rows;
         a = -g * (s1 - static_cast<double>(norm.mean[c]) * rstd * s2);

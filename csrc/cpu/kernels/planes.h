@@ -1,8 +1,10 @@
 // Units of work of the 3x3 convolutions and their zero-padded planes.
 //
-// A unit is several whole maps or a block of rows of one map, about 64K values of the bottleneck. In a padded plane rows follow each other at pitch W+1: the one zero
-// column between them is the right padding of one row and the left padding of the next, and one zero row does the same between maps. So a tap of the convolution is a
-// constant offset, and vectors run over pixels without regard to rows.
+// A unit is several whole maps or a block of rows of one map, about 64K values of the bottleneck.
+// In a padded plane rows follow each other at pitch W+1: the one zero column between them is the
+// right padding of one row and the left padding of the next, and one zero row does the same between
+// maps. So a tap of the convolution is a constant offset, and vectors run over pixels without
+// regard to rows.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +31,8 @@ struct Units {
   Units(int64_t samples, int64_t height, int64_t width, int64_t values_per_pixel, int64_t threads)
       : samples(samples), height(height), width(width), rows_per_unit(height) {
     constexpr int64_t budget = 64 * 1024;
-    const int64_t fit_rows = std::max<int64_t>(1, budget / std::max<int64_t>(1, values_per_pixel * width));
+    const int64_t fit_rows =
+        std::max<int64_t>(1, budget / std::max<int64_t>(1, values_per_pixel * width));
     if (fit_rows >= height) {
       const int64_t fit_maps = std::max<int64_t>(1, fit_rows / std::max<int64_t>(1, height));
       const int64_t units = round_up(ceil_div(samples, fit_maps), threads);
@@ -43,9 +46,11 @@ struct Units {
     if (height * width == 0) count = 0;
     pitch = width + 1;
     base = kLanes + pitch;
-    const int64_t slack = 4 * kLanes;  // what a last register block may read or write beyond the end
+    const int64_t slack =
+        4 * kLanes;  // what a last register block may read or write beyond the end
     plane_size = round_up(base + (maps_per_unit * (rows_per_unit + 1) + 1) * pitch + slack, kLanes);
-    if (plane_size / kLanes % 2 == 0) plane_size += kLanes;  // planes a multiple of 4 KB apart would share cache sets
+    if (plane_size / kLanes % 2 == 0)
+      plane_size += kLanes;  // planes a multiple of 4 KB apart would share cache sets
     for (int64_t t = 0; t < 9; ++t) offset[t] = (t / 3 - 1) * pitch + (t % 3 - 1);
   }
 
@@ -68,16 +73,20 @@ struct Units {
   int64_t block(const Unit& u) const { return u.row / std::max<int64_t>(1, rows_per_unit); }
 
   // Where row y (-1 .. rows) of the unit's s-th map starts in a padded plane.
-  int64_t position(const Unit& u, int64_t s, int64_t y) const { return base + (s * (u.rows + 1) + y) * pitch; }
+  int64_t position(const Unit& u, int64_t s, int64_t y) const {
+    return base + (s * (u.rows + 1) + y) * pitch;
+  }
 
   // Positions from the first pixel to the last, padding between them included.
   int64_t span(const Unit& u) const { return (u.samples * (u.rows + 1) - 1) * pitch - 1; }
 
-  // Calls body(s, y) for the rows of the unit that a 3x3 convolution reads, neighbours included, as far as they lie in the image.
+  // Calls body(s, y) for the rows of the unit that a 3x3 convolution reads, neighbours included, as
+  // far as they lie in the image.
   template <class F>
   void for_rows_with_halo(const Unit& u, const F& body) const {
     for (int64_t s = 0; s < u.samples; ++s) {
-      const int64_t first = u.row > 0 ? -1 : 0, last = u.row + u.rows < height ? u.rows : u.rows - 1;
+      const int64_t first = u.row > 0 ? -1 : 0,
+                    last = u.row + u.rows < height ? u.rows : u.rows - 1;
       for (int64_t y = first; y <= last; ++y) body(s, y);
     }
   }
@@ -86,7 +95,8 @@ struct Units {
   template <class T>
   void clear_outside(const Unit& u, T* plane) const {
     if (u.row == 0) std::fill_n(plane + position(u, 0, -1) - 1, pitch + 1, T(0));
-    if (u.row + u.rows == height) std::fill_n(plane + position(u, u.samples - 1, u.rows) - 1, pitch + 1, T(0));
+    if (u.row + u.rows == height)
+      std::fill_n(plane + position(u, u.samples - 1, u.rows) - 1, pitch + 1, T(0));
   }
 };
 
@@ -95,7 +105,8 @@ template <class T>
 inline void pad_rows(const T* data, int64_t row_stride, int64_t rows, int64_t width, T* out) {
   const int64_t pitch = round_up(width, kLanes);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < pitch; ++i) out[r * pitch + i] = i < width ? data[r * row_stride + i] : T(0);
+    for (int64_t i = 0; i < pitch; ++i)
+      out[r * pitch + i] = i < width ? data[r * row_stride + i] : T(0);
   }
 }
 

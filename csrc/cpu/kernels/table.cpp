@@ -20,7 +20,8 @@ constexpr Kernels<S> kernels() {
 }
 
 const KernelTable& kernel_table() {
-  static constexpr KernelTable table = {kernels<float>(), kernels<double>(), kernels<BFloat16>(), kernels<Float16>()};
+  static constexpr KernelTable table = {kernels<float>(), kernels<double>(), kernels<BFloat16>(),
+                                        kernels<Float16>()};
   return table;
 }
 

@@ -1,5 +1,6 @@
-// Tiles of pixels for the kernels that treat pixels as rows of a matrix, whatever the map size: a tile is a run of pixels of one large map, or several whole
-// small maps. Inside a tile every sample starts at a multiple of kLanes, so that no vector ever straddles two samples.
+// Tiles of pixels for the kernels that treat pixels as rows of a matrix, whatever the map size: a
+// tile is a run of pixels of one large map, or several whole small maps. Inside a tile every sample
+// starts at a multiple of kLanes, so that no vector ever straddles two samples.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +16,9 @@ struct Tile {
   int64_t pitch;            // positions of each sample, count rounded up to kLanes
 
   int64_t positions() const { return samples * pitch; }
-  int64_t rows() const { return samples * count; }  // contiguous rows of a [M, width] matrix, from sample * P + pixel
+  int64_t rows() const {
+    return samples * count;
+  }  // contiguous rows of a [M, width] matrix, from sample * P + pixel
 };
 
 struct Tiling {
@@ -23,13 +26,16 @@ struct Tiling {
   int64_t tiles_per_map = 1, tile_pixels, maps_per_tile = 1, count;
 
   // Tiles of at most `capacity` positions (a multiple of kLanes).
-  Tiling(int64_t samples, int64_t pixels, int64_t capacity) : samples(samples), pixels(pixels), capacity(capacity) {
+  Tiling(int64_t samples, int64_t pixels, int64_t capacity)
+      : samples(samples), pixels(pixels), capacity(capacity) {
     const int64_t pitch = round_up(std::max<int64_t>(pixels, 1), kLanes);
     tiles_per_map = ceil_div(pitch, capacity);
     tile_pixels = round_up(ceil_div(pitch, tiles_per_map), kLanes);
     tiles_per_map = ceil_div(pitch, tile_pixels);
     if (tiles_per_map == 1) maps_per_tile = std::max<int64_t>(1, capacity / pitch);
-    count = pixels == 0 ? 0 : tiles_per_map > 1 ? samples * tiles_per_map : ceil_div(samples, maps_per_tile);
+    count = pixels == 0         ? 0
+            : tiles_per_map > 1 ? samples * tiles_per_map
+                                : ceil_div(samples, maps_per_tile);
   }
 
   Tile operator[](int64_t i) const {
@@ -73,18 +79,28 @@ DX_INLINE void norm_relu_run(const S* x, int64_t count, int64_t pitch, T scale, 
 
 // z[position] for one channel of a tile.
 template <class S, class T = Arithmetic<S>>
-DX_INLINE void norm_relu_tile(const Maps<const S>& features, const NormTable<T>& norm, const Tile& tile, int64_t c, T* z) {
+DX_INLINE void norm_relu_tile(const Maps<const S>& features, const NormTable<T>& norm,
+                              const Tile& tile, int64_t c, T* z) {
   for (int64_t i = 0; i < tile.samples; ++i) {
     const int64_t n = tile.sample + i;
-    norm_relu_run(features.plane(n, c) + tile.pixel, tile.count, tile.pitch, norm.scale.row(n)[c], norm.shift.row(n)[c], z + i * tile.pitch);
+    norm_relu_run(features.plane(n, c) + tile.pixel, tile.count, tile.pitch, norm.scale.row(n)[c],
+                  norm.shift.row(n)[c], z + i * tile.pitch);
   }
 }
 
-// Tile capacity so that `values_per_position` values of T for each of its positions stay within a budget of the second-level cache.
+// Distance between the runs of a tile: one vector group more than a power of two, which would put
+// all runs into few cache sets.
+constexpr int64_t padded_stride(int64_t capacity) {
+  return capacity / kLanes % 2 ? capacity : capacity + kLanes;
+}
+
+// Tile capacity so that `values_per_position` values of T for each of its positions stay within a
+// budget of the second-level cache.
 template <class T>
 inline int64_t tile_capacity(int64_t values_per_position, int64_t most) {
   constexpr int64_t budget = 384 * 1024;
-  const int64_t fit = budget / (std::max<int64_t>(1, values_per_position) * static_cast<int64_t>(sizeof(T)));
+  const int64_t fit =
+      budget / (std::max<int64_t>(1, values_per_position) * static_cast<int64_t>(sizeof(T)));
   return std::max<int64_t>(2 * kLanes, std::min(most, fit / (2 * kLanes) * (2 * kLanes)));
 }
 

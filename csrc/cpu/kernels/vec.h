@@ -1,5 +1,6 @@
-// A small vector type: one source for AVX-512, AVX2 and whatever the compiler knows (plain x86-64: SSE2). The compiler's vector extensions do the arithmetic;
-// intrinsics only where the extensions have no word for it (maximum, partial loads, half precision).
+// A small vector type: one source for AVX-512, AVX2 and whatever the compiler knows (plain x86-64:
+// SSE2). The compiler's vector extensions do the arithmetic; intrinsics only where the extensions
+// have no word for it (maximum, partial loads, half precision).
 #pragma once
 
 #include <cstdint>
@@ -48,7 +49,8 @@ DX_INLINE Vec<T> broadcast(T value) {
   return value - Vec<T>{};  // exact, NaN and -0 included
 }
 
-// --- whole vectors -----------------------------------------------------------------------------------------------------------------------------------------
+// --- whole vectors
+// -----------------------------------------------------------------------------------------------------------------------------------------
 
 template <class T>
 DX_INLINE Vec<T> load_native(const T* p) {
@@ -83,7 +85,8 @@ DX_INLINE void store(BFloat16* p, Vec<float> v) {  // to nearest, ties to even
 }
 
 DX_INLINE float half_to_float(Float16 h) {
-  const uint32_t sign = (h.bits & 0x8000u) << 16, exponent = (h.bits >> 10) & 0x1f, mantissa = h.bits & 0x3ffu;
+  const uint32_t sign = (h.bits & 0x8000u) << 16, exponent = (h.bits >> 10) & 0x1f,
+                 mantissa = h.bits & 0x3ffu;
   uint32_t bits;
   if (exponent == 0x1f) {
     bits = sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u);
@@ -120,14 +123,20 @@ DX_INLINE Float16 float_to_half(float f) {  // to nearest, ties to even
 }
 
 #if defined(__AVX512F__)
-DX_INLINE Vec<float> load(const Float16* p) { return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+DX_INLINE Vec<float> load(const Float16* p) {
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 DX_INLINE void store(Float16* p, Vec<float> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__AVX2__)
-DX_INLINE Vec<float> load(const Float16* p) { return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+DX_INLINE Vec<float> load(const Float16* p) {
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 DX_INLINE void store(Float16* p, Vec<float> v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 DX_INLINE Vec<float> load(const Float16* p) {
@@ -140,15 +149,18 @@ DX_INLINE void store(Float16* p, Vec<float> v) {
 }
 #endif
 
-// --- the first n elements, 0 <= n <= kVec; the rest load as 0 and are not stored -----------------------------------------------------------------------------
+// --- the first n elements, 0 <= n <= kVec; the rest load as 0 and are not stored
+// -----------------------------------------------------------------------------
 
 template <class S>
 DX_INLINE Vec<Arithmetic<S>> load_first(const S* p, int64_t n) {
   using T = Arithmetic<S>;
   if (n >= kVec<T>) return load(p);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
-  if constexpr (sizeof(S) == 8) return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+  if constexpr (sizeof(S) == 4)
+    return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  if constexpr (sizeof(S) == 8)
+    return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
 #endif
   S lanes[kVec<T>] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
@@ -159,17 +171,21 @@ DX_INLINE void store_first(S* p, Vec<Arithmetic<S>> v, int64_t n) {
   using T = Arithmetic<S>;
   if (n >= kVec<T>) return store(p, v);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
-  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+  if constexpr (sizeof(S) == 4)
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+  if constexpr (sizeof(S) == 8)
+    return _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
 #endif
   S lanes[kVec<T>];
   store(lanes, v);
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// --- arithmetic --------------------------------------------------------------------------------------------------------------------------------------------
+// --- arithmetic
+// --------------------------------------------------------------------------------------------------------------------------------------------
 
-// max(v, 0) that keeps NaN, as torch.relu does: x86's maximum returns its second operand when either is NaN.
+// max(v, 0) that keeps NaN, as torch.relu does: x86's maximum returns its second operand when
+// either is NaN.
 DX_INLINE Vec<float> relu(Vec<float> v) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)v);
@@ -193,7 +209,8 @@ DX_INLINE Vec<double> relu(Vec<double> v) {
 #endif
 }
 
-// The gradient of relu at z (or at anything of z's sign): 0 where z <= 0, g elsewhere, NaN included.
+// The gradient of relu at z (or at anything of z's sign): 0 where z <= 0, g elsewhere, NaN
+// included.
 template <class V>
 DX_INLINE V where_positive(V z, V g) {
   return (z <= V{}) ? V{} : g;
@@ -209,7 +226,8 @@ DX_INLINE T sum_lanes(Vec<T> v) {
   return lanes[0];
 }
 
-// Transpose kVec x kVec elements in registers: log2(kVec) rounds, round d exchanges the d-blocks off the diagonal.
+// Transpose kVec x kVec elements in registers: log2(kVec) rounds, round d exchanges the d-blocks
+// off the diagonal.
 template <int D, int N, class V, int... I>
 DX_INLINE V exchange_low(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, ((I & D) ? N + I - D : I)...);

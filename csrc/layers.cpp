@@ -1,0 +1,134 @@
+#include "layers.h"
+
+#include "feature_buffer.h"
+
+namespace densenet_ext {
+void start_statistics(Stage& stage, const Tensor& like, const Tensors& frozen_stats) {
+  stage.stats = empty(like, {2, stage.stats_width()}, stage.arithmetic);
+  stage.gates = empty(like,
+                      stage.options.squeeze_excite
+                          ? Sizes{stage.layers, stage.samples * (2 * stage.growth + stage.se_width)}
+                          : Sizes{0},
+                      stage.arithmetic);
+  size_t next = 0;
+  for (int64_t i = 0; i < stage.norms(); ++i) {
+    if (!stage.options.frozen[i]) continue;
+    STD_TORCH_CHECK(next + 2 <= frozen_stats.size(),
+                    "frozen_stats must hold a mean and a variance for each frozen norm, got ",
+                    frozen_stats.size(), " tensors");
+    for (int64_t row = 0; row < 2; ++row) {
+      const Tensor& given = frozen_stats[next++];
+      check_shape("frozen_stats", given, {stage.norm_width(i)});
+      Tensor all = select(stage.stats, 0, row),
+             slice = narrow(all, 0, stage.norm_offset(i), stage.norm_width(i));
+      torch::stable::copy_(slice, given);
+    }
+  }
+  STD_TORCH_CHECK(next == frozen_stats.size(), "frozen_stats must hold ", next, " tensors, got ",
+                  frozen_stats.size());
+}
+
+static void run_bottleneck(const Layer& layer, const Tensor& features, const Folded& table,
+                           const Tensor& out, const Optional& mean, const Optional& m2) {
+  call("densenet_ext::bottleneck_forward", features, table.scale, table.shift, layer.conv1, out,
+       mean, m2);
+}
+
+Tensor run_layers(const Stage& stage, const Tensor& features,
+                  const std::optional<Moments>& moments) {
+  const Sizes rows = {stage.rows(), stage.bottleneck_pitch()};
+  const bool keep = stage.options.keep_bottleneck;
+  const Tensor kept =
+      keep ? contiguous_buffer(features, {stage.layers, rows[0], rows[1]}, stage.storage)
+           : empty(features, {0}, stage.storage);
+  const Tensor workspace = keep ? kept : contiguous_buffer(features, rows, stage.storage);
+  const Tensor mean2 = empty(features, {1, stage.bottleneck_width}, stage.arithmetic),
+               m2_2 = empty(features, {1, stage.bottleneck_width}, stage.arithmetic);
+  const Optional mean = moments ? Optional(moments->mean) : std::nullopt,
+                 m2 = moments ? Optional(moments->m2) : std::nullopt;
+
+  for (int64_t l = 0; l < stage.layers; ++l) {
+    const Layer layer = stage.layer(l);
+    const Tensor bottleneck = keep ? select(kept, 0, l) : workspace;
+    const Folded table1 =
+        stage.fold(layer.norm1, mean.value_or(stage.stats), m2.value_or(stage.stats),
+                   stage.pixels(), layer.pre_norm, layer.pre_conv1, layer.norm1.frozen);
+    const bool measure = !layer.norm2.frozen;
+    run_bottleneck(layer, features, table1, bottleneck, measure ? Optional(mean2) : std::nullopt,
+                   measure ? Optional(m2_2) : std::nullopt);
+    const Folded table2 = stage.fold(layer.norm2, mean2, m2_2, stage.rows(), std::nullopt,
+                                     layer.pre_conv2, layer.norm2.frozen);
+    call("densenet_ext::conv3x3_forward", bottleneck, table2.scale, table2.shift, layer.conv2,
+         layer.dropout, stage.options.dropout_scale, features, layer.channels, mean, m2);
+    if (stage.options.squeeze_excite) {
+      call("densenet_ext::squeeze_excite_forward", features, layer.channels, *mean, *m2,
+           layer.fc1_weight, layer.fc1_bias, layer.fc2_weight, layer.fc2_bias, layer.pooled,
+           layer.hidden, layer.gate);
+    }
+  }
+  return kept;
+}
+
+std::optional<Moments> new_moments(const Stage& stage, const Tensor& like) {
+  if (!stage.needs_moments()) return std::nullopt;
+  const Sizes sizes = {stage.samples, stage.channels};
+  return Moments{empty(like, sizes, stage.arithmetic), empty(like, sizes, stage.arithmetic)};
+}
+
+void append(const Tensor& x, const Tensor& features, int64_t offset,
+            const std::optional<Moments>& moments) {
+  call("densenet_ext::append", torch::stable::contiguous(x), features, offset,
+       moments ? Optional(moments->mean) : std::nullopt,
+       moments ? Optional(moments->m2) : std::nullopt);
+}
+
+Tensors empty_gradients(const Tensors& params) {
+  Tensors gradients;
+  gradients.reserve(params.size());
+  for (const Tensor& p : params) gradients.push_back(empty(p, sizes_of(p), p.scalar_type()));
+  return gradients;
+}
+
+void run_layers_backward(const Stage& stage, const Tensor& features, const Tensor& bottlenecks,
+                         Tensor source, Optional grad_in, const Tensor& grad, const Tensor& coef,
+                         Tensors& dparams) {
+  const Sizes rows = {stage.rows(), stage.bottleneck_pitch()};
+  const bool kept = bottlenecks.dim() == 3;
+  const Tensor workspace = kept ? bottlenecks : contiguous_buffer(features, rows, stage.storage);
+  const Tensor dv = contiguous_buffer(features, rows, stage.arithmetic);
+  const Tensor db_table = empty(features, {3, stage.bottleneck_width}, stage.arithmetic);
+
+  for (int64_t l = stage.layers - 1; l >= 0; --l) {
+    const Layer layer = stage.layer(l);
+    Tensor* const d = dparams.data() + l * stage.per_layer;
+    const Folded table1 = stage.fold_again(layer.norm1, layer.pre_norm, layer.pre_conv1);
+    const Folded table2 = stage.fold_again(layer.norm2, std::nullopt, layer.pre_conv2);
+    const Tensor bottleneck = kept ? select(bottlenecks, 0, l) : workspace;
+    if (!kept) run_bottleneck(layer, features, table1, bottleneck, std::nullopt, std::nullopt);
+    if (stage.options.squeeze_excite) {
+      call("densenet_ext::squeeze_excite_backward", features, source, layer.channels,
+           layer.fc1_weight, layer.fc2_weight, layer.pooled, layer.hidden, layer.gate, coef, d[6],
+           d[7], d[8], d[9]);
+    }
+    call("densenet_ext::conv3x3_backward", bottleneck, table2.scale, table2.shift, layer.pre_conv2,
+         layer.conv2, layer.dropout, stage.options.dropout_scale, features, source, coef,
+         layer.channels, layer.norm2.weight, layer.norm2.mean, layer.norm2.var, layer.norm2.eps,
+         !layer.norm2.frozen, dv, d[5], d[3], d[4], db_table);
+    call("densenet_ext::bottleneck_backward", features, table1.scale, table1.shift, layer.pre_norm,
+         layer.pre_conv1, layer.conv1, dv, bottleneck, db_table, layer.norm1.weight,
+         layer.norm1.mean, layer.norm1.var, layer.norm1.eps, !layer.norm1.frozen, grad_in, grad,
+         coef, d[2], d[0], d[1]);
+    source = grad;
+    grad_in = grad;
+  }
+}
+
+Tensor start_coefficients(const Stage& stage, const Tensor& like) {
+  Tensor coef = empty(like, {3, stage.samples, stage.channels}, stage.arithmetic);
+  torch::stable::zero_(coef);
+  Tensor ones = select(coef, 0, 0);
+  torch::stable::fill_(ones, 1.0);
+  return coef;
+}
+
+}  // namespace densenet_ext

@@ -1,0 +1,220 @@
+// What a stage is made of: the flat lists of the operators as layers, norms and masks by name, all
+// checked, and calls of the kernel operators.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "feature_buffer.h"
+
+namespace densenet_ext {
+
+using torch::stable::narrow;
+using torch::stable::select;
+using torch::stable::view;
+using Tensors = std::vector<Tensor>;
+using Optional = std::optional<Tensor>;
+
+enum Tail : int64_t { kNone = 0, kTransition = 1, kHead = 2 };
+enum MaskKind : int64_t { kPreNorm = 1, kPreConv1 = 2, kPreConv2 = 4, kDropout = 8 };
+
+// Calls a kernel operator of this library through the dispatcher, on the device of its tensors.
+template <class... Arguments>
+void call(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack = {
+      torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+}
+
+struct Options {
+  int64_t mask_kind;
+  double dropout_scale;
+  std::vector<double> eps;
+  std::vector<int64_t> frozen;
+  bool squeeze_excite;
+  int64_t tail;
+  bool keep_bottleneck;
+};
+
+// A batch normalization of the stage: its place in `eps`, `frozen` and `stats`.
+struct NormSite {
+  Tensor weight, bias, mean, var;
+  double eps;
+  bool frozen;
+};
+struct Folded {
+  Tensor scale, shift;
+};
+
+struct Layer {
+  NormSite norm1, norm2;
+  Tensor conv1, conv2;
+  Tensor fc1_weight, fc1_bias, fc2_weight, fc2_bias;  // with squeeze-and-excitation
+  Optional pre_norm, pre_conv1, pre_conv2, dropout;
+  int64_t channels;             // that the layer reads
+  Tensor pooled, hidden, gate;  // of squeeze-and-excitation, kept for backward
+};
+
+class Stage {
+ public:
+  const Tensors& params;
+  const Tensors& masks;
+  const Options& options;
+  int64_t samples, in_channels, height, width;
+  int64_t per_layer, tail_params, layers, growth, bottleneck_width, channels, se_width = 0;
+  ScalarType storage, arithmetic;
+  Tensor stats;  // [2, sum of widths]
+  Tensor gates;  // [layers, samples*(2*growth + se_width)]
+
+  Stage(const Tensors& params, const Tensors& masks, const Options& options, int64_t samples,
+        int64_t in_channels, int64_t height, int64_t width, ScalarType storage)
+      : params(params),
+        masks(masks),
+        options(options),
+        samples(samples),
+        in_channels(in_channels),
+        height(height),
+        width(width),
+        storage(storage),
+        arithmetic(arithmetic_type(storage)),
+        stats(),
+        gates() {
+    STD_TORCH_CHECK(is_storage_type(storage),
+                    "x must be float32, float64, bfloat16 or float16, got ",
+                    torch::headeronly::toString(storage));
+    STD_TORCH_CHECK(options.tail >= kNone && options.tail <= kHead, "tail must be 0, 1 or 2, got ",
+                    options.tail);
+    per_layer = options.squeeze_excite ? 10 : 6;
+    tail_params = options.tail == kTransition ? 3 : options.tail == kHead ? 2 : 0;
+    const int64_t count = static_cast<int64_t>(params.size()) - tail_params;
+    STD_TORCH_CHECK(count > 0 && count % per_layer == 0, "params must hold ", per_layer,
+                    " tensors a layer and ", tail_params, " of the tail, got ", params.size());
+    layers = count / per_layer;
+    for (const Tensor& p : params) {
+      check_type("params", p, arithmetic);
+      check_contiguous("params", p);
+    }
+    STD_TORCH_CHECK(params[2].dim() == 4 && params[5].dim() == 4,
+                    "conv1.weight and conv2.weight must have 4 dimensions");
+    bottleneck_width = params[2].size(0);
+    growth = params[5].size(0);
+    channels = in_channels + layers * growth;
+    if (options.squeeze_excite) se_width = params[7].numel();
+    for (int64_t l = 0; l < layers; ++l) check_layer(l);
+    if (options.tail != kNone) {
+      check_shape("tail norm.weight", tail_param(0), {channels});
+      check_shape("tail norm.bias", tail_param(1), {channels});
+    }
+    if (options.tail == kTransition)
+      check_shape("tail conv.weight", tail_param(2), {tail_param(2).size(0), channels, 1, 1});
+    STD_TORCH_CHECK(static_cast<int64_t>(options.eps.size()) == norms() &&
+                        static_cast<int64_t>(options.frozen.size()) == norms(),
+                    "eps and frozen must have ", norms(), " entries, got ", options.eps.size(),
+                    " and ", options.frozen.size());
+    masks_per_layer = 0;
+    for (int64_t bit = kPreNorm; bit <= kDropout; bit *= 2)
+      masks_per_layer += (options.mask_kind & bit) != 0;
+    STD_TORCH_CHECK(static_cast<int64_t>(masks.size()) == layers * masks_per_layer,
+                    "masks must hold ", layers * masks_per_layer, " tensors, got ", masks.size());
+  }
+
+  int64_t norms() const { return 2 * layers + (options.tail != kNone); }
+  int64_t layer_channels(int64_t l) const { return in_channels + l * growth; }
+  int64_t norm_width(int64_t i) const {
+    return i == 2 * layers ? channels : i % 2 ? bottleneck_width : layer_channels(i / 2);
+  }
+  int64_t norm_offset(int64_t i) const {
+    const int64_t l = i / 2;
+    return l * in_channels + growth * l * (l - 1) / 2 + l * bottleneck_width +
+           (i % 2 ? layer_channels(l) : 0);
+  }
+  int64_t stats_width() const {
+    return norm_offset(2 * layers) + (options.tail != kNone ? channels : 0);
+  }
+  int64_t pixels() const { return height * width; }
+  int64_t rows() const { return samples * pixels(); }
+  int64_t bottleneck_pitch() const { return (bottleneck_width + 15) / 16 * 16; }
+  Tensor tail_param(int64_t i) const { return params[layers * per_layer + i]; }
+  bool needs_moments() const {
+    bool any = options.squeeze_excite;
+    for (const int64_t f : options.frozen) any = any || !f;
+    return any;
+  }
+
+  NormSite norm(int64_t i, const Tensor& weight, const Tensor& bias) const {
+    Tensor mean = select(stats, 0, 0), var = select(stats, 0, 1);
+    return {weight,
+            bias,
+            narrow(mean, 0, norm_offset(i), norm_width(i)),
+            narrow(var, 0, norm_offset(i), norm_width(i)),
+            options.eps[i],
+            options.frozen[i] != 0};
+  }
+  NormSite tail_norm() const { return norm(2 * layers, tail_param(0), tail_param(1)); }
+
+  Layer layer(int64_t l) const {
+    const Tensor* const p = params.data() + l * per_layer;
+    Layer layer;
+    layer.norm1 = norm(2 * l, p[0], p[1]), layer.conv1 = p[2];
+    layer.norm2 = norm(2 * l + 1, p[3], p[4]), layer.conv2 = p[5];
+    layer.channels = layer_channels(l);
+    int64_t next = l * masks_per_layer;
+    const auto take = [&](int64_t bit, Optional& mask) {
+      if (options.mask_kind & bit) mask = masks[next++];
+    };
+    take(kPreNorm, layer.pre_norm);
+    take(kPreConv1, layer.pre_conv1);
+    take(kPreConv2, layer.pre_conv2);
+    take(kDropout, layer.dropout);
+    if (options.squeeze_excite) {
+      layer.fc1_weight = p[6], layer.fc1_bias = p[7], layer.fc2_weight = p[8],
+      layer.fc2_bias = p[9];
+      Tensor own = select(gates, 0, l);
+      layer.pooled = view(narrow(own, 0, 0, samples * growth), Sizes{samples, growth});
+      layer.hidden =
+          view(narrow(own, 0, samples * growth, samples * se_width), Sizes{samples, se_width});
+      layer.gate = view(narrow(own, 0, samples * (growth + se_width), samples * growth),
+                        Sizes{samples, growth});
+    }
+    return layer;
+  }
+
+  // BN and the masks around it as a table; `given`: from the statistics already in `stats`.
+  Folded fold(const NormSite& site, const Tensor& mean, const Tensor& m2, int64_t count,
+              const Optional& pre_mask, const Optional& post_mask, bool given) const {
+    const int64_t width = site.weight.numel();
+    const Folded folded = {empty(stats, {pre_mask || post_mask ? samples : 1, width}, arithmetic),
+                           empty(stats, {post_mask ? samples : 1, width}, arithmetic)};
+    call("densenet_ext::fold_norm", mean, m2, count, pre_mask, post_mask, site.weight, site.bias,
+         site.eps, given, site.mean, site.var, folded.scale, folded.shift);
+    return folded;
+  }
+  Folded fold_again(const NormSite& site, const Optional& pre_mask,
+                    const Optional& post_mask) const {
+    return fold(site, stats, stats, 0, pre_mask, post_mask, true);
+  }
+
+ private:
+  int64_t masks_per_layer;
+
+  void check_layer(int64_t l) const {
+    const Tensor* const p = params.data() + l * per_layer;
+    const int64_t c = layer_channels(l), k2 = bottleneck_width;
+    check_shape("norm1.weight", p[0], {c});
+    check_shape("norm1.bias", p[1], {c});
+    check_shape("conv1.weight", p[2], {k2, c, 1, 1});
+    check_shape("norm2.weight", p[3], {k2});
+    check_shape("norm2.bias", p[4], {k2});
+    check_shape("conv2.weight", p[5], {growth, k2, 3, 3});
+    if (options.squeeze_excite) {
+      check_shape("se.fc1.weight", p[6], {se_width, growth, 1, 1});
+      check_shape("se.fc1.bias", p[7], {se_width});
+      check_shape("se.fc2.weight", p[8], {growth, se_width, 1, 1});
+      check_shape("se.fc2.bias", p[9], {growth});
+    }
+  }
+};
+
+}  // namespace densenet_ext

@@ -1,0 +1,162 @@
+"""Wrong arguments: the error names the argument, what it was, and what it may be."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from densenet_ext import (
+    DenseNetBC,
+    DropChannel,
+    EfficientDenseBlock,
+    EfficientDenseLayer,
+    SqueezeExcitation,
+    Transition,
+    set_fallback,
+)
+from densenet_ext.functional import dense_layer, dense_stage
+
+CONSTRUCTORS = [
+    (lambda: DropChannel(1.0), "p is 1.0; it must be at least 0 and less than 1"),
+    (lambda: DropChannel(-0.1), "p is -0.1"),
+    (lambda: DropChannel(float("nan")), "p is nan"),
+    (lambda: SqueezeExcitation(0), "channels is 0; it must be a positive integer"),
+    (lambda: SqueezeExcitation(4, 0.5), "reduction is 0.5; it must be a positive integer"),
+    (lambda: Transition(4, 0), "out_channels is 0"),
+    (lambda: Transition(-4, 2), "in_channels is -4"),
+    (lambda: EfficientDenseLayer(0, 3), "in_channels is 0"),
+    (lambda: EfficientDenseLayer(3, 0), "growth_rate is 0"),
+    (lambda: EfficientDenseLayer(3, 3, 0), "bn_size is 0"),
+    (lambda: EfficientDenseLayer(3, 3, drop_rate=1), "drop_rate is 1"),
+    (lambda: EfficientDenseLayer(3, 3, drop_channel=-1), "drop_channel is -1"),
+    (lambda: EfficientDenseLayer(3, 3, drop_channel_position="post"), "is 'post'; it may be 'pre_norm' or 'pre_conv'"),
+    (lambda: EfficientDenseLayer(3, 3, efficient=True), "efficient is True; it may be False, 'checkpoint' or 'fused'"),
+    (lambda: EfficientDenseLayer(3, 3, efficient="fast"), "efficient is 'fast'"),
+    (lambda: EfficientDenseBlock(0, 3, 3), "num_layers is 0"),
+    (lambda: DenseNetBC(depth=41), "depth is 41; it must be 6 * n + 4 with n at least 1"),
+    (lambda: DenseNetBC(depth=4), "depth is 4"),
+    (lambda: DenseNetBC(depth=40, block_config=(1, 2)), "depth is 40 and block_config is (1, 2)"),
+    (lambda: DenseNetBC(block_config=()), "block_config is empty"),
+    (lambda: DenseNetBC(block_config=(2, 0)), "block_config[1] is 0"),
+    (lambda: DenseNetBC(compression=0), "compression is 0; it must be more than 0 and at most 1"),
+    (lambda: DenseNetBC(compression=1.1), "compression is 1.1"),
+    (lambda: DenseNetBC(num_classes=0), "num_classes is 0"),
+    (lambda: DenseNetBC(num_init_features=0), "num_init_features is 0"),
+    (lambda: DenseNetBC.variant("C"), "name is 'C'; it may be 'vanilla', 'A', 'B', 'A+B', 'A+B+C'"),
+    (lambda: set_fallback("ignore"), "mode is 'ignore'; it may be 'warn' or 'error'"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), CONSTRUCTORS, ids=[message for _, message in CONSTRUCTORS])
+def test_constructor(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("make", [lambda: DenseNetBC(block_config=(1,)), lambda: EfficientDenseBlock(1, 4, 3)])
+def test_setting_an_unknown_implementation_changes_nothing(make):
+    model = make()
+    with pytest.raises(ValueError, match="efficient is 'magic'"):
+        model.efficient = "magic"
+    assert model.efficient is False
+
+
+def layers(count=2, channels=4, growth=3, **options):
+    return EfficientDenseBlock(count, channels, growth, 2, **options).layers
+
+
+def x(*shape, dtype=torch.float32):
+    return torch.zeros(shape or (2, 4, 6, 6), dtype=dtype)
+
+
+NORM, CONV = nn.BatchNorm2d(10), nn.Conv2d(10, 5, 1, bias=False)
+MIXED_SE = [*layers(1), *layers(1, 7, se_reduction=2)]
+MIXED_WIDTH = [*layers(1), EfficientDenseLayer(7, 3, 5)]
+MIXED_DROP = [*layers(1), *layers(1, 7, drop_rate=0.5)]
+CALLS = [
+    (lambda: dense_stage([1], layers()), TypeError, "x is a list; it must be a tensor"),
+    (lambda: dense_stage(x(4, 6, 6), layers()), ValueError, "x has 3 dimensions; it must have 4: [N, C, H, W]"),
+    (
+        lambda: dense_stage(x(2, 4, 0, 6), layers()),
+        ValueError,
+        "x is (2, 4, 0, 6); only the number of samples may be 0",
+    ),
+    (lambda: dense_stage(x(dtype=torch.int64), layers()), TypeError, "x is of int64; it may be of float64, float32"),
+    (lambda: dense_stage(x(dtype=torch.complex64), layers()), TypeError, "x is of complex64"),
+    (lambda: dense_stage(x(), []), ValueError, "layers is empty"),
+    (lambda: dense_stage(x(2, 5, 6, 6), layers()), ValueError, "layers[0].norm1.num_features is 4; it must be 5"),
+    (lambda: dense_stage(x(), layers()[1:]), ValueError, "layers[0].norm1.num_features is 7; it must be 4"),
+    (lambda: dense_stage(x(), MIXED_WIDTH), ValueError, "layers[1] has convolutions to 15"),
+    (lambda: dense_stage(x(), MIXED_SE), ValueError, "layers[1] differs from layers[0] in se or in drop_rate"),
+    (lambda: dense_stage(x(), MIXED_DROP), ValueError, "layers[1] differs from layers[0] in se or in drop_rate"),
+    (lambda: dense_stage(x(), layers(), None, CONV), ValueError, "tail_conv is given without tail_norm"),
+    (lambda: dense_stage(x(), layers(1), NORM), ValueError, "tail_norm.num_features is 10; it must be 7"),
+    (
+        lambda: dense_stage(x(), layers(), NORM, nn.Conv2d(9, 5, 1)),
+        ValueError,
+        "tail_conv takes 9 channels; it must take 10",
+    ),
+    (lambda: dense_stage(x(2, 4, 1, 6), layers(), NORM, CONV), ValueError, "a transition needs at least 2x2 pixels"),
+    (lambda: dense_stage(x(1, 4, 1, 1), layers()), ValueError, "Expected more than 1 value per channel when training"),
+    (lambda: dense_layer([], layers()[0]), ValueError, "inputs is empty"),
+    (lambda: dense_layer([x(), 3], layers()[0]), TypeError, "inputs[1] is a int; it must be a tensor"),
+    (lambda: dense_layer([x(), x(3, 4, 6, 6)], layers()[0]), ValueError, "inputs[1] is (3, 4, 6, 6) of torch.float32"),
+    (
+        lambda: dense_layer([x(), x(dtype=torch.double)], layers()[0]),
+        ValueError,
+        "inputs[1] is (2, 4, 6, 6) of torch.float64",
+    ),
+    (lambda: dense_layer(x(2, 3, 6, 6), layers()[0]), ValueError, "layers[0].norm1.num_features is 4; it must be 3"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CALLS, ids=[message for *_, message in CALLS])
+def test_call(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("efficient", [False, "checkpoint", "fused"])
+def test_one_value_a_channel_in_training(efficient):
+    """The same error as PyTorch's from every implementation; in evaluation mode one value is enough."""
+    block = EfficientDenseBlock(2, 4, 3, efficient=efficient)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        block(torch.zeros(1, 4, 1, 1))
+    assert block.eval()(torch.zeros(1, 4, 1, 1)).shape == (1, 10, 1, 1)
+
+
+def test_failed_call_leaves_running_statistics_alone():
+    block = EfficientDenseBlock(2, 4, 3, efficient="fused")
+    with pytest.raises(ValueError, match="must be 5"):
+        block(torch.randn(2, 5, 6, 6))
+    assert block.denselayer1.norm1.num_batches_tracked == 0
+
+
+STAGE_OP_ERRORS = {
+    "x of 3 dimensions": (lambda args: args.__setitem__(0, torch.zeros(3, 4, 4)), "x must have 4 dimensions"),
+    "integers": (lambda args: args.__setitem__(0, args[0].long()), "x must be float32, float64, bfloat16 or float16"),
+    "params missing": (lambda args: args[1].pop(), "params must hold"),
+    "params of another dtype": (lambda args: args[1].__setitem__(0, args[1][0].float()), "params"),
+    "a shape": (
+        lambda args: args[1].__setitem__(0, torch.zeros(9, dtype=torch.double)),
+        "norm1.weight must have shape",
+    ),
+    "masks missing": (lambda args: args[2].pop(), "masks must hold"),
+    "eps missing": (lambda args: args[6].pop(), "eps and frozen must have"),
+    "tail": (lambda args: args.__setitem__(9, 3), "tail must be 0, 1 or 2"),
+    "frozen statistics missing": (lambda args: args[3].pop(), "frozen_stats"),
+    "a mask's shape": (lambda args: args[2].__setitem__(0, args[2][0][:, :-1].contiguous()), "mask"),
+}
+
+
+@pytest.mark.parametrize("name", STAGE_OP_ERRORS)
+def test_op_checks_its_arguments(name):
+    """The compiled op itself, called past the Python functions: an error, never a wrong read."""
+    from stage_cases import Case
+
+    change, message = STAGE_OP_ERRORS[name]
+    args = [list(a) if isinstance(a, list) else a for a in Case(15, False, 0, "every second").args()]
+    change(args)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.densenet_ext.dense_stage(*args)

@@ -1,0 +1,254 @@
+"""Whatever a fused stage would pass over in silence is noticed, named, and computed by the plain implementation."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
+
+from densenet_ext import DenseNetBC, DropChannel, EfficientDenseBlock, EfficientDenseLayer, set_fallback
+
+SMALL = {
+    "growth_rate": 3,
+    "block_config": (2, 2),
+    "num_classes": 5,
+    "bn_size": 2,
+    "se_reduction": 2,
+    "drop_channel": 0.1,
+}
+LAYER = "features.denseblock1.denselayer2"
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+class MyNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class MyLayer(EfficientDenseLayer):
+    def forward(self, inputs):
+        return 3 * super().forward(inputs)
+
+
+def hook(method):
+    def change(model, path):
+        getattr(model.get_submodule(path), method)(lambda *args: None)
+
+    return change
+
+
+def replace(make):
+    def change(model, path):
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, make(model.get_submodule(path)))
+
+    return change
+
+
+def set_attribute(name, value):
+    return lambda model, path: setattr(model.get_submodule(path), name, value)
+
+
+def new_forward(model, path):
+    module = model.get_submodule(path)
+    original = module.forward
+    module.forward = lambda *args: 2 * original(*args)
+
+
+def my_norm(old):
+    new = MyNorm(old.num_features).double()
+    new.load_state_dict(old.state_dict())
+    return new
+
+
+def my_layer(old):
+    new = copy.deepcopy(old)
+    new.__class__ = MyLayer
+    return new
+
+
+def strided(old):
+    return nn.Conv2d(old.in_channels, old.out_channels, 3, padding=2, dilation=2, bias=False).double()
+
+
+def biased(old):
+    return nn.Conv2d(old.in_channels, old.out_channels, 1).double()
+
+
+# what is done, to which module, and what the reason says besides the module's name
+CHANGES = [
+    (hook("register_forward_hook"), f"{LAYER}.norm1", "forward hook"),
+    (hook("register_forward_pre_hook"), f"{LAYER}.conv1", "forward hook"),
+    (hook("register_full_backward_hook"), f"{LAYER}.norm2", "backward hook"),
+    (hook("register_full_backward_pre_hook"), f"{LAYER}.conv2", "backward hook"),
+    (hook("register_forward_hook"), f"{LAYER}.se.fc1", "forward hook"),
+    (hook("register_forward_hook"), f"{LAYER}.se", "forward hook"),
+    (hook("register_forward_hook"), f"{LAYER}.drop_channel", "forward hook"),
+    (hook("register_forward_hook"), LAYER, "forward hook"),
+    (hook("register_forward_hook"), "features.denseblock1", "forward hook"),
+    (hook("register_full_backward_hook"), "features.denseblock1", "backward hook"),
+    (hook("register_forward_hook"), "features.transition1", "forward hook"),
+    (hook("register_forward_hook"), "features.transition1.norm", "forward hook"),
+    (hook("register_forward_hook"), "features.transition1.conv", "forward hook"),
+    (hook("register_forward_hook"), "features.norm5", "forward hook"),
+    (hook("register_forward_hook"), "features", "forward hook"),
+    (new_forward, f"{LAYER}.conv2", "forward was replaced"),
+    (replace(my_norm), f"{LAYER}.norm1", "is a MyNorm, not a BatchNorm2d"),
+    (replace(my_norm), "features.norm5", "is a MyNorm, not a BatchNorm2d"),
+    (replace(lambda old: nn.GroupNorm(1, old.num_features).double()), f"{LAYER}.norm2", "is a GroupNorm"),
+    (replace(lambda old: nn.Identity()), "features.transition1.norm", "is a Identity"),
+    (replace(my_layer), LAYER, "is a MyLayer"),
+    (replace(lambda old: Double()), f"{LAYER}.drop_channel", "is a Double"),
+    (replace(strided), f"{LAYER}.conv2", "padding is"),
+    (replace(biased), f"{LAYER}.conv1", "has a bias"),
+    (replace(biased), "features.transition1.conv", "has a bias"),
+    (set_attribute("padding_mode", "circular"), f"{LAYER}.conv2", "padding_mode is circular"),
+    (set_attribute("drop_rate", 0.3), LAYER, "drops values with probability 0.3"),
+    (lambda m, p: weight_norm(m.get_submodule(p)), f"{LAYER}.conv1", "forward hook"),
+    (lambda m, p: parametrizations.weight_norm(m.get_submodule(p)), f"{LAYER}.conv1", "is a ParametrizedConv2d"),
+    (
+        lambda m, p: parametrize.register_parametrization(m.get_submodule(p), "weight", Double()),
+        f"{LAYER}.norm1",
+        "Param",
+    ),
+    (lambda m, p: prune.random_unstructured(m.get_submodule(p), "weight", 0.3), f"{LAYER}.conv2", "forward hook"),
+]
+
+
+def changed_model(change, path):
+    torch.manual_seed(0)
+    model = DenseNetBC(**SMALL).double()
+    if path == "features.transition1.norm" and change is CHANGES[19][0]:
+        model.features.transition1.norm.num_features = model.features.transition1.conv.in_channels
+    change(model, path)
+    return model
+
+
+def step(model, efficient):
+    model = copy.deepcopy(model)
+    model.efficient = efficient
+    torch.manual_seed(1)
+    y = model(torch.randn(3, 3, 8, 8, dtype=torch.double))
+    y.square().sum().backward()
+    return [y, *[p.grad for p in model.parameters()], *model.buffers()]
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "reason"), CHANGES, ids=[f"{p}-{r}".replace(" ", "-") for _, p, r in CHANGES]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_change_is_named_and_honored(change, path, reason):
+    model = changed_model(change, path)
+    with pytest.raises(RuntimeError, match=f"{path}.*{reason}"):
+        step(model, "fused")
+    set_fallback("warn")
+    with pytest.warns(UserWarning, match=f"{path}.*{reason}") as caught:
+        got = step(model, "fused")
+    assert len(caught) == 1
+    torch.testing.assert_close(got, step(model, False), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", [f"{LAYER}.norm1", LAYER, "features.denseblock1", "features.transition1", "features"])
+def test_hooks_are_called(path):
+    set_fallback("warn")
+    model, seen = DenseNetBC(**SMALL, efficient="fused"), []
+    model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with pytest.warns(UserWarning):
+        model(torch.randn(2, 3, 8, 8))
+    assert len(seen) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_hooks_on_modules_that_are_called_anyway_cost_nothing():
+    model, seen = DenseNetBC(**SMALL, efficient="fused"), []
+    for module in (model, model.features.conv0, model.classifier):
+        module.register_forward_hook(lambda *args: seen.append(args[0]))
+    model(torch.randn(2, 3, 8, 8))
+    assert len(seen) == 3
+
+
+def test_global_hook():
+    handle = register_module_forward_hook(lambda *args: None)
+    try:
+        with pytest.raises(RuntimeError, match="registered for all modules"):
+            EfficientDenseBlock(2, 4, 3, efficient="fused")(torch.randn(2, 4, 8, 8))
+    finally:
+        handle.remove()
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+INPUTS = {
+    "meta": (lambda: torch.randn(2, 4, 8, 8, device="meta"), "no kernels for meta"),
+    "a subclass": (lambda: torch.randn(2, 4, 8, 8).as_subclass(Tagged), "is a Tagged"),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_inputs_that_the_kernels_cannot_read(kind):
+    make, reason = INPUTS[kind]
+    x = make()
+    block = EfficientDenseBlock(2, 4, 3, efficient="fused").to(x.device)
+    with pytest.raises(RuntimeError, match=reason):
+        block(x)
+    set_fallback("warn")
+    with pytest.warns(UserWarning, match=reason):
+        assert block(x).shape == (2, 10, 8, 8)
+
+
+@pytest.mark.filterwarnings("error")
+def test_frozen_parameters_need_no_fallback():
+    model = DenseNetBC(**SMALL, efficient="fused").requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert model.classifier.weight.grad is not None
+
+
+def test_warns_once_for_each_reason():
+    set_fallback("warn")
+    model = DenseNetBC(**SMALL, efficient="fused")
+    x = torch.randn(2, 3, 8, 8)
+    handle = model.features.denseblock1.denselayer1.norm1.register_forward_hook(lambda *args: None)
+    with pytest.warns(UserWarning) as caught:
+        model(x)
+        model(x)
+    assert len(caught) == 1
+    model.features.denseblock2.denselayer1.norm1.register_forward_hook(lambda *args: None)
+    with pytest.warns(UserWarning, match="denseblock2") as caught:
+        model(x)
+    assert len(caught) == 1
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+
+
+def test_single_layer_falls_back():
+    layer = EfficientDenseLayer(4, 3, efficient="fused")
+    layer.norm1.register_forward_hook(lambda *args: None)
+    with pytest.raises(RuntimeError, match="norm1 has a forward hook"):
+        layer(torch.randn(2, 4, 8, 8))
+
+
+def test_module_in_place_of_drop_channel_is_recomputed_with_its_own_randomness():
+    """Under 'checkpoint', what somebody put there draws twice: both times the same."""
+    layer = EfficientDenseLayer(4, 3, efficient="checkpoint").double()
+    layer.drop_channel = nn.Dropout2d(0.5)
+    assert not isinstance(layer.drop_channel, DropChannel)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.double)
+    results = []
+    for efficient in ("checkpoint", False):
+        layer.efficient, leaf = efficient, x.clone().requires_grad_()
+        torch.manual_seed(1)
+        layer(leaf).square().sum().backward()
+        results.append(leaf.grad)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)

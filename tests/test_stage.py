@@ -1,0 +1,270 @@
+"""The stage ops against plain PyTorch on the same arguments: values, gradients, and how they behave in a graph."""
+
+import threading
+from itertools import product
+
+import pytest
+import torch
+from stage_cases import Case
+
+from densenet_ext import reference
+
+MASKS = range(16)
+TAILS = (0, 1, 2)
+FROZEN = ("none", "all", "every second")
+EVERYTHING = list(product(MASKS, (False, True), TAILS, FROZEN))
+ALL_MASKS = 15
+
+
+def name(value):
+    return value.replace(" ", "-") if isinstance(value, str) else None
+
+
+def gradients(output, x, params, grad):
+    return torch.autograd.grad(output, [x, *params], grad)
+
+
+def largest_error(got, want):
+    """The largest error of several tensors, each relative to its largest value."""
+    return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-3)).item() for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("keep_bottleneck", [False, True])
+@pytest.mark.parametrize(("mask_kind", "squeeze_excite", "tail", "frozen"), EVERYTHING, ids=name)
+def test_equals_plain(mask_kind, squeeze_excite, tail, frozen, keep_bottleneck):
+    case = Case(mask_kind, squeeze_excite, tail, frozen)
+    x, params = case.leaves()
+    got, want = case.fused(x, params, keep_bottleneck), case.plain(x, params)
+    grad = torch.randn_like(want)
+    assert largest_error([got], [want]) < 1e-12
+    assert largest_error(gradients(got, x, params, grad), gradients(want, x, params, grad)) < 1e-10
+
+
+@pytest.mark.parametrize(("mask_kind", "squeeze_excite", "tail", "frozen"), EVERYTHING, ids=name)
+def test_gradcheck(mask_kind, squeeze_excite, tail, frozen):
+    case = Case(mask_kind, squeeze_excite, tail, frozen)
+    x, params = case.leaves()
+    assert torch.autograd.gradcheck(lambda x, *p: case.fused(x, list(p)), (x, *params), fast_mode=True)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_gradcheck_of_every_entry(tail):
+    """The same without gradcheck's random projection."""
+    case = Case(ALL_MASKS, True, tail, "every second", in_channels=2, width=3)
+    x, params = case.leaves()
+    assert torch.autograd.gradcheck(lambda x, *p: case.fused(x, list(p)), (x, *params))
+
+
+@pytest.mark.parametrize("keep_bottleneck", [False, True])
+@pytest.mark.parametrize(
+    ("mask_kind", "squeeze_excite", "frozen"), list(product(MASKS, (False, True), FROZEN)), ids=name
+)
+def test_layer_equals_plain(mask_kind, squeeze_excite, frozen, keep_bottleneck):
+    case = Case(mask_kind, squeeze_excite, 0, frozen, in_channels=6, layers=1)
+    x, params = case.leaves()
+    inputs = [part.clone().detach().requires_grad_() for part in x.split([3, 1, 2], 1)]
+    got = torch.ops.densenet_ext.dense_layer(*case.layer_args(inputs, params, keep_bottleneck))[0]
+    want = case.plain(torch.cat(inputs, 1), params)[:, 6:]
+    grad = torch.randn_like(want)
+    assert largest_error([got], [want]) < 1e-12
+    leaves = [*inputs, *params]
+    got, want = torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad)
+    assert largest_error(got, want) < 1e-10
+
+
+SIZES = {
+    "growth 12 on 32x32": {"samples": 3, "in_channels": 24, "growth": 12, "width": 48, "height": 32, "breadth": 32},
+    "growth 32 on 14x14": {"in_channels": 40, "growth": 32, "width": 128, "height": 14, "breadth": 14},
+    "odd sizes": {"samples": 3, "in_channels": 13, "growth": 5, "width": 20, "height": 33, "breadth": 31},
+    "7x7": {"in_channels": 16, "growth": 8, "width": 32, "height": 7, "breadth": 7},
+    "one sample": {"samples": 1, "height": 5, "breadth": 5},
+}
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("size", SIZES, ids=name)
+def test_equals_plain_at_real_sizes(size, tail):
+    case = Case(ALL_MASKS, True, tail, **SIZES[size])
+    x, params = case.leaves()
+    got, want = case.fused(x, params), case.plain(x, params)
+    grad = torch.randn_like(want)
+    assert largest_error([got], [want]) < 1e-12
+    assert largest_error(gradients(got, x, params, grad), gradients(want, x, params, grad)) < 1e-10
+
+
+@pytest.mark.parametrize("keep_bottleneck", [False, True])
+@pytest.mark.parametrize("tail", TAILS)
+def test_every_output_equals_reference(tail, keep_bottleneck):
+    """Saved statistics, gates and bottlenecks too, and the strides that the shape functions promise."""
+    case = Case(ALL_MASKS, True, tail, "every second", height=17, breadth=18)
+    got = torch.ops.densenet_ext.dense_stage(*case.args(keep_bottleneck=keep_bottleneck))
+    want = reference.dense_stage(*case.args(keep_bottleneck=keep_bottleneck))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_kept_bottlenecks_change_no_bit(tail):
+    case = Case(ALL_MASKS, True, tail, dtype=torch.float32, height=17, breadth=18, growth=5, width=20)
+    results = []
+    for keep_bottleneck in (False, True):
+        x, params = case.leaves()
+        output = case.fused(x, params, keep_bottleneck)
+        results.append([output, *gradients(output, x, params, torch.ones_like(output))])
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_repeated_runs_are_bit_equal(threads):
+    torch.set_num_threads(threads)
+    case = Case(ALL_MASKS, True, 1, dtype=torch.float32, samples=5, height=19, breadth=18, growth=6, width=24)
+    results = []
+    for _ in range(3):
+        x, params = case.leaves()
+        output = case.fused(x, params)
+        results.append([output, *gradients(output, x, params, torch.ones_like(output))])
+    for again in results[1:]:
+        assert all(a.equal(b) for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.parametrize("wanted", ["x", "params", "one", "every second", "last"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_subsets_of_inputs_that_need_gradients(tail, wanted):
+    case = Case(ALL_MASKS, True, tail)
+    x, params = case.leaves()
+    leaves = [x, *params]
+    chosen = {
+        "x": leaves[:1],
+        "params": leaves[1:],
+        "one": [leaves[3]],
+        "every second": leaves[::2],
+        "last": leaves[-1:],
+    }[wanted]
+    for leaf in leaves:
+        leaf.requires_grad_(any(leaf is c for c in chosen))
+    got, want = case.fused(x, params), case.plain(x, params)
+    grad = torch.randn_like(want)
+    assert largest_error(torch.autograd.grad(got, chosen, grad), torch.autograd.grad(want, chosen, grad)) < 1e-10
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_backward_twice_gives_the_same(tail):
+    case = Case(ALL_MASKS, True, tail)
+    x, params = case.leaves()
+    output = case.fused(x, params)
+    grad = torch.randn_like(output)
+    first = torch.autograd.grad(output, [x, *params], grad, retain_graph=True)
+    again = torch.autograd.grad(output, [x, *params], grad)
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+
+
+def test_same_parameters_twice_in_one_graph():
+    case = Case(ALL_MASKS, True, 0)
+    x, params = case.leaves()
+
+    def twice(stage):
+        return stage(stage(x, params)[:, : case.in_channels].contiguous(), params)
+
+    got, want = twice(case.fused), twice(case.plain)
+    grad = torch.randn_like(want)
+    assert largest_error(gradients(got, x, params, grad), gradients(want, x, params, grad)) < 1e-10
+
+
+def test_writing_into_the_output_of_a_block_is_noticed():
+    """Backward needs the output of a block."""
+    case = Case()
+    x, params = case.leaves()
+    output = case.fused(x, params)
+    output.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_second_derivative_is_refused(tail):
+    case = Case(tail=tail)
+    x, params = case.leaves()
+    (dx,) = torch.autograd.grad(case.fused(x, params).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("keep_bottleneck", [False, True])
+@pytest.mark.parametrize("tail", TAILS)
+def test_opcheck(tail, keep_bottleneck):
+    """Schema, shape functions with symbolic sizes, and autograd under tracing."""
+    case = Case(ALL_MASKS, True, tail, "every second", height=17, breadth=18)
+    torch.library.opcheck(torch.ops.densenet_ext.dense_stage.default, case.args(*case.leaves(), keep_bottleneck))
+
+
+def test_opcheck_of_layer():
+    case = Case(ALL_MASKS, True, 0, "every second", layers=1)
+    x, params = case.leaves()
+    inputs = [part.clone().detach().requires_grad_() for part in x.split([2, 1], 1)]
+    torch.library.opcheck(torch.ops.densenet_ext.dense_layer.default, case.layer_args(inputs, params))
+
+
+@pytest.mark.parametrize("frozen", ["none", "all"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_nan_spreads_as_in_plain(tail, frozen):
+    case = Case(tail=tail, frozen_norms=frozen, height=6, breadth=6)
+    x, params = case.leaves()
+    with torch.no_grad():
+        x[0, 1, 2, 3] = torch.nan
+    got, want = case.fused(x, params), case.plain(x, params)
+    assert torch.equal(got.isnan(), want.isnan()) and want.isnan().any()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_empty_batch(tail):
+    """Zero samples give an output of zero samples and parameter gradients that are all zero."""
+    case = Case(0, True, tail, samples=0, height=4, breadth=4)
+    for keep_bottleneck in (False, True):
+        x, params = case.leaves()
+        output = case.fused(x, params, keep_bottleneck)
+        assert output.shape == case.plain(x, params).shape
+        dx, *dparams = gradients(output, x, params, torch.ones_like(output))
+        assert dx.shape == x.shape
+        assert all(d.count_nonzero() == 0 for d in dparams)
+
+
+def test_expanded_gradient():
+    """sum() hands a gradient of stride 0 to the stage."""
+    case = Case(ALL_MASKS, True, 0)
+    x, params = case.leaves()
+    got = torch.autograd.grad(case.fused(x, params).sum(), [x, *params])
+    want = torch.autograd.grad(case.plain(x, params).sum(), [x, *params])
+    assert largest_error(got, want) < 1e-10
+
+
+def test_two_python_threads():
+    """Two stages at once, many times: no buffer is shared."""
+    cases = [Case(ALL_MASKS, True, 1, seed=seed, height=12, breadth=12, growth=6, width=24) for seed in range(2)]
+    wrong = []
+
+    def work(case):
+        x, params = case.leaves()
+        want = case.plain(x, params)
+        expected = gradients(want, x, params, torch.ones_like(want))
+        for _ in range(20):
+            got = case.fused(x, params)
+            error = largest_error(gradients(got, x, params, torch.ones_like(got)), expected)
+            if error > 1e-10:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(case,)) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_batch_statistics_without_cancellation():
+    """Values of 1000 +- 0.01 in float32: the variance 1e-4 is right to 1 percent, where E[x^2] - E[x]^2 gives noise."""
+    case = Case(dtype=torch.float32, samples=4, height=16, breadth=16)
+    case.x = 1000 + 0.01 * torch.randn(case.x.shape)
+    _, _, stats, _, _ = torch.ops.densenet_ext.dense_stage(*case.args())
+    want = case.x.double().var((0, 2, 3), unbiased=False)
+    torch.testing.assert_close(stats[1, : case.in_channels].double(), want, rtol=1e-2, atol=0)
