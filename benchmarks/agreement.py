@@ -7,7 +7,7 @@ network is left out: its dropout draws other masks.
 In float64 each tensor's largest difference over its largest value is held to 1e-9: that is the proof. In the
 benchmark's own type the norm of the difference over the norm is held, over all tensors of a kind, and gradients only
 loosely: one ReLU's pre-activation whose sign differs moves them. The plain implementation itself, run in two memory
-formats, differs by 1e-2 in float32 and by 4e-1 in bfloat16.
+formats, differs by 1e-2 in float32 and by 2e-1 in bfloat16.
 """
 
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ from tqdm import tqdm
 STRICT = 1e-9
 KINDS = ("outputs", "gradients", "running statistics")
 LOOSE = {  # the same kinds
-    "float32": (1e-4, 5e-2, 1e-4),
-    "bfloat16": (1e-1, 8e-1, 2e-2),
-    "float16": (2e-2, 3e-1, 1e-2),
+    "float32": (1e-4, 5e-2, 1e-5),
+    "bfloat16": (5e-2, 6e-1, 2e-3),
+    "float16": (1e-2, 3e-1, 5e-4),
 }
 BATCH_SIZE = 4
 

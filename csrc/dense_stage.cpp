@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_stage(
 
   const Sizes sizes = {stage.samples, stage.channels, stage.height, stage.width};
   const Tensor features =
-      tail == kNone ? contiguous_buffer(x, sizes, stage.storage)
+      tail == kNone ? workspace(x, sizes, stage.storage)
                     : feature_buffer(x, sizes[0], sizes[1], sizes[2], sizes[3], stage.storage);
   const std::optional<Moments> moments = new_moments(stage, x);
   append(x, features, 0, moments);

@@ -38,10 +38,9 @@ Tensor run_layers(const Stage& stage, const Tensor& features,
                   const std::optional<Moments>& moments) {
   const Sizes rows = {stage.rows(), stage.bottleneck_pitch()};
   const bool keep = stage.options.keep_bottleneck;
-  const Tensor kept =
-      keep ? contiguous_buffer(features, {stage.layers, rows[0], rows[1]}, stage.storage)
-           : empty(features, {0}, stage.storage);
-  const Tensor workspace = keep ? kept : contiguous_buffer(features, rows, stage.storage);
+  const Tensor kept = keep ? workspace(features, {stage.layers, rows[0], rows[1]}, stage.storage)
+                           : empty(features, {0}, stage.storage);
+  const Tensor shared = keep ? kept : workspace(features, rows, stage.storage);
   const Tensor mean2 = empty(features, {1, stage.bottleneck_width}, stage.arithmetic),
                m2_2 = empty(features, {1, stage.bottleneck_width}, stage.arithmetic);
   const Optional mean = moments ? Optional(moments->mean) : std::nullopt,
@@ -49,7 +48,7 @@ Tensor run_layers(const Stage& stage, const Tensor& features,
 
   for (int64_t l = 0; l < stage.layers; ++l) {
     const Layer layer = stage.layer(l);
-    const Tensor bottleneck = keep ? select(kept, 0, l) : workspace;
+    const Tensor bottleneck = keep ? select(kept, 0, l) : shared;
     const Folded table1 =
         stage.fold(layer.norm1, mean.value_or(stage.stats), m2.value_or(stage.stats),
                    stage.pixels(), layer.pre_norm, layer.pre_conv1, layer.norm1.frozen);
@@ -94,8 +93,8 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
                          Tensors& dparams) {
   const Sizes rows = {stage.rows(), stage.bottleneck_pitch()};
   const bool kept = bottlenecks.dim() == 3;
-  const Tensor workspace = kept ? bottlenecks : contiguous_buffer(features, rows, stage.storage);
-  const Tensor dv = contiguous_buffer(features, rows, stage.arithmetic);
+  const Tensor shared = kept ? bottlenecks : workspace(features, rows, stage.storage);
+  const Tensor dv = workspace(features, rows, stage.arithmetic);
   const Tensor db_table = empty(features, {3, stage.bottleneck_width}, stage.arithmetic);
 
   for (int64_t l = stage.layers - 1; l >= 0; --l) {
@@ -103,7 +102,7 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
     Tensor* const d = dparams.data() + l * stage.per_layer;
     const Folded table1 = stage.fold_again(layer.norm1, layer.pre_norm, layer.pre_conv1);
     const Folded table2 = stage.fold_again(layer.norm2, std::nullopt, layer.pre_conv2);
-    const Tensor bottleneck = kept ? select(bottlenecks, 0, l) : workspace;
+    const Tensor bottleneck = kept ? select(bottlenecks, 0, l) : shared;
     if (!kept) run_bottleneck(layer, features, table1, bottleneck, std::nullopt, std::nullopt);
     if (stage.options.squeeze_excite) {
       call("densenet_ext::squeeze_excite_backward", features, source, layer.channels,

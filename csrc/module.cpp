@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "cpu/dispatch.h"
+#include "workspace.h"
 
 namespace py = pybind11;
 
@@ -61,4 +62,15 @@ PYBIND11_MODULE(_C, m) {
         "The instruction set of the CPU kernels in use.");
   m.def("parallel_threads", &densenet_ext::parallel_threads,
         "The number of threads that run torch's parallel loops.");
+  m.def(
+      "workspace_use",
+      [] {
+        const densenet_ext::WorkspaceUse use = densenet_ext::workspace_use();
+        return py::make_tuple(use.in_use, use.resident);
+      },
+      "Bytes of workspaces that tensors hold, and bytes of memory that they occupy.");
+  m.def("release_workspaces", &densenet_ext::release_workspaces,
+        "Gives the memory of workspaces that no tensor holds back to the system.");
+  m.def("set_workspace_limit", &densenet_ext::set_workspace_limit,
+        "How many bytes may stay occupied without being held.");
 }

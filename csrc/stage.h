@@ -118,6 +118,7 @@ class Stage {
       masks_per_layer += (options.mask_kind & bit) != 0;
     STD_TORCH_CHECK(static_cast<int64_t>(masks.size()) == layers * masks_per_layer,
                     "masks must hold ", layers * masks_per_layer, " tensors, got ", masks.size());
+    for (int64_t l = 0; l < layers; ++l) check_masks(l);
   }
 
   int64_t norms() const { return 2 * layers + (options.tail != kNone); }
@@ -198,6 +199,21 @@ class Stage {
 
  private:
   int64_t masks_per_layer;
+
+  void check_masks(int64_t l) const {
+    const Sizes shapes[] = {{samples, layer_channels(l)},
+                            {samples, layer_channels(l)},
+                            {samples, bottleneck_width},
+                            {samples, growth, height, width}};
+    int64_t next = l * masks_per_layer;
+    for (int i = 0; i < 4; ++i) {
+      if (!(options.mask_kind & (int64_t{1} << i))) continue;
+      const Tensor& mask = masks[next++];
+      check_shape("masks", mask, shapes[i]);
+      check_type("masks", mask, i == 3 ? ScalarType::Bool : arithmetic);
+      check_contiguous("masks", mask);
+    }
+  }
 
   void check_layer(int64_t l) const {
     const Tensor* const p = params.data() + l * per_layer;

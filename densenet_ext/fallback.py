@@ -152,10 +152,11 @@ def conv_reason(conv: nn.Module, name: str, expected: tuple, bias: bool) -> str 
     reason = module_reason(conv, name, nn.Conv2d)
     if reason is not None:
         return reason
-    values = conv.__dict__
-    for key, value in zip(_CONV_KEYS, expected, strict=True):
-        if values[key] != value:
-            return f"{name}.{key} is {values[key]}, not {value}"
+    v = conv.__dict__
+    actual = (v["kernel_size"], v["stride"], v["padding"], v["dilation"], v["groups"], v["padding_mode"])
+    if actual != expected:
+        key, value, wanted = next(t for t in zip(_CONV_KEYS, actual, expected, strict=True) if t[1] != t[2])
+        return f"{name}.{key} is {value}, not {wanted}"
     if (conv._parameters["bias"] is not None) != bias:
         return f"{name} has {'no' if bias else 'a'} bias"
     return None

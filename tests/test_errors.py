@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from stage_cases import Case
 from torch import nn
 
 from densenet_ext import (
@@ -153,8 +154,6 @@ STAGE_OP_ERRORS = {
 @pytest.mark.parametrize("name", STAGE_OP_ERRORS)
 def test_op_checks_its_arguments(name):
     """The compiled op itself, called past the Python functions: an error, never a wrong read."""
-    from stage_cases import Case
-
     change, message = STAGE_OP_ERRORS[name]
     args = [list(a) if isinstance(a, list) else a for a in Case(15, False, 0, "every second").args()]
     change(args)

@@ -50,7 +50,7 @@ def test_fused_takes_a_fraction_of_plain():
     plain, checkpoint, fused = (peak_of(**sizes, efficient=e) for e in (False, "checkpoint", "fused"))
     assert fused < 0.25 * plain
     assert fused < 0.5 * checkpoint
-    assert checkpoint < 0.6 * plain
+    assert checkpoint < 0.7 * plain
 
 
 def test_nothing_is_left_after_the_step():

@@ -229,6 +229,24 @@ def test_empty_batch(tail):
         assert all(d.count_nonzero() == 0 for d in dparams)
 
 
+@pytest.mark.parametrize("keep_bottleneck", [False, True])
+@pytest.mark.parametrize("tail", TAILS)
+def test_no_uninitialized_memory_is_read(tail, keep_bottleneck):
+    """With deterministic algorithms PyTorch fills new memory with NaN."""
+    case = Case(ALL_MASKS, True, tail, "every second", samples=3, height=17, breadth=19)
+    x, params = case.leaves()
+    want = case.plain(x, params)
+    grad = torch.randn_like(want)
+    expected = gradients(want, x, params, grad)
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = case.fused(x, params, keep_bottleneck)
+        actual = gradients(got, x, params, grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert largest_error([got, *actual], [want, *expected]) < 1e-10
+
+
 def test_expanded_gradient():
     """sum() hands a gradient of stride 0 to the stage."""
     case = Case(ALL_MASKS, True, 0)

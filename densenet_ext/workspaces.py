@@ -1,0 +1,36 @@
+"""The memory that fused stages keep from step to step on CPU.
+
+Feature buffers, their gradients and scratch of at least half a megabyte come from an arena of the library, whose pages
+stay for the next step: to map and clear them anew would cost more time than much of the arithmetic. torch's profiler
+does not see them, so every memory figure has to add `workspace_bytes()`. On other devices torch's allocator serves.
+"""
+
+from ._load import load_extension
+
+
+def workspace_bytes() -> int:
+    """Bytes of memory that the workspaces occupy, whether a tensor holds them now or not."""
+    return load_extension().workspace_use()[1]
+
+
+def release_workspaces() -> None:
+    """Give the memory of workspaces that no tensor holds back to the system. The next step takes what it needs again."""
+    load_extension().release_workspaces()
+
+
+def set_workspace_limit(limit: int) -> None:
+    """How much memory may stay occupied while no tensor holds it.
+
+    Args:
+        limit: bytes, at least 0; a quarter of the machine's memory unless set. With 0 every workspace is given back as
+            soon as it is free: slower, least memory between steps.
+
+    Raises:
+        TypeError: limit is no int.
+        ValueError: limit is negative.
+    """
+    if not isinstance(limit, int) or isinstance(limit, bool):
+        raise TypeError(f"limit is a {type(limit).__name__}; it must be an int, a number of bytes")
+    if limit < 0:
+        raise ValueError(f"limit is {limit}; it must be at least 0")
+    load_extension().set_workspace_limit(limit)
