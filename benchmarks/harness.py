@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from densenet_ext import DenseNetBC, set_fallback
+from densenet_ext import DenseNetBC, release_workspaces, set_fallback, workspace_use
 
 MB = 1e6
 
@@ -151,8 +151,9 @@ class TrainingStep:
 class Memory:
     """Memory over parameters, gradients and optimizer state."""
 
-    peak_bytes: int  # highest level in the step
+    peak_bytes: int  # highest level in the step, workspaces included
     kept_bytes: int  # level between forward and backward: what is kept for backward
+    workspace_bytes: int = 0  # CPU: what the library's own workspaces occupy after the step, held or not
     reserved_bytes: int | None = None  # CUDA: what the caching allocator took from the device at the peak, all included
 
 
@@ -174,19 +175,24 @@ def _cuda_memory(step):
     kept = torch.cuda.memory_allocated() - start
     step.finish(loss)
     torch.cuda.synchronize()
-    return Memory(torch.cuda.max_memory_allocated() - start, kept, torch.cuda.max_memory_reserved())
+    return Memory(torch.cuda.max_memory_allocated() - start, kept, reserved_bytes=torch.cuda.max_memory_reserved())
 
 
 def _cpu_memory(step):
     """Sums the allocations and frees that the profiler records, in time order.
 
-    It sees what goes through torch's CPU allocator, from Python or from C++, but not the scratch memory of libraries;
-    resident.py sees everything.
+    It sees what goes through torch's CPU allocator, from Python or from C++. The library's own workspaces do not: all
+    that they occupy is added to the peak, and what tensors hold of it after the forward pass to what is kept. Scratch
+    memory of other libraries is seen by resident.py alone.
     """
+    release_workspaces()
+    before = workspace_use()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         with record_function("benchmark: forward"):
             loss = step.forward()
+        held = workspace_use().held - before.held
         step.finish(loss)
+    workspaces = workspace_use().occupied - before.occupied
     events = recorded.profiler.kineto_results.events()
     forward_end = next(e.start_ns() + e.duration_ns() for e in events if e.name() == "benchmark: forward")
     changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
@@ -196,7 +202,7 @@ def _cpu_memory(step):
         peak = max(peak, level)
         if when <= forward_end:
             kept = level
-    return Memory(peak, kept)
+    return Memory(peak + workspaces, kept + held, workspaces)
 
 
 def interleave(steps, rounds, deadline=None, progress=None):

@@ -127,11 +127,12 @@ def _is_papers(spec):
 
 def format_rows(rows):
     cuda = rows[0]["device"].startswith("cuda")
-    header = ["variant", "implementation", "peak MB", "less", "kept MB", "reserved MB" if cuda else "resident MB"]
+    header = ["variant", "implementation", "peak MB", "less", "kept MB"]
+    header += ["reserved MB"] if cuda else ["arena MB", "resident MB"]
     header += ["s a step", "20-80 %", "faster", "paper MB"]
     cells = []
     for r in rows:
-        whole = r["reserved_bytes"] if cuda else r["resident_bytes"]
+        whole = [r["reserved_bytes"]] if cuda else [r["workspace_bytes"] or None, r["resident_bytes"]]
         cells.append(
             [
                 label(r),
@@ -139,7 +140,7 @@ def format_rows(rows):
                 f"{r['peak_bytes'] / MB:.0f}",
                 _optional(r["memory_ratio"], "{:.1f}x"),
                 f"{r['kept_bytes'] / MB:.0f}",
-                _optional(whole and whole / MB, "{:.0f}"),
+                *(_optional(value and value / MB, "{:.0f}") for value in whole),
                 f"{r['seconds']:.3f}",
                 f"{r['seconds_20']:.3f}-{r['seconds_80']:.3f}",
                 _optional(r["time_ratio"], "{:.2f}x"),
@@ -169,6 +170,10 @@ def notes(rows):
         "less, faster: against plain, same variant. Times: median and 20-80 % quantiles of interleaved steps: "
         + ", ".join(f"{count} of {variant}" for variant, count in {r["variant"]: r["rounds"] for r in rows}.items()),
     ]
+    if any(r["workspace_bytes"] for r in rows):
+        lines.append(
+            "arena: part of the peak that is the library's own workspaces and not torch's; stays for the next step."
+        )
     if any(r["resident_bytes"] for r in rows):
         lines.append("resident: growth of a fresh process in one step, whoever allocates.")
     if any(r["paper_mb"] for r in rows):

@@ -13,14 +13,14 @@ __all__ = [
     "release_workspaces",
     "set_fallback",
     "set_workspace_limit",
-    "workspace_bytes",
+    "workspace_use",
 ]
 
 try:
     from .fallback import set_fallback
     from .layers import DropChannel, EfficientDenseBlock, EfficientDenseLayer, SqueezeExcitation, Transition
     from .models import DenseNetBC
-    from .workspaces import release_workspaces, set_workspace_limit, workspace_bytes
+    from .workspaces import release_workspaces, set_workspace_limit, workspace_use
 except ImportError as error:
     # Kept for whoever asks for one of the names, so that `python -m densenet_ext.info` can still say what is wrong.
     _error = error

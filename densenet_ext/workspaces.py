@@ -2,15 +2,24 @@
 
 Feature buffers, their gradients and scratch of at least half a megabyte come from an arena of the library, whose pages
 stay for the next step: to map and clear them anew would cost more time than much of the arithmetic. torch's profiler
-does not see them, so every memory figure has to add `workspace_bytes()`. On other devices torch's allocator serves.
+does not see them, so every memory figure has to add `workspace_use()`. On other devices torch's allocator serves.
 """
+
+from typing import NamedTuple
 
 from ._load import load_extension
 
 
-def workspace_bytes() -> int:
-    """Bytes of memory that the workspaces occupy, whether a tensor holds them now or not."""
-    return load_extension().workspace_use()[1]
+class WorkspaceUse(NamedTuple):
+    """Bytes of the workspaces that tensors hold now, and bytes of memory that all of them occupy."""
+
+    held: int
+    occupied: int
+
+
+def workspace_use() -> WorkspaceUse:
+    """How much memory the workspaces take."""
+    return WorkspaceUse(*load_extension().workspace_use())
 
 
 def release_workspaces() -> None:
