@@ -35,7 +35,7 @@ def find_torch() -> Torch | None:
     if directory is None:
         return None
     facts = runpy.run_path(str(directory / "version.py"))
-    return Torch(directory, str(facts["__version__"]), facts["cuda"])
+    return Torch(directory, str(facts["__version__"]), facts.get("cuda"))
 
 
 def _visible_here() -> Path | None:

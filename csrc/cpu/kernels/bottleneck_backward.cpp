@@ -21,7 +21,6 @@ namespace DENSENET_EXT_ISA {
 namespace {
 
 constexpr int kGroup = 12;  // input channels at a time
-constexpr int kWeightRows = kRegisters == 32 ? 6 : 4;
 
 template <class S>
 struct Job {
@@ -66,18 +65,19 @@ struct Job {
   }
 
   void weight_gradient(const Tile& tile, int64_t c0) const {
-    for (int r0 = 0; r0 < kGroup; r0 += kWeightRows) {
-      for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
+    for (int r0 = 0; r0 < kGroup; r0 += kChannelRows) {
+      for_vector_groups<kPixelVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
         constexpr int NV = decltype(group)::value;
-        Block<T, kWeightRows, NV> block;
+        Block<T, kChannelRows, NV> block;
         block.product(tile.positions(), z + r0 * stride, stride, 1, db + first * kVec<T>, pitch);
         T* const out = dweight + (c0 + r0) * pitch + first * kVec<T>;
         DX_UNROLL
-        for (int r = 0; r < kWeightRows; ++r) {
+        for (int r = 0; r < kChannelRows; ++r) {
           DX_UNROLL
-          for (int v = 0; v < NV; ++v)
-            store(out + r * pitch + v * kVec<T>,
-                  load(out + r * pitch + v * kVec<T>) + block.acc[r][v]);
+          for (int v = 0; v < NV; ++v) {
+            T* const sum = out + r * pitch + v * kVec<T>;
+            store(sum, load(sum) + block.acc[r][v]);
+          }
         }
       });
     }
@@ -90,9 +90,17 @@ struct Job {
     if (valid <= 0) return;
     Vec<T> s1[kChannelRows] = {}, s2[kChannelRows] = {};
     for (int64_t s = 0; s < tile.samples; ++s) {
-      const int64_t n = tile.sample + s;
-      const T* const pre = a.pre_mask.data ? a.pre_mask.row(n) : nullptr;
-      const T* const post = a.post_mask.data ? a.post_mask.row(n) : nullptr;
+      const int64_t n = tile.sample + s, c = c0 + r0;
+      const T* const pre = a.pre_mask.data ? a.pre_mask.row(n) + c : nullptr;
+      const T* const post = a.post_mask.data ? a.post_mask.row(n) + c : nullptr;
+      const T* const means = a.norm.mean + c;
+      const T* const steps = scaled + c;
+      const T* const z_first = z + r0 * stride + s * tile.pitch;
+      const S* const x_first = a.features.plane(n, c) + tile.pixel;
+      const T* const before_first = FIRST ? nullptr : a.grad_in.plane(n, c) + tile.pixel;
+      T* const g_first = a.grad.plane(n, c) + tile.pixel;
+      const int64_t x_stride = a.features.plane_stride, g_stride = a.grad.plane_stride;
+      const int64_t before_stride = a.grad_in.plane_stride;
       for_vector_groups<kPixelVectors>(
           ceil_div(tile.count, kVec<T>), [&](int64_t first, auto group) {
             constexpr int NV = decltype(group)::value;
@@ -102,25 +110,26 @@ struct Job {
             DX_UNROLL
             for (int r = 0; r < kChannelRows; ++r) {
               if (r >= valid) continue;
-              const int64_t c = c0 + r0 + r;
-              const Vec<T> q = broadcast(pre ? pre[c] : T(1)), mean = broadcast(a.norm.mean[c]);
-              const Vec<T> step = q * broadcast(scaled[c]);
+              const Vec<T> q = broadcast(pre ? pre[r] : T(1)), mean = broadcast(means[r]);
+              const Vec<T> step = q * broadcast(steps[r]);
               DX_UNROLL
               for (int v = 0; v < NV; ++v) {
                 const int64_t p = (first + v) * kVec<T>, left = tile.count - p;
-                const Vec<T> x = load_first(a.features.plane(n, c) + tile.pixel + p, left);
-                Vec<T> d = where_positive(load(z + (r0 + r) * stride + position + v * kVec<T>),
-                                          block.acc[r][v]);
-                if (post) d = d * broadcast(post[c]);
+                const S* const x = x_first + r * x_stride + p;
+                T* const g = g_first + r * g_stride + p;
+                const Vec<T> value = load_first(x, left);
+                Vec<T> d = where_positive(load(z_first + r * stride + p), block.acc[r][v]);
+                if (post) d = d * broadcast(post[r]);
                 s1[r] += d;
-                s2[r] += d * (q * x - mean);
-                T* const g = a.grad.plane(n, c) + tile.pixel + p;
+                s2[r] += d * (q * value - mean);
                 if constexpr (FIRST) {
                   store_first(g, step * d, left);
                 } else {
-                  store_first(
-                      g, step * d + load_first(a.grad_in.plane(n, c) + tile.pixel + p, left), left);
+                  const T* const before = before_first + r * before_stride + p;
+                  store_first(g, step * d + load_first(before, left), left);
+                  __builtin_prefetch(before + kGroup * before_stride, 0, 2);
                 }
+                __builtin_prefetch(x + kGroup * x_stride, 0, 2);
               }
             }
           });
