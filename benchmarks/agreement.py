@@ -24,7 +24,7 @@ LOOSE = {  # the same kinds
     "bfloat16": (5e-2, 6e-1, 2e-3),
     "float16": (1e-2, 3e-1, 5e-4),
 }
-BATCH_SIZE = 4
+BATCH_SIZE = 2
 
 
 class DisagreementError(RuntimeError):

@@ -228,13 +228,24 @@ DX_INLINE T sum_lanes(Vec<T> v) {
 
 // Transpose kVec x kVec elements in registers: log2(kVec) rounds, round d exchanges the d-blocks
 // off the diagonal.
+#if defined(__clang__) || __GNUC__ >= 12
+template <int... I, class V>
+DX_INLINE V shuffle(V a, V b) {
+  return __builtin_shufflevector(a, b, I...);
+}
+#else
+template <int... I, class V>
+DX_INLINE V shuffle(V a, V b) {
+  return __builtin_shuffle(a, b, decltype(a < b){I...});
+}
+#endif
 template <int D, int N, class V, int... I>
 DX_INLINE V exchange_low(V a, V b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, ((I & D) ? N + I - D : I)...);
+  return shuffle<((I & D) ? N + I - D : I)...>(a, b);
 }
 template <int D, int N, class V, int... I>
 DX_INLINE V exchange_high(V a, V b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, ((I & D) ? N + I : I + D)...);
+  return shuffle<((I & D) ? N + I : I + D)...>(a, b);
 }
 template <class T, int D>
 DX_INLINE void transpose_round(Vec<T> (&v)[kVec<T>]) {
