@@ -32,7 +32,6 @@ COMMON_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Icsrc",
-    f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
 ]
 # Used where the compiler knows them. Predictive commoning spills the accumulators of the register-blocked kernels, and
 # GCC 12 finds uninitialized variables in its own AVX-512 header.
@@ -82,6 +81,11 @@ def sanitizer_flags():
     return [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
+def torch_flags(torch):
+    target = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
+    return [f"-DTORCH_TARGET_VERSION={target}", f"-isystem{torch.directory / 'include'}"]
+
+
 def module_flags(version, torch):
     """What module.cpp reports and nothing else needs, and the headers that it alone includes."""
     try:
@@ -103,8 +107,7 @@ def module_flags(version, torch):
 def describe_library(path, compiler, torch, version):
     once, kernels = find_sources()
     library = native.Library(path)
-    library.flags = [*COMMON_FLAGS, *filter(compiler.accepts, GCC_FLAGS)]
-    library.flags += [f"-isystem{torch.directory / 'include'}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    library.flags = [*COMMON_FLAGS, *filter(compiler.accepts, GCC_FLAGS), *shlex.split(os.environ.get("CXXFLAGS", ""))]
     if SANITIZERS:
         library.flags += ["-O1", "-g1", *sanitizer_flags()]
     library.link_flags = ["-shared", *sanitizer_flags(), f"-L{torch.directory / 'lib'}", "-ltorch_cpu", "-lc10"]
@@ -115,7 +118,8 @@ def describe_library(path, compiler, torch, version):
 
     for source in once:
         extra = module_flags(version, torch) if source == os.path.join("csrc", "module.cpp") else []
-        library.objects.append(native.Object(source, extra))
+        library.objects.append(native.Object(source, [*extra, *torch_flags(torch)]))
+    # The kernels know nothing of torch, so that another torch, or pip with its own copy of one, compiles none of them again.
     # The linker keeps the first copy of an inline function, so the one that every machine can run has to come first.
     for name, flags in INSTRUCTION_SETS.items():
         for source in kernels:
@@ -126,7 +130,8 @@ def describe_library(path, compiler, torch, version):
 class BuildExtension(build_ext):
     def finalize_options(self):
         super().finalize_options()
-        self.force = True  # copy the library to its place even over a newer one, built with another torch; ninja decides the rest
+        # Have the library copied to its place even over a newer one, built with another torch; ninja decides the rest.
+        self.force = True
 
     def build_extension(self, ext):
         try:
