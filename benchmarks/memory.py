@@ -30,7 +30,7 @@ PAPER = {("vanilla", "plain"): 1222, ("A+B", "plain"): 1164, ("A+B", "fused"): 5
 MAIN = ("plain", "plain-channels-last", "checkpoint", "fused", "fused-kept")
 OTHERS = ("plain", "checkpoint", "fused")
 
-# glibc: serve all sizes from the heap and give nothing back, so that no step pays for fresh pages
+# glibc: serve all sizes from the heap and give nothing back, so that later steps pay for no fresh pages
 KEEP_PAGES = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
@@ -53,7 +53,7 @@ def parse_arguments():
     add("--rounds", type=int, default=5, help="interleaved steps of each row")
     add("--time-limit", type=float, default=225, help="seconds after which no round of timing is begun (default 225)")
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--keep-pages", action="store_true", help="start anew with a malloc that keeps its pages: a faster plain step")
+    add("--keep-pages", action="store_true", help="start anew with a malloc that keeps its pages; may speed plain up")
     add("--no-resident", action="store_true", help="leave out the fresh processes")
     add("--scaling", action="store_true", help="peak against depth and growth rate, with fitted exponents")
     add("--csv", metavar="FILE")
