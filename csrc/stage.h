@@ -25,8 +25,8 @@ template <class... Arguments>
 void call(const char* name, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack = {
       torch::stable::detail::from(arguments)...};
-  STD_TORCH_CHECK(
-      torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == 0, name, " failed");
+  STD_TORCH_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == 0, name,
+                  " failed");
 }
 
 struct Options {
