@@ -3,6 +3,7 @@
 #include "feature_buffer.h"
 
 namespace densenet_ext {
+
 void start_statistics(Stage& stage, const Tensor& like, const Tensors& frozen_stats) {
   stage.stats = empty(like, {2, stage.stats_width()}, stage.arithmetic);
   stage.gates = empty(like,
