@@ -69,6 +69,7 @@ std::tuple<Tensors, Tensors> dense_layer_backward(
                            squeeze_excite, kNone,         bottlenecks.dim() == 3};
   Stage stage(params, masks, options, first.size(0), checked.channels, first.size(2), first.size(3),
               first.scalar_type());
+  STD_TORCH_CHECK(stage.layers == 1, "params must hold one layer, got ", stage.layers);
   check_shape("grad", grad_output, {stage.samples, stage.growth, stage.height, stage.width});
   stage.stats = stats;
   stage.gates = gates;

@@ -206,7 +206,7 @@ def output_and_gradients(model, x, efficient, autocast=None):
     return [y.detach(), *[p.grad for p in model.parameters()]]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 7])
+@pytest.mark.parametrize("seed", range(8))
 def test_float32_error_at_most_twice_plain(seed):
     """Against float64; averaged over all gradients. Seeds where no value before a rectifier is within rounding of 0."""
     torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-// Forward of the 1x1 convolution of a dense layer, batch normalization and ReLU in its load:
+// Forward of the 1x1 convolution of a dense layer, batch normalization and ReLU in its load, and
+// the moments of b over all rows:
 //
-//   b[m, o] = sum_c relu(scale[c]*x[m, c] + shift[c]) * W[o, c]     and the moments of b over all
-//   rows
+//   b[m, o] = sum_c relu(scale[c]*x[m, c] + shift[c]) * W[o, c]
 //
 // A tile of up to 256 pixels of all input channels is normalized and rectified into z [C,
 // positions] in the second-level cache; a register block of 8 pixels by 3 vectors of outputs then

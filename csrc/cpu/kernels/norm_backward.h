@@ -1,8 +1,8 @@
-// Backward of batch normalization from its two sums (design: the gradient of a normalized channel
-// is affine in its values).
+// Backward of batch normalization from its two sums; all but the direct term of dx is affine in x:
 //
-//   xhat = (q*x - mean)*rstd,   dv the gradient of gamma*xhat + beta,   S1 = sum dv,   S2 = sum
-//   dv*xhat dgamma = S2, dbeta = S1, dx = q*gamma*rstd*(dv - S1/M - xhat*S2/M)
+//   xhat = (q*x - mean)*rstd,   dv the gradient of gamma*xhat + beta
+//   S1 = sum dv = dbeta,   S2 = sum dv*xhat = dgamma
+//   dx = q*gamma*rstd*(dv - S1/M - xhat*S2/M)
 //
 // The first term goes to the gradient buffer; the others are added to the coefficients of the
 // channel.

@@ -2,9 +2,9 @@
 //
 //   dW[o, c] = sum_p' dout[o, p'] zp[c, p']
 //   dzp[c, p'] = sum_o W[o, c] dout[o, p'],   dz = dzp/4 at each of the 4 pixels
-//   G = gamma*rstd*dz*[z > 0], 0 where an odd size drops the last row or column;   S1, S2 on the
-//   way
+//   G = gamma*rstd*dz*[z > 0], 0 where an odd size drops the last row or column
 //
+// and the sums S1, S2 of the batch normalization on the way.
 // Tiles as in the forward; dout is laid out in both orientations, then 12 channels at a time.
 // Threads own contiguous tiles and private sums, merged in thread order. Bytes moved: dout and x
 // once, G once.
