@@ -2,7 +2,6 @@
 // in a buffer that is not kept, but made again in backward.
 #include <tuple>
 
-#include "feature_buffer.h"
 #include "layers.h"
 
 namespace densenet_ext {
@@ -35,11 +34,11 @@ void append_all(const Tensors& inputs, const Tensor& features,
 std::tuple<Tensor, Tensor, Tensor, Tensor> dense_layer(
     const Tensors& inputs, const Tensors& params, const Tensors& masks, const Tensors& frozen_stats,
     int64_t mask_kind, double dropout_scale, std::vector<double> eps, std::vector<int64_t> frozen,
-    bool squeeze_excite, bool keep_bottleneck) {
+    bool squeeze_excite, bool keep_bottleneck, bool allow_tf32) {
   const Inputs checked(inputs);
   const Tensor& first = inputs[0];
-  const Options options = {mask_kind,      dropout_scale, std::move(eps), std::move(frozen),
-                           squeeze_excite, kNone,         keep_bottleneck};
+  const Options options = {mask_kind,      dropout_scale, std::move(eps),  std::move(frozen),
+                           squeeze_excite, kNone,         keep_bottleneck, allow_tf32};
   Stage stage(params, masks, options, first.size(0), checked.channels, first.size(2), first.size(3),
               first.scalar_type());
   STD_TORCH_CHECK(stage.layers == 1, "params must hold one layer, got ", stage.layers);
@@ -51,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dense_layer(
   append_all(inputs, features, moments);
   const Tensor kept = run_layers(stage, features, moments);
   const Tensor output =
-      empty(first, {stage.samples, stage.growth, stage.height, stage.width}, stage.storage);
+      output_maps(first, stage.samples, stage.growth, stage.height, stage.width, stage.storage);
   Tensor view_of_features = features;
   torch::stable::copy_(const_cast<Tensor&>(output),
                        narrow(view_of_features, 1, checked.channels, stage.growth));
@@ -62,11 +61,11 @@ std::tuple<Tensors, Tensors> dense_layer_backward(
     const Tensor& grad_output, const Tensor& output, const Tensors& inputs, const Tensors& params,
     const Tensors& masks, const Tensor& stats, const Tensor& gates, const Tensor& bottlenecks,
     int64_t mask_kind, double dropout_scale, std::vector<double> eps, std::vector<int64_t> frozen,
-    bool squeeze_excite) {
+    bool squeeze_excite, bool allow_tf32) {
   const Inputs checked(inputs);
   const Tensor& first = inputs[0];
-  const Options options = {mask_kind,      dropout_scale, std::move(eps),        std::move(frozen),
-                           squeeze_excite, kNone,         bottlenecks.dim() == 3};
+  const Options options = {mask_kind,      dropout_scale, std::move(eps),         std::move(frozen),
+                           squeeze_excite, kNone,         bottlenecks.dim() == 3, allow_tf32};
   Stage stage(params, masks, options, first.size(0), checked.channels, first.size(2), first.size(3),
               first.scalar_type());
   STD_TORCH_CHECK(stage.layers == 1, "params must hold one layer, got ", stage.layers);
@@ -79,7 +78,7 @@ std::tuple<Tensors, Tensors> dense_layer_backward(
   append_all(inputs, features, std::nullopt);
   append(output, features, checked.channels, std::nullopt);
   Tensor grad = feature_buffer(first, stage.samples, stage.channels, stage.height, stage.width,
-                               stage.arithmetic);
+                               gradient_type(first, stage.storage));
   Tensor own = narrow(grad, 1, checked.channels, stage.growth);
   torch::stable::copy_(own, grad_output);
   const Tensor coef = start_coefficients(stage, first);
@@ -89,7 +88,8 @@ std::tuple<Tensors, Tensors> dense_layer_backward(
   Tensors dinputs;
   int64_t offset = 0;
   for (const Tensor& x : inputs) {
-    dinputs.push_back(empty(x, sizes_of(x), stage.storage));
+    dinputs.push_back(
+        output_maps(x, stage.samples, x.size(1), stage.height, stage.width, stage.storage));
     call("densenet_ext::finish_gradient", features, grad, coef, offset, dinputs.back());
     offset += x.size(1);
   }
@@ -100,6 +100,10 @@ std::tuple<Tensors, Tensors> dense_layer_backward(
 }  // namespace densenet_ext
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CPU, m) {
+  m.impl("dense_layer", TORCH_BOX(&densenet_ext::dense_layer));
+  m.impl("dense_layer_backward", TORCH_BOX(&densenet_ext::dense_layer_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CUDA, m) {
   m.impl("dense_layer", TORCH_BOX(&densenet_ext::dense_layer));
   m.impl("dense_layer_backward", TORCH_BOX(&densenet_ext::dense_layer_backward));
 }

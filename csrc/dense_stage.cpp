@@ -2,7 +2,6 @@
 // backward. Written once for all devices, over the kernel operators of ops.cpp.
 #include <tuple>
 
-#include "feature_buffer.h"
 #include "layers.h"
 
 namespace densenet_ext {
@@ -11,17 +10,19 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_stage(
     const Tensor& x, const Tensors& params, const Tensors& masks, const Tensors& frozen_stats,
     int64_t mask_kind, double dropout_scale, std::vector<double> eps, std::vector<int64_t> frozen,
-    bool squeeze_excite, int64_t tail, bool keep_bottleneck) {
+    bool squeeze_excite, int64_t tail, bool keep_bottleneck, bool allow_tf32) {
   STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions, got ", x.dim());
-  const Options options = {mask_kind,      dropout_scale, std::move(eps), std::move(frozen),
-                           squeeze_excite, tail,          keep_bottleneck};
+  const Options options = {mask_kind,      dropout_scale, std::move(eps),  std::move(frozen),
+                           squeeze_excite, tail,          keep_bottleneck, allow_tf32};
   Stage stage(params, masks, options, x.size(0), x.size(1), x.size(2), x.size(3), x.scalar_type());
   start_statistics(stage, x, frozen_stats);
 
   const Sizes sizes = {stage.samples, stage.channels, stage.height, stage.width};
+  // With no consumer the buffer is the output, on CPU without the gaps.
   const Tensor features =
-      tail == kNone ? workspace(x, sizes, stage.storage)
-                    : feature_buffer(x, sizes[0], sizes[1], sizes[2], sizes[3], stage.storage);
+      tail == kNone && !is_channels_last(x)
+          ? workspace(x, sizes, stage.storage)
+          : feature_buffer(x, sizes[0], sizes[1], sizes[2], sizes[3], stage.storage);
   const std::optional<Moments> moments = new_moments(stage, x);
   append(x, features, 0, moments);
   const Tensor kept = run_layers(stage, features, moments);
@@ -34,10 +35,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_stage(
                  stage.pixels(), std::nullopt, std::nullopt, site.frozen);
   if (tail == kTransition) {
     const Tensor weight = stage.tail_param(2),
-                 output =
-                     empty(x, {stage.samples, weight.size(0), stage.height / 2, stage.width / 2},
-                           stage.storage);
-    call("densenet_ext::transition_forward", features, table.scale, table.shift, weight, output);
+                 output = output_maps(x, stage.samples, weight.size(0), stage.height / 2,
+                                      stage.width / 2, stage.storage);
+    call("densenet_ext::transition_forward", features, table.scale, table.shift, weight, output,
+         allow_tf32);
     return {output, features, stage.stats, stage.gates, kept};
   }
   const Tensor output = empty(x, {stage.samples, stage.channels}, stage.storage);
@@ -45,16 +46,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_stage(
   return {output, features, stage.stats, stage.gates, kept};
 }
 
-std::tuple<Tensor, Tensors> dense_stage_backward(const Tensor& grad_output, const Tensor& features,
-                                                 const Tensors& params, const Tensors& masks,
-                                                 const Tensor& stats, const Tensor& gates,
-                                                 const Tensor& bottlenecks, int64_t mask_kind,
-                                                 double dropout_scale, std::vector<double> eps,
-                                                 std::vector<int64_t> frozen, bool squeeze_excite,
-                                                 int64_t tail, int64_t in_channels, bool need_dx) {
+// The gradient of a block without consumer, in the layout and type of a gradient buffer.
+Tensor start_gradient(const Stage& stage, const Tensor& features, const Tensor& grad_output) {
+  if (!is_channels_last(features))
+    return torch::stable::to(torch::stable::contiguous(grad_output), stage.arithmetic);
+  Tensor copy = feature_buffer(features, stage.samples, stage.channels, stage.height, stage.width,
+                               stage.storage);
+  torch::stable::copy_(copy, grad_output);
+  return copy;
+}
+
+std::tuple<Tensor, Tensors> dense_stage_backward(
+    const Tensor& grad_output, const Tensor& features, const Tensors& params, const Tensors& masks,
+    const Tensor& stats, const Tensor& gates, const Tensor& bottlenecks, int64_t mask_kind,
+    double dropout_scale, std::vector<double> eps, std::vector<int64_t> frozen, bool squeeze_excite,
+    int64_t tail, int64_t in_channels, bool need_dx, bool allow_tf32) {
   STD_TORCH_CHECK(features.dim() == 4, "features must have 4 dimensions, got ", features.dim());
-  const Options options = {mask_kind,      dropout_scale, std::move(eps),        std::move(frozen),
-                           squeeze_excite, tail,          bottlenecks.dim() == 3};
+  const Options options = {mask_kind,      dropout_scale, std::move(eps),         std::move(frozen),
+                           squeeze_excite, tail,          bottlenecks.dim() == 3, allow_tf32};
   Stage stage(params, masks, options, features.size(0), in_channels, features.size(2),
               features.size(3), features.scalar_type());
   STD_TORCH_CHECK(features.size(1) == stage.channels, "features must have ", stage.channels,
@@ -64,14 +73,15 @@ std::tuple<Tensor, Tensors> dense_stage_backward(const Tensor& grad_output, cons
 
   Tensors dparams = empty_gradients(params);
   const Tensor grad = feature_buffer(features, stage.samples, stage.channels, stage.height,
-                                     stage.width, stage.arithmetic);
+                                     stage.width, gradient_type(features, stage.storage));
   Tensor coef, source = grad;
   if (tail == kNone) {
     check_shape("grad", grad_output, sizes_of(features));
-    source = torch::stable::to(torch::stable::contiguous(grad_output), stage.arithmetic);
+    source = start_gradient(stage, features, grad_output);
     coef = start_coefficients(stage, features);
   } else {
-    const Tensor incoming = torch::stable::contiguous(grad_output);
+    const Tensor incoming =
+        tail == kHead ? torch::stable::contiguous(grad_output) : readable(grad_output);
     const NormSite site = stage.tail_norm();
     const Folded table = stage.fold_again(site, std::nullopt, std::nullopt);
     Tensor* const d = dparams.data() + stage.layers * stage.per_layer;
@@ -79,7 +89,7 @@ std::tuple<Tensor, Tensors> dense_stage_backward(const Tensor& grad_output, cons
     if (tail == kTransition) {
       call("densenet_ext::transition_backward", features, table.scale, table.shift,
            stage.tail_param(2), site.weight, site.mean, site.var, site.eps, !site.frozen, incoming,
-           grad, coef, d[2], d[0], d[1]);
+           grad, coef, d[2], d[0], d[1], allow_tf32);
     } else {
       call("densenet_ext::head_backward", features, table.scale, table.shift, site.weight,
            site.mean, site.var, site.eps, !site.frozen, incoming, grad, coef, d[0], d[1]);
@@ -87,10 +97,9 @@ std::tuple<Tensor, Tensors> dense_stage_backward(const Tensor& grad_output, cons
   }
   run_layers_backward(stage, features, bottlenecks, source, source, grad, coef, dparams);
 
-  const Tensor dx =
-      need_dx
-          ? empty(features, {stage.samples, in_channels, stage.height, stage.width}, stage.storage)
-          : empty(features, {0}, stage.storage);
+  const Tensor dx = need_dx ? output_maps(features, stage.samples, in_channels, stage.height,
+                                          stage.width, stage.storage)
+                            : empty(features, {0}, stage.storage);
   if (need_dx) call("densenet_ext::finish_gradient", features, grad, coef, int64_t{0}, dx);
   return {dx, dparams};
 }
@@ -99,6 +108,10 @@ std::tuple<Tensor, Tensors> dense_stage_backward(const Tensor& grad_output, cons
 }  // namespace densenet_ext
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CPU, m) {
+  m.impl("dense_stage", TORCH_BOX(&densenet_ext::dense_stage));
+  m.impl("dense_stage_backward", TORCH_BOX(&densenet_ext::dense_stage_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CUDA, m) {
   m.impl("dense_stage", TORCH_BOX(&densenet_ext::dense_stage));
   m.impl("dense_stage_backward", TORCH_BOX(&densenet_ext::dense_stage_backward));
 }

@@ -1,7 +1,5 @@
 #include "layers.h"
 
-#include "feature_buffer.h"
-
 namespace densenet_ext {
 
 void start_statistics(Stage& stage, const Tensor& like, const Tensors& frozen_stats) {
@@ -29,10 +27,11 @@ void start_statistics(Stage& stage, const Tensor& like, const Tensors& frozen_st
                   frozen_stats.size());
 }
 
-static void run_bottleneck(const Layer& layer, const Tensor& features, const Folded& table,
-                           const Tensor& out, const Optional& mean, const Optional& m2) {
+static void run_bottleneck(const Stage& stage, const Layer& layer, const Tensor& features,
+                           const Folded& table, const Tensor& out, const Optional& mean,
+                           const Optional& m2) {
   call("densenet_ext::bottleneck_forward", features, table.scale, table.shift, layer.conv1, out,
-       mean, m2);
+       mean, m2, stage.options.allow_tf32);
 }
 
 Tensor run_layers(const Stage& stage, const Tensor& features,
@@ -54,12 +53,14 @@ Tensor run_layers(const Stage& stage, const Tensor& features,
         stage.fold(layer.norm1, mean.value_or(stage.stats), m2.value_or(stage.stats),
                    stage.pixels(), layer.pre_norm, layer.pre_conv1, layer.norm1.frozen);
     const bool measure = !layer.norm2.frozen;
-    run_bottleneck(layer, features, table1, bottleneck, measure ? Optional(mean2) : std::nullopt,
+    run_bottleneck(stage, layer, features, table1, bottleneck,
+                   measure ? Optional(mean2) : std::nullopt,
                    measure ? Optional(m2_2) : std::nullopt);
     const Folded table2 = stage.fold(layer.norm2, mean2, m2_2, stage.rows(), std::nullopt,
                                      layer.pre_conv2, layer.norm2.frozen);
     call("densenet_ext::conv3x3_forward", bottleneck, table2.scale, table2.shift, layer.conv2,
-         layer.dropout, stage.options.dropout_scale, features, layer.channels, mean, m2);
+         layer.dropout, stage.options.dropout_scale, features, layer.channels, mean, m2,
+         stage.options.allow_tf32);
     if (stage.options.squeeze_excite) {
       call("densenet_ext::squeeze_excite_forward", features, layer.channels, *mean, *m2,
            layer.fc1_weight, layer.fc1_bias, layer.fc2_weight, layer.fc2_bias, layer.pooled,
@@ -77,7 +78,7 @@ std::optional<Moments> new_moments(const Stage& stage, const Tensor& like) {
 
 void append(const Tensor& x, const Tensor& features, int64_t offset,
             const std::optional<Moments>& moments) {
-  call("densenet_ext::append", torch::stable::contiguous(x), features, offset,
+  call("densenet_ext::append", readable(x), features, offset,
        moments ? Optional(moments->mean) : std::nullopt,
        moments ? Optional(moments->m2) : std::nullopt);
 }
@@ -95,7 +96,7 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
   const Sizes rows = {stage.rows(), stage.bottleneck_pitch()};
   const bool kept = bottlenecks.dim() == 3;
   const Tensor shared = kept ? bottlenecks : workspace(features, rows, stage.storage);
-  const Tensor dv = workspace(features, rows, stage.arithmetic);
+  const Tensor dv = workspace(features, rows, gradient_type(features, stage.storage));
   const Tensor db_table = empty(features, {3, stage.bottleneck_width}, stage.arithmetic);
 
   for (int64_t l = stage.layers - 1; l >= 0; --l) {
@@ -104,7 +105,8 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
     const Folded table1 = stage.fold_again(layer.norm1, layer.pre_norm, layer.pre_conv1);
     const Folded table2 = stage.fold_again(layer.norm2, std::nullopt, layer.pre_conv2);
     const Tensor bottleneck = kept ? select(bottlenecks, 0, l) : shared;
-    if (!kept) run_bottleneck(layer, features, table1, bottleneck, std::nullopt, std::nullopt);
+    if (!kept)
+      run_bottleneck(stage, layer, features, table1, bottleneck, std::nullopt, std::nullopt);
     if (stage.options.squeeze_excite) {
       call("densenet_ext::squeeze_excite_backward", features, source, layer.channels,
            layer.fc1_weight, layer.fc2_weight, layer.pooled, layer.hidden, layer.gate, coef, d[6],
@@ -113,11 +115,11 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
     call("densenet_ext::conv3x3_backward", bottleneck, table2.scale, table2.shift, layer.pre_conv2,
          layer.conv2, layer.dropout, stage.options.dropout_scale, features, source, coef,
          layer.channels, layer.norm2.weight, layer.norm2.mean, layer.norm2.var, layer.norm2.eps,
-         !layer.norm2.frozen, dv, d[5], d[3], d[4], db_table);
+         !layer.norm2.frozen, dv, d[5], d[3], d[4], db_table, stage.options.allow_tf32);
     call("densenet_ext::bottleneck_backward", features, table1.scale, table1.shift, layer.pre_norm,
          layer.pre_conv1, layer.conv1, dv, bottleneck, db_table, layer.norm1.weight,
          layer.norm1.mean, layer.norm1.var, layer.norm1.eps, !layer.norm1.frozen, grad_in, grad,
-         coef, d[2], d[0], d[1]);
+         coef, d[2], d[0], d[1], stage.options.allow_tf32);
     source = grad;
     grad_in = grad;
   }

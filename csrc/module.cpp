@@ -26,8 +26,13 @@ py::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
   info["instruction_sets"] = py::make_tuple(DENSENET_EXT_INSTRUCTION_SETS);
-  info["cuda"] = false;
-  info["cuda_architectures"] = py::tuple();
+  // Of densenet_ext/_cuda, which is built together with this library.
+  const std::string cuda_version = DENSENET_EXT_CUDA_VERSION;
+  info["cuda"] = !cuda_version.empty();
+  info["cuda_version"] = cuda_version;
+  info["cuda_architectures"] = py::make_tuple(DENSENET_EXT_CUDA_ARCHITECTURES);
+  info["cuda_missing"] = DENSENET_EXT_CUDA_MISSING;  // why there are none
+  info["simulated"] = false;
   info["torch_target"] = std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
                          std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
   info["torch_built_with"] = DENSENET_EXT_TORCH;

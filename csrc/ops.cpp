@@ -1,7 +1,7 @@
 // All operators, by schema. The kernel operators write into their arguments and have no autograd;
 // the functional ones at the end are what Python calls. Shapes: N samples, C channels of the
 // feature buffer, c of them in use, k growth rate, K2 bottleneck width (its rows padded to a
-// multiple of 16), r SE width.
+// multiple of 16), r SE width. allow_tf32: whether products of float32 may be of TF32 (CUDA).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(densenet_ext, m) {
@@ -13,24 +13,25 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
       "Tensor(a!) batch_mean, Tensor(b!) batch_var, Tensor(c!) scale, Tensor(d!) shift) -> ()");
   m.def(
       "bottleneck_forward(Tensor features, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) "
-      "bottleneck, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
+      "bottleneck, Tensor(b!)? mean, Tensor(c!)? m2, bool allow_tf32=False) -> ()");
   m.def(
       "bottleneck_backward(Tensor features, Tensor scale, Tensor shift, Tensor? pre_mask, Tensor? "
       "post_mask, Tensor weight, Tensor dv, Tensor bottleneck, "
       "Tensor table, Tensor norm_weight, Tensor batch_mean, Tensor batch_var, float eps, bool "
       "training, Tensor? grad_in, Tensor(a!) grad, Tensor(b!) coef, "
-      "Tensor(c!) dweight, Tensor(d!) dnorm_weight, Tensor(e!) dnorm_bias) -> ()");
+      "Tensor(c!) dweight, Tensor(d!) dnorm_weight, Tensor(e!) dnorm_bias, bool "
+      "allow_tf32=False) -> ()");
   m.def(
       "conv3x3_forward(Tensor bottleneck, Tensor scale, Tensor shift, Tensor weight, Tensor? "
       "dropout_mask, float dropout_scale, Tensor(a!) features, "
-      "int offset, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
+      "int offset, Tensor(b!)? mean, Tensor(c!)? m2, bool allow_tf32=False) -> ()");
   m.def(
       "conv3x3_backward(Tensor bottleneck, Tensor scale, Tensor shift, Tensor? post_mask, Tensor "
       "weight, Tensor? dropout_mask, float dropout_scale, "
       "Tensor features, Tensor grad, Tensor coef, int offset, Tensor norm_weight, Tensor "
       "batch_mean, Tensor batch_var, float eps, bool training, "
       "Tensor(a!) dv, Tensor(b!) dweight, Tensor(c!) dnorm_weight, Tensor(d!) dnorm_bias, "
-      "Tensor(e!) table) -> ()");
+      "Tensor(e!) table, bool allow_tf32=False) -> ()");
   m.def(
       "squeeze_excite_forward(Tensor(a!) features, int offset, Tensor(b!) mean, Tensor(c!) m2, "
       "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
@@ -42,12 +43,12 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
       "Tensor(e!) dfc2_bias) -> ()");
   m.def(
       "transition_forward(Tensor features, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) "
-      "out) -> ()");
+      "out, bool allow_tf32=False) -> ()");
   m.def(
       "transition_backward(Tensor features, Tensor scale, Tensor shift, Tensor weight, Tensor "
       "norm_weight, Tensor batch_mean, Tensor batch_var, float eps, "
       "bool training, Tensor grad_out, Tensor(a!) grad, Tensor(b!) coef, Tensor(c!) dweight, "
-      "Tensor(d!) dnorm_weight, Tensor(e!) dnorm_bias) -> ()");
+      "Tensor(d!) dnorm_weight, Tensor(e!) dnorm_bias, bool allow_tf32=False) -> ()");
   m.def("head_forward(Tensor features, Tensor scale, Tensor shift, Tensor(a!) out) -> ()");
   m.def(
       "head_backward(Tensor features, Tensor scale, Tensor shift, Tensor norm_weight, Tensor "
@@ -61,21 +62,24 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
   m.def(
       "dense_stage(Tensor x, Tensor[] params, Tensor[] masks, Tensor[] frozen_stats, int "
       "mask_kind, float dropout_scale, float[] eps, int[] frozen, "
-      "bool squeeze_excite, int tail, bool keep_bottleneck) -> (Tensor output, Tensor features, "
+      "bool squeeze_excite, int tail, bool keep_bottleneck, bool allow_tf32) -> (Tensor "
+      "output, Tensor features, "
       "Tensor stats, Tensor gates, Tensor bottlenecks)");
   m.def(
       "dense_stage_backward(Tensor grad, Tensor features, Tensor[] params, Tensor[] masks, Tensor "
       "stats, Tensor gates, Tensor bottlenecks, int mask_kind, "
       "float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite, int tail, int "
-      "in_channels, bool need_dx) -> (Tensor dx, Tensor[] dparams)");
+      "in_channels, bool need_dx, bool allow_tf32) -> (Tensor dx, Tensor[] dparams)");
   m.def(
       "dense_layer(Tensor[] inputs, Tensor[] params, Tensor[] masks, Tensor[] frozen_stats, int "
       "mask_kind, float dropout_scale, float[] eps, int[] frozen, "
-      "bool squeeze_excite, bool keep_bottleneck) -> (Tensor output, Tensor stats, Tensor gates, "
+      "bool squeeze_excite, bool keep_bottleneck, bool allow_tf32) -> (Tensor output, Tensor "
+      "stats, Tensor gates, "
       "Tensor bottlenecks)");
   m.def(
       "dense_layer_backward(Tensor grad, Tensor output, Tensor[] inputs, Tensor[] params, Tensor[] "
       "masks, Tensor stats, Tensor gates, Tensor bottlenecks, "
-      "int mask_kind, float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite) -> "
+      "int mask_kind, float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite, "
+      "bool allow_tf32) -> "
       "(Tensor[] dinputs, Tensor[] dparams)");
 }

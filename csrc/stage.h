@@ -7,7 +7,7 @@
 #include <array>
 #include <tuple>
 
-#include "feature_buffer.h"
+#include "layout.h"
 
 namespace densenet_ext {
 
@@ -37,6 +37,7 @@ struct Options {
   bool squeeze_excite;
   int64_t tail;
   bool keep_bottleneck;
+  bool allow_tf32;
 };
 
 // A batch normalization of the stage: its place in `eps`, `frozen` and `stats`.

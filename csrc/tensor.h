@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -50,7 +51,13 @@ inline void check_contiguous(const char* name, const Tensor& t) {
 }
 
 inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+  try {
+    return torch::stable::new_empty(like, sizes, type);
+  } catch (
+      const std::exception&) {  // whose text may be lost on the way; for these sizes it is this
+    STD_TORCH_CHECK(false, "out of memory: a tensor of shape ", describe(sizes), " and dtype ",
+                    torch::headeronly::toString(type), " could not be allocated");
+  }
 }
 
 }  // namespace densenet_ext

@@ -81,6 +81,7 @@ def input_reason(inputs: Iterable[Tensor]) -> str | None:
             if not isinstance(x, Tensor):
                 return None  # for the checks of the arguments
             return f"the input is a {type(x).__name__}, not a plain tensor"
+        ops.require_kernels(x)  # who trains on a GPU wants its kernels, or to be told: nothing is replaced there
         if x.device.type not in ops.DEVICES:
             return f"this build has no kernels for {x.device.type} tensors"
         if x.layout is not torch.strided:

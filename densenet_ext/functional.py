@@ -49,7 +49,9 @@ def dense_stage(
 
     Raises:
         TypeError: x is no tensor, or not of those dtypes.
-        ValueError: a shape does not fit, or a norm in training mode gets a single value a channel.
+        ValueError: a shape or a device does not fit, or a norm in training mode gets a single value a channel.
+        RuntimeError: x is on a CUDA device and this build has no kernels that run there.
+        torch.OutOfMemoryError: there is no room for the result or a workspace; nothing was changed.
 
     Source: Huang et al., Densely Connected Convolutional Networks, CVPR 2017; Pleiss et al., Memory-Efficient
     Implementation of DenseNets, 2017; Cai et al., arXiv 1904.03392 (Drop-Channel); Hu et al., CVPR 2018 (SE).
@@ -73,10 +75,10 @@ def dense_stage(
             raise ValueError(f"tail_conv takes {tail_conv.in_channels} channels; it must take {channels}")
         if x.shape[2] < 2 or x.shape[3] < 2:
             raise ValueError(f"x is {tuple(x.shape)}; a transition needs at least 2x2 pixels")
-        arguments.add_parameter(tail_conv.weight)
+        arguments.add_parameter(tail_conv.weight, "tail_conv.weight")
     keep = keep_bottleneck and torch.is_grad_enabled()
-    with _no_autocast(x):
-        output, _, stats, _, _ = ops.dense_stage(x, *arguments.flat(), tail, keep)
+    with _no_autocast(x), ops.memory_errors():
+        output, _, stats, _, _ = ops.dense_stage(x, *arguments.flat(), tail, keep, _tf32_allowed(x))
     update_running_statistics(arguments.norms, stats, arguments.values)
     return output
 
@@ -101,6 +103,8 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
     inputs = [_input(x, f"inputs[{i}]") for i, x in enumerate(inputs)]
     x, channels = inputs[0], sum(part.shape[1] for part in inputs)
     for i, part in enumerate(inputs):
+        if part.device != x.device:
+            raise ValueError(f"inputs[{i}] is on {part.device}; it must be on {x.device}, where inputs[0] is")
         if part.dtype != x.dtype or part.shape[0] != x.shape[0] or part.shape[2:] != x.shape[2:]:
             raise ValueError(
                 f"inputs[{i}] is {tuple(part.shape)} of {part.dtype}; all inputs must have the samples, the size and "
@@ -109,8 +113,8 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
     arguments = _Arguments(x, [layer])
     arguments.add_layer(layer, 0, channels, draw_masks(layer, x, channels))
     keep = keep_bottleneck and torch.is_grad_enabled()
-    with _no_autocast(x):
-        output, stats, _, _ = ops.dense_layer(inputs, *arguments.flat(), keep)
+    with _no_autocast(x), ops.memory_errors():
+        output, stats, _, _ = ops.dense_layer(inputs, *arguments.flat(), keep, _tf32_allowed(x))
     update_running_statistics(arguments.norms, stats, arguments.values)
     return output
 
@@ -131,22 +135,28 @@ class _Arguments:
         self.masks: list[Masks] = []
         self.channels: list[int] = []
 
-    def add_parameter(self, value: Tensor) -> None:
+    def add_parameter(self, value: Tensor, name: str) -> None:
+        self.check_device(value, name)
         if value.dtype != self.dtype:
             value = value.to(self.dtype)
         self.params.append(value.contiguous())
+
+    def check_device(self, value: Tensor, name: str) -> None:
+        if value.device != self.x.device:
+            raise ValueError(f"{name} is on {value.device}; it must be on {self.x.device}, where the input is")
 
     def add_norm(self, norm: nn.BatchNorm2d, channels: int, name: str) -> None:
         if norm.num_features != channels:
             raise ValueError(f"{name}.num_features is {norm.num_features}; it must be {channels}")
         if is_frozen(norm):
+            self.check_device(norm.running_mean, f"{name}.running_mean")
             self.frozen_stats += [norm.running_mean.to(self.dtype), norm.running_var.to(self.dtype)]
         elif self.values == 1:
             size = torch.Size((1, channels, 1, 1))
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
         if norm.affine:
-            self.add_parameter(norm.weight)
-            self.add_parameter(norm.bias)
+            self.add_parameter(norm.weight, f"{name}.weight")
+            self.add_parameter(norm.bias, f"{name}.bias")
         else:
             self.params.append(self.x.new_ones(channels, dtype=self.dtype))
             self.params.append(self.x.new_zeros(channels, dtype=self.dtype))
@@ -162,12 +172,12 @@ class _Arguments:
         if (se is not None) != self.squeeze_excite or active_dropout(layer) != self.dropout:
             raise ValueError(f"{name} differs from layers[0] in se or in drop_rate; all layers must be alike")
         self.add_norm(layer.norm1, channels, f"{name}.norm1")
-        self.add_parameter(conv1.weight)
+        self.add_parameter(conv1.weight, f"{name}.conv1.weight")
         self.add_norm(layer.norm2, self.width, f"{name}.norm2")
-        self.add_parameter(conv2.weight)
+        self.add_parameter(conv2.weight, f"{name}.conv2.weight")
         if se is not None:
             for parameter in (se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias):
-                self.add_parameter(parameter)
+                self.add_parameter(parameter, f"{name}.se")
         self.masks.append(masks)
         self.channels.append(channels)
 
@@ -197,7 +207,7 @@ class _Arguments:
 
 
 def _input(x: Tensor, name: str) -> Tensor:
-    """x, checked, in the dtype that autocast asks for, contiguous."""
+    """x, checked, in the dtype that autocast asks for."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
     if x.dim() != 4:
@@ -207,9 +217,20 @@ def _input(x: Tensor, name: str) -> Tensor:
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} is of {str(x.dtype).removeprefix('torch.')}; it may be of {names}")
+    ops.require_kernels(x)
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x.contiguous()
+    return x
+
+
+def _tf32_allowed(x: Tensor) -> bool:
+    """Whether products of float32 may be of TF32: what PyTorch's own convolutions on that device do."""
+    return x.device.type == "cuda" and _cudnn_uses_tf32()
+
+
+@torch.compiler.assume_constant_result
+def _cudnn_uses_tf32() -> bool:
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _no_autocast(x: Tensor):

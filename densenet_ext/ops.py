@@ -4,11 +4,14 @@ The ops are `torch.ops.densenet_ext.*`; `reference/stage.py` describes their arg
 part of it are functional; the kernel ops below them write into their arguments and have no autograd.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-from ._load import load_extension
-from .reference.layout import arithmetic_dtype, feature_pitch, padded_width
+from ._load import cuda_status, load_extension
+from .reference.layout import CHANNELS_LAST_DEVICES, arithmetic_dtype, new_features, new_maps, padded_width
 from .reference.stage import (
     MASK_DROPOUT,
     MASK_PRE_CONV1,
@@ -19,7 +22,8 @@ from .reference.stage import (
     TAIL_TRANSITION,
 )
 
-load_extension()
+if load_extension().build_info()["simulated"]:
+    CHANNELS_LAST_DEVICES.add("cpu")
 
 dense_stage = torch.ops.densenet_ext.dense_stage.default
 dense_stage_backward = torch.ops.densenet_ext.dense_stage_backward.default
@@ -39,6 +43,8 @@ __all__ = [
     "dense_layer_backward",
     "dense_stage",
     "dense_stage_backward",
+    "memory_errors",
+    "require_kernels",
 ]
 
 # Types of device that the loaded library has kernels for.
@@ -47,6 +53,26 @@ DEVICES = frozenset(
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
     if torch._C._dispatch_has_kernel_for_dispatch_key("densenet_ext::append", key)
 )
+
+
+def require_kernels(x: Tensor) -> None:
+    """RuntimeError where x is on a CUDA device and the CUDA kernels are not there."""
+    if x.device.type == "cuda" and "cuda" not in DEVICES:
+        raise RuntimeError(
+            f"x is on {x.device}, and the CUDA kernels of densenet_ext are {cuda_status()}. Install it where nvcc and "
+            "torch have the same major version of CUDA, or set efficient=False or 'checkpoint'"
+        )
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Inside, a lack of memory in an op is the exception that it is in PyTorch's own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------------------
@@ -70,18 +96,16 @@ def _saved(
 
 
 @torch.library.register_fake("densenet_ext::dense_stage")
-def _(x, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, tail, keep_bottleneck):
+def _(x, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, tail, keep_bottleneck, _):
     stats, gates, bottlenecks = _saved(x, params, squeeze_excite, tail, keep_bottleneck)
     count, _, height, width = x.shape
     layers = (len(params) - (0, 3, 2)[tail]) // (10 if squeeze_excite else 6)
     channels = x.shape[1] + layers * params[5].shape[0]
+    features = new_features(x, channels, gaps=tail != TAIL_NONE)
     if tail == TAIL_NONE:
-        return x.new_empty((count, channels, height, width)), x.new_empty((0,)), stats, gates, bottlenecks
-    pitch = feature_pitch(height * width)
-    strides = (channels * pitch, pitch, width, 1)
-    features = x.new_empty_strided((count, channels, height, width), strides)
+        return features, x.new_empty((0,)), stats, gates, bottlenecks
     if tail == TAIL_TRANSITION:
-        output = x.new_empty((count, params[-1].shape[0], height // 2, width // 2))
+        output = new_maps(x, params[-1].shape[0], height // 2, width // 2)
     else:
         output = x.new_empty((count, channels))
     return output, features, stats, gates, bottlenecks
@@ -89,22 +113,21 @@ def _(x, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squ
 
 @torch.library.register_fake("densenet_ext::dense_stage_backward")
 def _(grad, features, params, masks, stats, gates, bottlenecks, *options):
-    in_channels, need_dx = options[-2:]
-    count, _, height, width = features.shape
-    dx = features.new_empty((count, in_channels, height, width) if need_dx else (0,))
+    in_channels, need_dx, _ = options[-3:]
+    dx = new_maps(features, in_channels, *features.shape[2:]) if need_dx else features.new_empty((0,))
     return dx, [p.new_empty(p.shape) for p in params]
 
 
 @torch.library.register_fake("densenet_ext::dense_layer")
-def _(inputs, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, keep_bottleneck):
+def _(inputs, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, keep_bottleneck, _):
     x = inputs[0]
-    output = x.new_empty((x.shape[0], params[5].shape[0], x.shape[2], x.shape[3]))
+    output = new_maps(x, params[5].shape[0], *x.shape[2:])
     return output, *_saved(x, params, squeeze_excite, TAIL_NONE, keep_bottleneck)
 
 
 @torch.library.register_fake("densenet_ext::dense_layer_backward")
 def _(grad, output, inputs, params, masks, stats, gates, bottlenecks, *options):
-    return [x.new_empty(x.shape) for x in inputs], [p.new_empty(p.shape) for p in params]
+    return [new_maps(x, *x.shape[1:]) for x in inputs], [p.new_empty(p.shape) for p in params]
 
 
 # ---- autograd ----------------------------------------------------------------------------------------------------------
@@ -115,7 +138,9 @@ def _wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
 
 
 def _stage_setup(ctx, inputs, output):
-    x, params, masks, _, ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, ctx.tail, _ = inputs
+    x, params, masks, _, ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, ctx.tail, _, ctx.tf32 = (
+        inputs
+    )
     result, features, *kept = output
     ctx.mark_non_differentiable(features, *kept)
     ctx.set_materialize_grads(False)
@@ -131,14 +156,17 @@ def _stage_backward(ctx, grad, *_):
     else:
         features, *kept = ctx.saved_tensors[:4]
         rest = list(ctx.saved_tensors[4:])
-        options = (ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, ctx.tail, ctx.in_channels, need_x)
-        dx, dparams = dense_stage_backward(grad.contiguous(), features, rest[:params], rest[params:], *kept, *options)
+        options = (ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, ctx.tail, ctx.in_channels)
+        with memory_errors():
+            dx, dparams = dense_stage_backward(
+                grad, features, rest[:params], rest[params:], *kept, *options, need_x, ctx.tf32
+            )
         dx, dparams = dx if need_x else None, _wanted(dparams, need_params)
-    return dx, dparams, [None] * masks, [None] * frozen_stats, *[None] * 7
+    return dx, dparams, [None] * masks, [None] * frozen_stats, *[None] * 8
 
 
 def _layer_setup(ctx, inputs, output):
-    xs, params, masks, _, ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, _ = inputs
+    xs, params, masks, _, ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, _, ctx.tf32 = inputs
     result, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
@@ -154,12 +182,13 @@ def _layer_backward(ctx, grad, *_):
     else:
         output, *kept = ctx.saved_tensors[:4]
         rest = list(ctx.saved_tensors[4:])
-        options = (ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite)
-        dxs, dparams = dense_layer_backward(
-            grad.contiguous(), output, rest[:xs], rest[xs : xs + params], rest[xs + params :], *kept, *options
-        )
+        options = (ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, ctx.tf32)
+        with memory_errors():
+            dxs, dparams = dense_layer_backward(
+                grad, output, rest[:xs], rest[xs : xs + params], rest[xs + params :], *kept, *options
+            )
         dxs, dparams = _wanted(dxs, need_xs), _wanted(dparams, need_params)
-    return dxs, dparams, [None] * masks, [None] * frozen_stats, *[None] * 6
+    return dxs, dparams, [None] * masks, [None] * frozen_stats, *[None] * 7
 
 
 def _no_second_derivative(ctx, *grads):

@@ -9,9 +9,15 @@ from functools import cached_property
 
 import torch
 
+from densenet_ext import ops
 from densenet_ext.reference import arithmetic_dtype, padded_width
+from densenet_ext.reference.layout import gradient_dtype, is_channels_last, pixel_pitch
 
 EPS = 1e-3
+# Where kernels can be tested. (On a simulated device, the tensors of "cpu" are served by the CUDA kernels.)
+DEVICES = [
+    device for device in ("cpu", "cuda") if device in ops.DEVICES and (device == "cpu" or torch.cuda.is_available())
+]
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ SHAPES = [
     Shape("empty batch", samples=0),
     Shape("7x7", samples=3, height=7, width=7, channels=40, bottleneck=48, growth=12),
     Shape("14x14", height=14, width=14, channels=33, bottleneck=128, growth=32, outputs=16),
+    Shape("bottleneck of more than 128", height=5, width=5, channels=24, bottleneck=160, growth=40),
+    Shape("more than 128 channels", height=7, width=6, channels=150, bottleneck=48, growth=12, outputs=75),
     Shape("33x31", height=33, width=31, channels=24, bottleneck=48, growth=12, outputs=12),
     Shape("32x32 of more pixels than a tile", samples=3, height=32, width=32, channels=60, bottleneck=48, growth=12),
     Shape("56x56 in blocks of rows", height=56, width=56, channels=32, bottleneck=128, growth=32, outputs=40),
@@ -50,13 +58,16 @@ class Problem:
     """Arguments for one shape and storage dtype: tensors of the shapes that the twins document.
 
     masks: 'none'; 'pre': before the norm, which makes scale different for each sample; 'all': also after the norm, which
-    makes shift so too, and dropout. Buffers have two channels more than are used, and gaps between their planes; both
-    hold NaN.
+    makes shift so too, and dropout. Buffers have two channels more than are used, and gaps between their planes (or
+    their pixels, where the device has them channels last); both hold NaN. All tensors are made on the CPU, with the
+    layout and the dtypes of the device: `to_device` moves them there.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, masks: str = "none", seed: int = 0):
+    def __init__(self, shape: Shape, dtype: torch.dtype, masks: str = "none", seed: int = 0, device: str = "cpu"):
         self.shape, self.dtype, self.masks = shape, dtype, masks
         self.arithmetic = arithmetic_dtype(dtype)
+        on_device = torch.empty(0, dtype=dtype, device=device)
+        self.channels_last, self.gradient = is_channels_last(on_device), gradient_dtype(on_device)
         self.generator = torch.Generator().manual_seed(seed)
         self.rows = shape.samples * shape.height * shape.width
 
@@ -77,13 +88,23 @@ class Problem:
 
     def buffer(self, channels, dtype=None, offset=0, values=True):
         """A feature or gradient buffer with values in `channels` channels from offset on; NaN everywhere else."""
-        s, gap = self.shape, 3
-        pixels = s.height * s.width
-        base = self.new(s.samples, offset + channels + 2, pixels + gap, dtype=dtype or self.dtype)
+        s, gap, dtype = self.shape, 3, dtype or self.dtype
+        pixels, total = s.height * s.width, offset + channels + 2
+        if self.channels_last:
+            base = self.new(s.samples, s.height, s.width, pixel_pitch(total + gap, dtype), dtype=dtype)
+            maps = base[..., :total].permute(0, 3, 1, 2)
+        else:
+            base = self.new(s.samples, total, pixels + gap, dtype=dtype)
+            maps = base[:, :, :pixels].unflatten(2, (s.height, s.width))
         if values:
-            x = self.grid(s.samples, channels, pixels)
-            base[:, offset : offset + channels, :pixels] = x.to(base.dtype)
-        return base[:, :, :pixels].unflatten(2, (s.height, s.width))
+            maps[:, offset : offset + channels] = self.grid(s.samples, channels, s.height, s.width).to(dtype)
+        return maps
+
+    def maps(self, channels, height, width):
+        """An output without gaps, full of NaN."""
+        if self.channels_last:
+            return self.new(self.shape.samples, height, width, channels, dtype=self.dtype).permute(0, 3, 1, 2)
+        return self.new(self.shape.samples, channels, height, width, dtype=self.dtype)
 
     def table(self, channels, pre_mask=None, post_mask=None):
         """scale and shift [1 or N, channels]; masks multiply their rows."""
@@ -174,7 +195,7 @@ class Problem:
         saved = self.normal(s.samples, s.growth), hidden, self.normal(s.samples, s.growth).sigmoid()
         coef = self.normal(3, s.samples, s.channels + s.growth + 2)
         features = self.buffer(s.growth, offset=s.channels)
-        grad = self.buffer(s.growth, self.arithmetic, offset=s.channels)
+        grad = self.buffer(s.growth, self.gradient, offset=s.channels)
         grads = [torch.full_like(p, torch.nan) for p in (fc1, bias1, fc2, bias2)]
         return features, grad, s.channels, fc1, fc2, *saved, coef, *grads
 
@@ -182,12 +203,12 @@ class Problem:
         s = self.shape
         weight = self.normal(s.growth, s.bottleneck, 3, 3, scale=0.1)
         features = self.buffer(s.growth, offset=s.channels)
-        grad = self.buffer(s.growth, self.arithmetic, offset=s.channels)
+        grad = self.buffer(s.growth, self.gradient, offset=s.channels)
         coef = self.normal(3, s.samples, s.channels + s.growth + 2)
         post_mask = self.mask(s.samples, s.bottleneck) if self.masks == "all" else None
         tables = self.table(s.bottleneck, None, post_mask)
         outputs = (
-            self.new(self.rows, padded_width(s.bottleneck)),
+            self.new(self.rows, padded_width(s.bottleneck), dtype=self.gradient),
             torch.full_like(weight, torch.nan),
             self.new(s.bottleneck),
             self.new(s.bottleneck),
@@ -202,10 +223,10 @@ class Problem:
         weight = self.normal(s.bottleneck, s.channels, 1, 1, scale=0.1)
         table = self.normal(3, s.bottleneck)
         scale, shift = self.table(s.channels, self.pre_mask, self.post_mask)
-        dv = self.normal(self.rows, padded_width(s.bottleneck))
+        dv = self.normal(self.rows, padded_width(s.bottleneck)).to(self.gradient)
         dv[:, s.bottleneck :] = 0
-        grad = self.buffer(s.channels, self.arithmetic, values=grad_in == "same")
-        incoming = {"none": None, "same": grad, "other": self.buffer(s.channels, self.arithmetic)}[grad_in]
+        grad = self.buffer(s.channels, self.gradient, values=grad_in == "same")
+        incoming = {"none": None, "same": grad, "other": self.buffer(s.channels, self.gradient)}[grad_in]
         coef = self.normal(3, s.samples, s.channels + 2)
         outputs = (grad, coef, torch.full_like(weight, torch.nan), self.new(s.channels), self.new(s.channels))
         masks = (self.pre_mask, self.post_mask)
@@ -219,7 +240,7 @@ class Problem:
     def transition_forward(self):
         s = self.shape
         weight = self.normal(s.outputs, s.channels, 1, 1, scale=0.1)
-        out = self.new(s.samples, s.outputs, s.height // 2, s.width // 2, dtype=self.dtype)
+        out = self.maps(s.outputs, s.height // 2, s.width // 2)
         return self._whole(), *self.table(s.channels), weight, out
 
     def transition_backward(self, training=True):
@@ -239,12 +260,30 @@ class Problem:
 
     def _gradients(self, *weights):
         s = self.shape
-        grad, coef = self._whole(False, self.arithmetic), self.new(3, s.samples, s.channels)
+        grad, coef = self._whole(False, self.gradient), self.new(3, s.samples, s.channels)
         return grad, coef, *[torch.full_like(w, torch.nan) for w in weights], self.new(s.channels), self.new(s.channels)
 
     def finish_gradient(self):
         s = self.shape
         features = self.buffer(s.growth, offset=s.channels)
-        grad = self.buffer(s.growth, self.arithmetic, offset=s.channels)
+        grad = self.buffer(s.growth, self.gradient, offset=s.channels)
         coef = self.normal(3, s.samples, s.channels + s.growth + 2)
-        return features, grad, coef, s.channels, self.new(s.samples, s.growth, s.height, s.width, dtype=self.dtype)
+        return features, grad, coef, s.channels, self.maps(s.growth, s.height, s.width)
+
+
+def to_device(args, device):
+    """The arguments on that device, with their strides and what lies in their gaps; one tensor stays one."""
+    moved = {}
+
+    def move(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in moved:
+            base = value if value._base is None else value._base
+            on_device = base.clone() if device == "cpu" else base.to(device)
+            if value._base is not None:
+                on_device = on_device.as_strided(value.shape, value.stride(), value.storage_offset())
+            moved[id(value)] = on_device
+        return moved[id(value)]
+
+    return [move(value) for value in args]

@@ -2,13 +2,23 @@
 
 import pytest
 import torch
-from kernel_cases import SHAPES, Problem, Shape
+from kernel_cases import DEVICES, SHAPES, Problem, Shape, to_device
 
 from densenet_ext import reference
-from densenet_ext.reference.layout import write_moments
+from densenet_ext.reference.layout import is_channels_last, write_moments
 
 # Largest error by dtype of arithmetic, relative to the largest value of a tensor: sums of up to 20000 terms.
 ARITHMETIC = {torch.float64: 1e-12, torch.float32: 1e-5}
+# What the operands of a product being rounded adds, relative to the largest value of a tensor: where kernels use matrix
+# units, these take values of the storage dtype, as a convolution under autocast does, or TF32 (with float16's mantissa).
+OPERANDS = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+PRODUCTS = ("bottleneck_forward", "bottleneck_backward", "conv3x3_forward", "conv3x3_backward")
+PRODUCTS += ("transition_forward", "transition_backward")
+SUMS = (
+    "coef",
+    "dnorm_weight",
+    "dnorm_bias",
+)  # of products of both signs, weighted: larger errors relative to their value
 # What storing adds, relative to each value: op and twin may round to neighbors, one unit in the last place apart.
 STORAGE = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 DTYPES = list(STORAGE)
@@ -32,14 +42,6 @@ MASKED = ("fold_norm", "bottleneck_forward", "conv3x3_forward", "conv3x3_backwar
 CASES = [(op, options) for op, variants in OPS.items() for options in variants]
 
 
-def copy_of(value):
-    """The tensor with its strides and with what lies between its planes."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    base = value if value._base is None else value._base
-    return base.clone().as_strided(value.shape, value.stride(), value.storage_offset())
-
-
 def for_twin(value, dtype):
     """The tensor as the twin gets it: in float64, but what is stored in half precision stays so."""
     if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
@@ -47,15 +49,16 @@ def for_twin(value, dtype):
     return value.clone() if value.dtype == dtype and dtype not in ARITHMETIC else value.double().clone()
 
 
-def run_both(op, args, dtype):
+def run_both(op, args, dtype, device="cpu", **options):
     """The op's arguments after it ran, and the twin's."""
-    actual, expected = [copy_of(a) for a in args], [for_twin(a, dtype) for a in args]
+    actual, expected = to_device(args, device), [for_twin(a, dtype) for a in args]
     for i, a in enumerate(args):
         for j in range(i):
             if a is args[j] and isinstance(a, torch.Tensor):
-                actual[j], expected[j] = actual[i], expected[i]
-    getattr(torch.ops.densenet_ext, op)(*actual)
+                expected[j] = expected[i]
+    getattr(torch.ops.densenet_ext, op)(*actual, **options)
     getattr(reference, op)(*expected)
+    actual = to_device(actual, "cpu")
     if dtype not in ARITHMETIC:
         use_moments_of_stored_values(op, actual, expected)
     return actual, expected
@@ -72,11 +75,13 @@ def use_moments_of_stored_values(op, actual, expected):
         write_moments(actual[6][:, columns], *expected[8:], columns)
 
 
-def check(op, args, dtype):
+def check(op, args, dtype, device="cpu", **options):
     """Compare what was written with the twin's, and everything else with what it was."""
-    actual, expected = run_both(op, args, dtype)
+    actual, expected = run_both(op, args, dtype, device, **options)
+    products = op in PRODUCTS and is_channels_last(torch.empty(0, device=device))
+    operands = OPERANDS.get(torch.float16 if options else dtype, 0.0) if products else 0.0
     schema = getattr(torch.ops.densenet_ext, op).default._schema
-    for argument, got, want, before in zip(schema.arguments, actual, expected, args, strict=True):
+    for argument, got, want, before in zip(schema.arguments[: len(args)], actual, expected, args, strict=True):
         if not isinstance(got, torch.Tensor):
             continue
         written = argument.alias_info is not None or any(
@@ -84,7 +89,7 @@ def check(op, args, dtype):
         )
         assert_gaps_unchanged(got, before, argument.name)
         if written:
-            assert_near(got, want, argument.name)
+            assert_near(got, want, argument.name, operands * (8 if argument.name in SUMS else 1))
         else:
             assert bits(got).equal(bits(before)), f"{argument.name} was changed"
 
@@ -95,7 +100,7 @@ def is_written(schema, index):
 
 def bits(x):
     """The tensor as bytes, so that NaN equals NaN."""
-    return x.contiguous().view(torch.uint8)
+    return x.reshape(-1).view(torch.uint8)
 
 
 def assert_gaps_unchanged(got, before, name):
@@ -106,10 +111,10 @@ def assert_gaps_unchanged(got, before, name):
     assert bits(got._base[~inside]).equal(bits(before._base[~inside])), f"{name} was changed between its planes"
 
 
-def assert_near(got, want, name):
+def assert_near(got, want, name, operands):
     """Both are NaN at the same places, and near elsewhere."""
     rounding = STORAGE[got.dtype]
-    got, want, near = got.double(), want.double(), ARITHMETIC.get(got.dtype, ARITHMETIC[torch.float32])
+    got, want, near = got.double(), want.double(), ARITHMETIC.get(got.dtype, ARITHMETIC[torch.float32]) + operands
     assert torch.equal(got.isnan(), want.isnan()), f"{name} has NaN at other places"
     got, want = got.nan_to_num(), want.nan_to_num()
     if want.numel():
@@ -117,9 +122,10 @@ def assert_near(got, want, name):
         assert excess.max() <= 0, f"{name}: error {(got - want).abs().max():.2e} of values up to {want.abs().max():.2e}"
 
 
-def problems(shape, dtype, op):
+def problems(shape, dtype, op, device="cpu"):
     """Without masks, and where masks concern the op, with them."""
-    return [Problem(shape, dtype, masks) for masks in (("none", "pre", "all") if op in MASKED else ("none",))]
+    kinds = ("none", "pre", "all") if op in MASKED else ("none",)
+    return [Problem(shape, dtype, masks, device=device) for masks in kinds]
 
 
 def fits(op, shape):
@@ -132,14 +138,24 @@ def label(value):
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("op", "options"), CASES, ids=label)
-def test_kernel_equals_twin(op, options, shape, dtype):
+def test_kernel_equals_twin(op, options, shape, dtype, device):
     if not fits(op, shape):
         pytest.skip("a transition needs 2x2 pixels")
-    for problem in problems(shape, dtype, op):
-        check(op, getattr(problem, op)(**options), dtype)
+    for problem in problems(shape, dtype, op, device):
+        check(op, getattr(problem, op)(**options), dtype, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", ["bottleneck_forward", "bottleneck_backward", "conv3x3_forward", "conv3x3_backward"])
+def test_tf32(op, shape, device):
+    """Where products of float32 may be TF32, they differ by that; where there is no such thing, by nothing."""
+    for problem in problems(shape, torch.float32, op, device):
+        check(op, getattr(problem, op)(), torch.float32, device, allow_tf32=True)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -152,25 +168,27 @@ def test_any_number_of_threads(op, threads):
             check(op, getattr(problem, op)(), torch.float32)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", OPS)
-def test_repeated_run_is_bit_equal(op):
+def test_repeated_run_is_bit_equal(op, device):
     shape = Shape("", samples=3, height=17, width=19, channels=20, bottleneck=24, growth=6)
-    problem = problems(shape, torch.float32, op)[-1]
+    problem = problems(shape, torch.float32, op, device)[-1]
     args = getattr(problem, op)()
-    first, again = [copy_of(a) for a in args], [copy_of(a) for a in args]
+    first, again = to_device(args, device), to_device(args, device)
     getattr(torch.ops.densenet_ext, op)(*first)
     getattr(torch.ops.densenet_ext, op)(*again)
     for a, b in zip(first, again, strict=True):
         assert not isinstance(a, torch.Tensor) or bits(a).equal(bits(b))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", ["bottleneck_forward", "conv3x3_forward", "transition_forward", "head_forward"])
-def test_nan_reaches_what_depends_on_it(op):
+def test_nan_reaches_what_depends_on_it(op, device):
     """One NaN among the inputs: relu(NaN) is NaN, as in PyTorch."""
-    args = getattr(Problem(Shape("", height=8, width=8), torch.float32), op)()
+    args = getattr(Problem(Shape("", height=8, width=8), torch.float32, device=device), op)()
     first = args[0]
     first[(0, 1, 3, 3) if first.dim() == 4 else (9, 1)] = torch.nan
-    actual, expected = run_both(op, args, torch.float32)
+    actual, expected = run_both(op, args, torch.float32, device)
     out = {"bottleneck_forward": 4, "conv3x3_forward": 6, "transition_forward": 4, "head_forward": 3}[op]
     assert expected[out].isnan().any()
     assert torch.equal(actual[out].isnan(), expected[out].isnan())

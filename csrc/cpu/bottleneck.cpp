@@ -5,7 +5,8 @@ namespace {
 
 void bottleneck_forward_cpu(const Tensor& features, const Tensor& scale, const Tensor& shift,
                             const Tensor& weight, const Tensor& bottleneck,
-                            const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
+                            const std::optional<Tensor>& mean, const std::optional<Tensor>& m2,
+                            bool /*allow_tf32*/) {
   dispatch_storage("features", features, [&](auto storage, const auto& kernels) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
@@ -14,7 +15,7 @@ void bottleneck_forward_cpu(const Tensor& features, const Tensor& scale, const T
     check_range("features", f, 0, channels);
     kernels.bottleneck_forward(
         {f, norm_table<T>(scale, shift, f.samples, channels),
-         matrix<T>("weight", weight, width, channels), channels, width,
+         matrix<const T>("weight", weight, width, channels), channels, width,
          pointer<S>("bottleneck", bottleneck, {rows_of(f), round_up(width, kLanes)}),
          pointer<T>("mean", mean, {1, width}), pointer<T>("m2", m2, {1, width})});
   });
@@ -28,7 +29,7 @@ void bottleneck_backward_cpu(const Tensor& features, const Tensor& scale, const 
                              const Tensor& batch_var, double eps, bool training,
                              const std::optional<Tensor>& grad_in, const Tensor& grad,
                              const Tensor& coef, const Tensor& dweight, const Tensor& dnorm_weight,
-                             const Tensor& dnorm_bias) {
+                             const Tensor& dnorm_bias, bool /*allow_tf32*/) {
   dispatch_storage("features", features, [&](auto storage, const auto& kernels) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
@@ -40,14 +41,14 @@ void bottleneck_backward_cpu(const Tensor& features, const Tensor& scale, const 
         {f, norm_table<T>(scale, shift, f.samples, channels),
          per_channel<T>("pre_mask", pre_mask, f.samples, channels),
          per_channel<T>("post_mask", post_mask, f.samples, channels),
-         matrix<T>("weight", weight, width, channels), channels, width,
+         matrix<const T>("weight", weight, width, channels), channels, width,
          pointer<T>("dv", dv, {rows_of(f), pitch}),
          pointer<S>("bottleneck", bottleneck, {rows_of(f), pitch}),
          pointer<T>("table", table, {3, width}),
          norm<T>(norm_weight, batch_mean, batch_var, eps, training, channels),
          grad_in.has_value() ? maps_like<const T>("grad_in", *grad_in, f) : Maps<const T>{},
          maps_like<T>("grad", grad, f), coefficients<T>(coef, f),
-         const_cast<T*>(matrix<T>("dweight", dweight, width, channels)),
+         matrix<T>("dweight", dweight, width, channels),
          pointer<T>("dnorm_weight", dnorm_weight, {channels}),
          pointer<T>("dnorm_bias", dnorm_bias, {channels})});
   });

@@ -6,7 +6,8 @@ namespace {
 void conv3x3_forward_cpu(const Tensor& bottleneck, const Tensor& scale, const Tensor& shift,
                          const Tensor& weight, const std::optional<Tensor>& dropout_mask,
                          double dropout_scale, const Tensor& features, int64_t offset,
-                         const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
+                         const std::optional<Tensor>& mean, const std::optional<Tensor>& m2,
+                         bool /*allow_tf32*/) {
   dispatch_storage("features", features, [&](auto storage, const auto& kernels) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
@@ -29,7 +30,7 @@ void conv3x3_backward_cpu(const Tensor& bottleneck, const Tensor& scale, const T
                           int64_t offset, const Tensor& norm_weight, const Tensor& batch_mean,
                           const Tensor& batch_var, double eps, bool training, const Tensor& dv,
                           const Tensor& dweight, const Tensor& dnorm_weight,
-                          const Tensor& dnorm_bias, const Tensor& table) {
+                          const Tensor& dnorm_bias, const Tensor& table, bool /*allow_tf32*/) {
   dispatch_storage("features", features, [&](auto storage, const auto& kernels) {
     using S = decltype(storage);
     using T = Arithmetic<S>;

@@ -42,9 +42,8 @@ void squeeze_excite_backward_cpu(const Tensor& features, const Tensor& grad, int
          pointer<T>("pooled", pooled, {f.samples, growth}),
          pointer<T>("hidden", hidden, {f.samples, r}),
          pointer<T>("gate", gate, {f.samples, growth}), coefficients<T>(coef, f),
-         const_cast<T*>(matrix<T>("dfc1_weight", dfc1_weight, r, growth)),
-         pointer<T>("dfc1_bias", dfc1_bias, {r}),
-         const_cast<T*>(matrix<T>("dfc2_weight", dfc2_weight, growth, r)),
+         matrix<T>("dfc1_weight", dfc1_weight, r, growth), pointer<T>("dfc1_bias", dfc1_bias, {r}),
+         matrix<T>("dfc2_weight", dfc2_weight, growth, r),
          pointer<T>("dfc2_bias", dfc2_bias, {growth})});
   });
 }

@@ -94,6 +94,7 @@ def conv3x3_backward(
     dnorm_weight: Tensor,
     dnorm_bias: Tensor,
     table: Tensor,
+    allow_tf32: bool = False,
 ) -> None:
     """From the k channels' true gradient dy back to before the rectifier, and the affine map that takes it through norm2.
 
@@ -145,6 +146,7 @@ def bottleneck_backward(
     dweight: Tensor,
     dnorm_weight: Tensor,
     dnorm_bias: Tensor,
+    allow_tf32: bool = False,
 ) -> None:
     """Joint backward of norm1, ReLU and the 1x1 convolution, accumulating into the first c channels of grad and coef.
 
@@ -223,6 +225,7 @@ def transition_backward(
     dweight: Tensor,
     dnorm_weight: Tensor,
     dnorm_bias: Tensor,
+    allow_tf32: bool = False,
 ) -> None:
     """Backward of the transition; initializes grad and coef, so that neither needs a fill with zeros.
 

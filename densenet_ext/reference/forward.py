@@ -66,6 +66,7 @@ def bottleneck_forward(
     bottleneck: Tensor,
     mean: Tensor | None,
     m2: Tensor | None,
+    allow_tf32: bool = False,
 ) -> None:
     """bottleneck = relu(scale * x + shift) @ weight^T for the first c channels of features.
 
@@ -92,6 +93,7 @@ def conv3x3_forward(
     offset: int,
     mean: Tensor | None,
     m2: Tensor | None,
+    allow_tf32: bool = False,
 ) -> None:
     """features[:, offset : offset + k] = dropout(conv3x3(relu(scale * b + shift), padding=1)), and their moments.
 
@@ -135,7 +137,9 @@ def squeeze_excite_forward(
     m2[:, columns] *= gate.square()
 
 
-def transition_forward(features: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor) -> None:
+def transition_forward(
+    features: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, allow_tf32: bool = False
+) -> None:
     """out = avg_pool2d(relu(scale * x + shift), 2) @ weight^T over all C channels: pooling commutes with a 1x1 convolution.
 
     features [N, C, H, W] S; scale, shift [1, C] A; weight [O, C] or [O, C, 1, 1] A; out [N, O, H//2, W//2] S, written.

@@ -26,11 +26,49 @@ def feature_pitch(pixels: int) -> int:
     return 16 * (blocks + 1 - blocks % 2)
 
 
-def new_features(like: Tensor, channels: int, pitch: int | None = None) -> Tensor:
-    """An uninitialized feature buffer [N, channels, H, W] with `like`'s N, H, W, dtype and device."""
+# Types of device whose maps are channels last. Where the library simulates CUDA on the CPU, ops.py adds that.
+CHANNELS_LAST_DEVICES = {"cuda"}
+
+
+def is_channels_last(like: Tensor) -> bool:
+    """Whether the stage has its maps channels last on that device; they are planar otherwise."""
+    return like.device.type in CHANNELS_LAST_DEVICES
+
+
+def gradient_dtype(like: Tensor) -> torch.dtype:
+    """The dtype of gradient buffers and of gradients inside a layer, for maps like this one."""
+    return like.dtype if is_channels_last(like) else arithmetic_dtype(like.dtype)
+
+
+def pixel_pitch(channels: int, dtype: torch.dtype) -> int:
+    """Distance in elements between two pixels of a channels-last feature buffer: a multiple of 32 bytes."""
+    sector = 32 // dtype.itemsize
+    return (channels + sector - 1) // sector * sector
+
+
+def new_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Uninitialized maps [N, channels, height, width] without gaps."""
+    if is_channels_last(like):
+        return like.new_empty((like.shape[0], height, width, channels)).permute(0, 3, 1, 2)
+    return like.new_empty((like.shape[0], channels, height, width))
+
+
+def new_features(like: Tensor, channels: int, dtype: torch.dtype | None = None, gaps: bool = True) -> Tensor:
+    """An uninitialized feature buffer [N, channels, H, W] with `like`'s N, H, W, dtype and device.
+
+    gaps: whether planes may be padded; pixels of channels-last maps always may.
+    """
     count, _, height, width = like.shape
-    pitch = height * width if pitch is None else pitch
-    return like.new_empty((count, channels, pitch))[:, :, : height * width].unflatten(2, (height, width))
+    dtype = dtype or like.dtype
+    if is_channels_last(like):
+        pitch = pixel_pitch(channels, dtype)
+        strides = (height * width * pitch, 1, width * pitch, pitch)
+        return like.new_empty((count, height, width, pitch), dtype=dtype).as_strided(
+            (count, channels, height, width), strides
+        )
+    pitch = feature_pitch(height * width) if gaps else height * width
+    strides = (channels * pitch, pitch, width, 1)
+    return like.new_empty((count, channels, pitch), dtype=dtype).as_strided((count, channels, height, width), strides)
 
 
 def read(features: Tensor, columns: slice) -> Tensor:

@@ -5,7 +5,8 @@ one feature buffer, its moments are computed once, and batch normalization, ReLU
 Backward walks the layers from last to first with one gradient buffer; nothing of the size of a bottleneck outlives its
 layer unless keep_bottleneck asks for it.
 
-The keyword `kernels` chooses whose kernel ops are composed: the reference twins, or `torch.ops.densenet_ext`.
+The keyword `kernels` chooses whose kernel ops are composed: the reference twins, or `torch.ops.densenet_ext`. Products
+are exact here whatever allow_tf32 says.
 """
 
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backward, forward
-from .layout import arithmetic_dtype, feature_pitch, new_features, padded_width
+from .layout import arithmetic_dtype, gradient_dtype, new_features, new_maps, padded_width
 
 TAIL_NONE, TAIL_TRANSITION, TAIL_HEAD = 0, 1, 2
 MASK_PRE_NORM, MASK_PRE_CONV1, MASK_PRE_CONV2, MASK_DROPOUT = 1, 2, 4, 8
@@ -119,7 +120,7 @@ def _backward(stage: _Stage, features, source, grad, coef, stats, gates, bottlen
     s, kernels = stage, stage.kernels
     each = len(s.layers[0])
     workspace = None if bottlenecks.dim() == 3 else s.bottleneck()
-    dv = s.empty(s.samples * s.pixels, padded_width(s.width))
+    dv = s.empty(s.samples * s.pixels, padded_width(s.width), dtype=gradient_dtype(features))
     table = s.empty(3, s.width)
     for i in reversed(range(s.count)):
         weight1, bias1, conv1, weight2, bias2, conv2, *excite = s.layers[i]
@@ -160,6 +161,7 @@ def dense_stage(
     squeeze_excite: bool,
     tail: int,
     keep_bottleneck: bool,
+    allow_tf32: bool,
     kernels=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward of a dense block and its consumer: (output, features, stats, gates, bottlenecks).
@@ -172,14 +174,14 @@ def dense_stage(
     """
     s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, x.size(1), x, kernels)
     # With no consumer the buffer is the output, which the caller gets without gaps between its planes.
-    features = new_features(x, s.channels, feature_pitch(s.pixels) if tail else s.pixels)
+    features = new_features(x, s.channels, gaps=bool(tail))
     moments, stats, gates, bottlenecks = _forward(s, [x], features, frozen_stats, dropout_scale, keep_bottleneck)
     if tail == TAIL_NONE:
         return features, s.empty(0, dtype=x.dtype), stats, gates, bottlenecks
     weight, bias, *conv = s.tail_params
     scale, shift = s.fold(2 * s.count, weight, bias, stats, moments, s.pixels)
     if tail == TAIL_TRANSITION:
-        output = s.empty(s.samples, conv[0].size(0), x.size(2) // 2, x.size(3) // 2, dtype=x.dtype)
+        output = new_maps(x, conv[0].size(0), x.size(2) // 2, x.size(3) // 2)
         s.kernels.transition_forward(features, scale, shift, *conv, output)
     else:
         output = s.empty(s.samples, s.channels, dtype=x.dtype)
@@ -203,16 +205,17 @@ def dense_stage_backward(
     tail: int,
     in_channels: int,
     need_dx: bool,
+    allow_tf32: bool,
     kernels=None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Backward of dense_stage from what it returned: (dx [N, C0, H, W] S, or [0] unless need_dx; dparams like params)."""
     s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, features, kernels)
     dparams = [torch.empty_like(p) for p in params]
-    buffer = s.empty(s.samples, s.channels, features.size(2), features.size(3))
+    buffer = new_features(features, s.channels, gradient_dtype(features))
     coef = s.empty(3, s.samples, s.channels)
     source = buffer
     if tail == TAIL_NONE:
-        source = grad.to(s.dtype)
+        source = new_features(features, s.channels, gradient_dtype(features)).copy_(grad)
         coef[0], coef[1:] = 1, 0
     else:
         weight, bias, *conv = s.tail_params
@@ -227,7 +230,7 @@ def dense_stage_backward(
     _backward(s, features, source, buffer, coef, stats, gates, bottlenecks, dropout_scale, dparams)
     if not need_dx:
         return s.empty(0, dtype=features.dtype), dparams
-    dx = s.empty(s.samples, in_channels, features.size(2), features.size(3), dtype=features.dtype)
+    dx = new_maps(features, in_channels, features.size(2), features.size(3))
     s.kernels.finish_gradient(features, buffer, coef, 0, dx)
     return dx, dparams
 
@@ -243,6 +246,7 @@ def dense_layer(
     frozen: list[int],
     squeeze_excite: bool,
     keep_bottleneck: bool,
+    allow_tf32: bool,
     kernels=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Forward of one dense layer over the concatenation of inputs: (output [N, k, H, W], stats, gates, bottlenecks)."""
@@ -250,7 +254,8 @@ def dense_layer(
     s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, inputs[0], kernels)
     features = new_features(inputs[0], s.channels)
     _, stats, gates, bottlenecks = _forward(s, inputs, features, frozen_stats, dropout_scale, keep_bottleneck)
-    return features[:, in_channels:].clone(memory_format=torch.contiguous_format), stats, gates, bottlenecks
+    output = new_maps(features, s.growth, features.size(2), features.size(3)).copy_(features[:, in_channels:])
+    return output, stats, gates, bottlenecks
 
 
 def dense_layer_backward(
@@ -267,19 +272,20 @@ def dense_layer_backward(
     eps: list[float],
     frozen: list[int],
     squeeze_excite: bool,
+    allow_tf32: bool,
     kernels=None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Backward of dense_layer: (dinputs like inputs, dparams like params)."""
     in_channels = sum(x.size(1) for x in inputs)
     s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, output, kernels)
-    features = torch.cat([*inputs, output], 1)
-    buffer = torch.zeros_like(features, dtype=s.dtype)
+    features = new_features(output, s.channels).copy_(torch.cat([*inputs, output], 1))
+    buffer = new_features(output, s.channels, gradient_dtype(output)).zero_()
     buffer[:, in_channels:] = grad
     coef = torch.zeros(3, s.samples, s.channels, dtype=s.dtype, device=output.device)
     coef[0] = 1
     dparams = [torch.empty_like(p) for p in params]
     _backward(s, features, buffer, buffer, coef, stats, gates, bottlenecks, dropout_scale, dparams)
-    dinputs, offset = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs], 0
+    dinputs, offset = [new_maps(x, x.size(1), x.size(2), x.size(3)) for x in inputs], 0
     for dx in dinputs:
         s.kernels.finish_gradient(features, buffer, coef, offset, dx)
         offset += dx.size(1)

@@ -1,0 +1,98 @@
+// Starting a kernel, and what has to be known about the device for that.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "ptx.cuh"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include <simt/host.h>
+#endif
+
+namespace densenet_ext::cuda {
+
+struct Grid {
+  int64_t x, y = 1, z = 1;
+};
+
+struct Capability {
+  int major, minor;
+};
+
+#ifdef __CUDACC__
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that the next call starts without it
+  throw std::runtime_error(std::string("densenet_ext: ") + what + ": " + cudaGetErrorString(error));
+}
+
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "the current device");
+  return device;
+}
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "an attribute of the device");
+  return value;
+}
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, current_device()); }
+// Bytes of shared memory that one block may have.
+inline int64_t shared_limit() {
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device());
+}
+inline Capability device_capability(int device) {
+  return {attribute(cudaDevAttrComputeCapabilityMajor, device),
+          attribute(cudaDevAttrComputeCapabilityMinor, device)};
+}
+inline std::string device_name(int device) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device), "the properties of the device");
+  return properties.name;
+}
+
+// Nothing is launched where the grid is empty.
+template <class... P>
+void launch(const Context& context, void (*kernel)(P...), Grid grid, int threads,
+            int64_t shared_bytes, const P&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          "shared memory of a kernel");
+  }
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                    static_cast<unsigned>(grid.z));
+  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(
+      arguments...);
+  check(cudaGetLastError(), "a kernel could not be launched");
+}
+
+#else
+
+inline int current_device() { return 0; }
+inline Capability device_capability(int) { return {8, 0}; }
+inline std::string device_name(int) { return "the simulated device"; }
+inline int multiprocessors() { return simt::kMultiprocessors; }
+inline int64_t shared_limit() { return simt::kSharedLimit; }
+
+template <class... P>
+void launch(const Context&, void (*kernel)(P...), Grid grid, int threads, int64_t shared_bytes,
+            const P&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  simt::launch(
+      {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
+      threads, shared_bytes, kernel, arguments...);
+}
+
+#endif
+
+// How many blocks of `threads` cover n items.
+inline Grid cover(int64_t n, int threads) { return {ceil_div(n, threads)}; }
+
+}  // namespace densenet_ext::cuda

@@ -1,0 +1,67 @@
+// Where the pixels and channels of a stage's maps lie, which is the backend's choice: planar on
+// CPU, channels last on CUDA.
+#pragma once
+
+#include "workspace.h"
+
+namespace densenet_ext {
+
+// On a simulated CUDA device, tensors on the CPU take CUDA's part.
+inline bool is_channels_last(const Tensor& like) {
+#ifdef DENSENET_EXT_SIMT
+  (void)like;
+  return true;
+#else
+  return like.is_cuda();
+#endif
+}
+
+// [n, h, w, c] seen as [n, c, h, w].
+inline Tensor as_maps(const Tensor& pixels) {
+  Tensor rows = pixels;
+  Tensor swapped = torch::stable::transpose(rows, 1, 3);
+  return torch::stable::transpose(swapped, 2, 3);
+}
+
+inline int64_t element_size(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
+// The feature buffer of a stage: uninitialized maps on the device of `like`, with gaps. On CPU
+// large planes get a padded pitch: at a multiple of 4 KB the channels of one pixel would share a
+// cache set. On CUDA pixels start at multiples of 32 bytes, a sector of its memory.
+inline Tensor feature_buffer(const Tensor& like, int64_t samples, int64_t channels, int64_t height,
+                             int64_t width, ScalarType type) {
+  if (is_channels_last(like)) {
+    const int64_t sector = 32 / element_size(type),
+                  pitch = (channels + sector - 1) / sector * sector;
+    Tensor padded = as_maps(workspace(like, {samples, height, width, pitch}, type));
+    return torch::stable::narrow(padded, 1, 0, channels);
+  }
+  const int64_t pixels = height * width, groups = (pixels + 15) / 16;
+  const int64_t pitch = pixels < 256 ? pixels : 16 * (groups % 2 ? groups : groups + 1);
+  if (pitch == pixels) return workspace(like, {samples, channels, height, width}, type);
+  Tensor padded = workspace(like, {samples, channels, pitch}, type);
+  return torch::stable::view(torch::stable::narrow(padded, 2, 0, pixels),
+                             Sizes{samples, channels, height, width});
+}
+
+// Uninitialized maps for the outside, without gaps.
+inline Tensor output_maps(const Tensor& like, int64_t samples, int64_t channels, int64_t height,
+                          int64_t width, ScalarType type) {
+  return is_channels_last(like) ? as_maps(empty(like, {samples, height, width, channels}, type))
+                                : empty(like, {samples, channels, height, width}, type);
+}
+
+// Maps from the outside, as the kernels can read them: on CUDA they take any strides.
+inline Tensor readable(const Tensor& x) {
+  return is_channels_last(x) ? x : torch::stable::contiguous(x);
+}
+
+// The type of the gradient buffer and of the gradients inside a layer: on CUDA, where bytes are
+// time, that of the maps, as it would be in a graph of PyTorch's own operators.
+inline ScalarType gradient_type(const Tensor& like, ScalarType storage) {
+  return is_channels_last(like) ? storage : arithmetic_type(storage);
+}
+
+}  // namespace densenet_ext
