@@ -1,7 +1,12 @@
-"""Builds densenet_ext/_C from csrc/: the kernels once per instruction set, the rest once. Metadata: pyproject.toml.
+"""Builds densenet_ext/_C and, where nvcc fits torch, densenet_ext/_cuda from csrc/. Metadata: pyproject.toml.
+
+The CPU's kernels are compiled once per instruction set, the CUDA kernels once for all architectures, the rest once.
+`python setup.py cuda_registers` prints what resources each CUDA kernel uses.
 
 Environment variables: CXX, CXXFLAGS, LDFLAGS as usual; MAX_JOBS limits how many compilers run at once;
-DENSENET_EXT_SANITIZE=address,undefined builds with these sanitizers.
+DENSENET_EXT_SANITIZE=address,undefined builds with these sanitizers; DENSENET_EXT_CUDA=1 makes it an error if the CUDA
+kernels cannot be built, =0 leaves them out; CUDA_HOME or CUDACXX says where nvcc is, TORCH_CUDA_ARCH_LIST what to build
+for; DENSENET_EXT_ALLOW_SPILLS=1 accepts kernels that spill registers.
 """
 
 import os
@@ -11,13 +16,15 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "_build_backend"))
 
 import native  # noqa: E402
+import nvcc  # noqa: E402
+import ptxas  # noqa: E402
 from target import OLDEST_TORCH, find_torch  # noqa: E402
 
 COMMON_FLAGS = [
@@ -43,13 +50,26 @@ INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS}
 
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-Icsrc"]
+
 SANITIZERS = os.environ.get("DENSENET_EXT_SANITIZE", "")
 
 
-def find_sources():
-    """Those compiled once, and the kernels, compiled once per instruction set."""
-    once = sorted([*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])
-    return [str(path) for path in once], [str(path) for path in sorted(Path("csrc/cpu/kernels").glob("*.cpp"))]
+def find_sources(*patterns):
+    return [str(path) for pattern in patterns for path in sorted(Path("csrc").glob(pattern))]
+
+
+def cpp_sources():
+    return find_sources("*.cpp", "cpu/*.cpp")
+
+
+def cpu_kernels():
+    return find_sources("cpu/kernels/*.cpp")
+
+
+def cuda_sources():
+    """What the C++ compiler compiles, and the kernels."""
+    return find_sources("cuda/*.cpp"), find_sources("cuda/kernels/*.cu")
 
 
 def required_torch():
@@ -86,7 +106,24 @@ def torch_flags(torch):
     return [f"-DTORCH_TARGET_VERSION={target}", f"-isystem{torch.directory / 'include'}"]
 
 
-def module_flags(version, torch):
+def cpp_flags(compiler):
+    flags = [*COMMON_FLAGS, *filter(compiler.accepts, GCC_FLAGS), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    return [*flags, "-O1", "-g1", *sanitizer_flags()] if SANITIZERS else flags
+
+
+def link_flags(torch, *libraries):
+    # No rpath: `import torch` comes first and has these libraries in the process, wherever they are.
+    flags = ["-shared", *sanitizer_flags(), f"-L{torch.directory / 'lib'}", *libraries]
+    if sys.platform == "darwin":
+        flags += ["-undefined", "dynamic_lookup"]
+    return [*flags, *shlex.split(os.environ.get("LDFLAGS", ""))]
+
+
+def version_flag(version):
+    return f'-DDENSENET_EXT_VERSION="{version}"'
+
+
+def module_flags(version, torch, toolkit):
     """What module.cpp reports and nothing else needs, and the headers that it alone includes."""
     try:
         import pybind11
@@ -94,36 +131,56 @@ def module_flags(version, torch):
         pybind11_include = [pybind11.get_include()]
     except ImportError:
         pybind11_include = []  # torch brings a copy
-    names = ", ".join(f'"{name}"' for name in INSTRUCTION_SETS)
+
+    def text(value):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+    missing = toolkit.reason if isinstance(toolkit, nvcc.NoCuda) else ""
+    architectures = () if missing else toolkit.architectures
     return [
         *(f"-isystem{path}" for path in [*pybind11_include, sysconfig.get_path("include")]),
-        f'-DDENSENET_EXT_VERSION="{version}"',
-        f'-DDENSENET_EXT_TORCH="{torch.version}"',
-        f"-DDENSENET_EXT_INSTRUCTION_SETS={names}",
-        f'-DDENSENET_EXT_SANITIZERS="{SANITIZERS}"',
+        version_flag(version),
+        f"-DDENSENET_EXT_TORCH={text(torch.version)}",
+        f"-DDENSENET_EXT_INSTRUCTION_SETS={', '.join(map(text, INSTRUCTION_SETS))}",
+        f"-DDENSENET_EXT_SANITIZERS={text(SANITIZERS)}",
+        f"-DDENSENET_EXT_CUDA_VERSION={text('' if missing else toolkit.version)}",
+        f"-DDENSENET_EXT_CUDA_ARCHITECTURES={', '.join(map(text, architectures))}",
+        f"-DDENSENET_EXT_CUDA_MISSING={text(missing)}",
     ]
 
 
-def describe_library(path, compiler, torch, version):
-    once, kernels = find_sources()
-    library = native.Library(path)
-    library.flags = [*COMMON_FLAGS, *filter(compiler.accepts, GCC_FLAGS), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    if SANITIZERS:
-        library.flags += ["-O1", "-g1", *sanitizer_flags()]
-    library.link_flags = ["-shared", *sanitizer_flags(), f"-L{torch.directory / 'lib'}", "-ltorch_cpu", "-lc10"]
-    # No rpath: `import torch` comes first and has these libraries in the process, wherever they are.
-    if sys.platform == "darwin":
-        library.link_flags += ["-undefined", "dynamic_lookup"]
-    library.link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
-
-    for source in once:
-        extra = module_flags(version, torch) if source == os.path.join("csrc", "module.cpp") else []
-        library.objects.append(native.Object(source, [*extra, *torch_flags(torch)]))
-    # The kernels know nothing of torch, so that another torch, or pip with its own copy of one, compiles none of them again.
+def describe_library(path, root, compiler, torch, version, toolkit):
+    """_C. What depends on torch goes beside it."""
+    flags, library = cpp_flags(compiler), native.Library(path, compiler)
+    library.link_flags = link_flags(torch, "-ltorch_cpu", "-lc10")
+    for source in cpp_sources():
+        extra = module_flags(version, torch, toolkit) if source == os.path.join("csrc", "module.cpp") else []
+        library.objects.append(native.Object(source, path.parent, compiler, [*extra, *torch_flags(torch), *flags]))
+    # The kernels know nothing of torch: with another one, none of them is compiled again.
     # The linker keeps the first copy of an inline function, so the one that every machine can run has to come first.
-    for name, flags in INSTRUCTION_SETS.items():
-        for source in kernels:
-            library.objects.append(native.Object(source, [*flags, f"-DDENSENET_EXT_ISA={name}"], name))
+    for name, extra in INSTRUCTION_SETS.items():
+        for source in cpu_kernels():
+            library.objects.append(
+                native.Object(source, root / "kernels", compiler, [*extra, f"-DDENSENET_EXT_ISA={name}", *flags], name)
+            )
+    return library
+
+
+def describe_cuda_library(path, root, compiler, torch, version, toolkit):
+    """_cuda: only where torch has CUDA can it be loaded."""
+    sources, kernels = cuda_sources()
+    architectures, library = toolkit.architectures, native.Library(path, compiler)
+    library.link_flags = link_flags(torch, "-ltorch_cuda", "-ltorch_cpu", "-lc10", *toolkit.libraries)
+    directory = root / "kernels" / f"cuda-{toolkit.version}-{'_'.join(architectures)}"
+    for source in kernels:
+        flags = [*NVCC_FLAGS, *nvcc.architecture_flags(architectures)]
+        if os.path.basename(source) == "device.cu":
+            flags.append(f"-DDENSENET_EXT_CUDA_ARCHITECTURES={':'.join(architectures)}")
+        library.objects.append(native.Object(source, directory, toolkit, flags))
+    for source in sources:
+        extra = [version_flag(version)] if source == os.path.join("csrc", "cuda", "module.cpp") else []
+        flags = ["-DUSE_CUDA", *extra, *torch_flags(torch), *cpp_flags(compiler)]
+        library.objects.append(native.Object(source, path.parent, compiler, flags))
     return library
 
 
@@ -133,22 +190,62 @@ class BuildExtension(build_ext):
         # Have the library copied to its place even over a newer one, built with another torch; ninja decides the rest.
         self.force = True
 
-    def build_extension(self, ext):
+    def build_extensions(self):
         try:
-            compiler, torch = required_compiler(), required_torch()
-            # a directory for each torch, so that going back and forth between two compiles nothing again
-            directory = Path(self.build_temp, f"torch-{torch.version}", *filter(None, [SANITIZERS.replace(",", "-")]))
-            path = directory / os.path.basename(self.get_ext_fullpath(ext.name))
-            library = describe_library(path, compiler, torch, self.distribution.get_version())
-            native.build(library, compiler, directory, self.verbose > 1)
+            self._build()
         except native.NativeBuildError as error:
             raise CompileError(str(error)) from None
-        destination = self.get_ext_fullpath(ext.name)
-        os.makedirs(os.path.dirname(destination), exist_ok=True)
-        self.copy_file(str(path), destination)
+
+    def _build(self):
+        compiler, torch = required_compiler(), required_torch()
+        self.toolkit = nvcc.find_cuda(torch, any(cuda_sources()), bool(SANITIZERS))
+        without_cuda = isinstance(self.toolkit, nvcc.NoCuda)
+        if without_cuda:
+            self.extensions = [ext for ext in self.extensions if ext.name != "densenet_ext._cuda"]
+            print(f"CUDA kernels: none, {self.toolkit.reason}", flush=True)
+        else:
+            architectures = ", ".join(self.toolkit.architectures)
+            print(f"CUDA kernels: for {architectures}, with {self.toolkit.description}", flush=True)
+        # a directory for each torch, so that going back and forth between two compiles nothing again
+        root = Path(self.build_temp, *filter(None, [SANITIZERS.replace(",", "-")]))
+        directory = root / f"torch-{torch.version}"
+        paths = [directory / os.path.basename(self.get_ext_fullpath(ext.name)) for ext in self.extensions]
+        facts = root, compiler, torch, self.distribution.get_version(), self.toolkit
+        libraries = [describe_library(paths[0], *facts)]
+        if not without_cuda:
+            libraries.insert(0, describe_cuda_library(paths[1], *facts))  # takes longest, so it starts first
+        native.build(libraries, root, directory, self.verbose > 1)
+        for ext, path in zip(self.extensions, paths, strict=True):
+            destination = self.get_ext_fullpath(ext.name)
+            os.makedirs(os.path.dirname(destination), exist_ok=True)
+            self.copy_file(str(path), destination)
+        objects = sum((library.objects for library in libraries), [])
+        self.cuda_reports = [nvcc.report_of(item.path) for item in objects if item.compiler is self.toolkit]
+
+
+class CudaRegisters(Command):
+    description = "build, and print the registers and the memory that each CUDA kernel uses"
+    user_options = []
+
+    def initialize_options(self):
+        pass
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        self.run_command("build_ext")
+        build = self.get_finalized_command("build_ext")
+        if isinstance(build.toolkit, nvcc.NoCuda):
+            raise CompileError(f"there are no CUDA kernels here: {build.toolkit.reason}")
+        print(ptxas.table(build.cuda_reports))
 
 
 setup(
-    ext_modules=[Extension("densenet_ext._C", sources=sum(find_sources(), []))],
-    cmdclass={"build_ext": BuildExtension},
+    # _cuda is left out where it cannot be built
+    ext_modules=[
+        Extension("densenet_ext._C", sources=[*cpp_sources(), *cpu_kernels()]),
+        Extension("densenet_ext._cuda", sources=sum(cuda_sources(), [])),
+    ],
+    cmdclass={"build_ext": BuildExtension, "cuda_registers": CudaRegisters},
 )

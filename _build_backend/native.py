@@ -1,4 +1,4 @@
-"""Compiles and links a shared library with ninja; what a changed header affects is rebuilt, and nothing else."""
+"""Compiles and links shared libraries with ninja; what a changed header affects is rebuilt, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,20 +28,40 @@ class Compiler:
         probe = [*self.command, "-Werror", *flags, "-fsyntax-only", "-x", "c++", "-"]
         return subprocess.run(probe, input=source, capture_output=True, text=True).returncode == 0
 
+    def compile(self, source: str, output: str, flags: list[str]) -> list[str]:
+        """The command, which also writes what it has read to output.d."""
+        return [*self.command, *flags, "-MMD", "-MF", f"{output}.d", "-c", source, "-o", output]
+
 
 @dataclass
 class Object:
     source: str
+    directory: Path
+    compiler: Compiler
     flags: list[str]
     variant: str = ""  # names the instruction set where a source is compiled several times
+
+    @property
+    def path(self) -> Path:
+        return self.directory / self.variant / Path(self.source).with_suffix(".o")
 
 
 @dataclass
 class Library:
     path: Path
+    compiler: Compiler
     objects: list[Object] = field(default_factory=list)  # in link order
-    flags: list[str] = field(default_factory=list)
     link_flags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Step:
+    output: str
+    inputs: list[str]
+    command: list[str]
+    description: str
+    tool: str  # for reports
+    depfile: str = ""
 
 
 def find_compiler() -> Compiler:
@@ -63,11 +85,63 @@ def find_compiler() -> Compiler:
     return Compiler(command, answer.splitlines()[0] if answer else command[-1])
 
 
-def build(library: Library, compiler: Compiler, directory: Path, verbose: bool = False) -> None:
-    """Brings library.path up to date; objects and ninja's records are kept in directory."""
+def build(libraries: list[Library], root: Path, directory: Path, verbose: bool = False) -> None:
+    """Brings the libraries up to date. Records are kept in root, for whatever is built below it; directory has the plan."""
     directory.mkdir(parents=True, exist_ok=True)
-    steps = _write_ninja_file(library, compiler, directory)
-    command = [_ninja(), "-f", str(directory / "build.ninja"), f"-j{_parallel_jobs()}"] + ["-v"] * verbose
+    steps = [step for library in libraries for step in _steps(library)]
+    os.environ["DENSENET_EXT_PYTHON"] = sys.executable
+    ninja = _find_ninja()
+    if ninja is None:
+        print("ninja was not found: building without it (pip install ninja)", flush=True)
+        output = _run_without_ninja(steps)
+    else:
+        plan = _write_ninja_file(steps, root, directory)
+        output = _run([ninja, "-f", str(plan), f"-j{_parallel_jobs()}"] + ["-v"] * verbose)
+    if output is not None:
+        raise NativeBuildError(_explain_failure(output, steps))
+
+
+def _steps(library: Library) -> list[Step]:
+    steps = []
+    for item in library.objects:
+        output = str(item.path)
+        command = item.compiler.compile(item.source, output, item.flags)
+        description = f"compiling {item.source}" + (f" for {item.variant}" if item.variant else "")
+        steps.append(
+            Step(output, [item.source], command, description, item.compiler.description, depfile=f"{output}.d")
+        )
+    inputs = [step.output for step in steps]
+    command = [*library.compiler.command, *inputs, "-o", str(library.path), *library.link_flags]
+    steps.append(Step(str(library.path), inputs, command, f"linking {library.path.name}", library.compiler.description))
+    return steps
+
+
+def _write_ninja_file(steps: list[Step], root: Path, directory: Path) -> Path:
+    lines = [
+        f"builddir = {_escape(root)}",
+        "rule compile",
+        "  command = $words",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $words",
+    ]
+    for step in steps:
+        rule = "compile" if step.depfile else "link"
+        lines += [
+            f"build {_escape(step.output)}: {rule} {' '.join(map(_escape, step.inputs))}",
+            f"  words = {_shell(step.command).replace('$', '$$')}",
+            f"  description = {step.description.replace('$', '$$')}",
+        ]
+    text = "\n".join([*lines, ""])
+    path = directory / "build.ninja"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return path
+
+
+def _run(command: list[str]) -> list[str] | None:
+    """Shows what ninja prints; returns it where ninja failed."""
     output = []
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     with subprocess.Popen(command, stdout=pipe, stderr=both, text=True, errors="replace") as ninja:
@@ -75,52 +149,60 @@ def build(library: Library, compiler: Compiler, directory: Path, verbose: bool =
             output.append(line)
             if line.strip() != "ninja: no work to do.":
                 print(line, end="", flush=True)
-    if ninja.returncode != 0:
-        raise NativeBuildError(_explain_failure(output, steps, compiler))
+    return output if ninja.returncode != 0 else None
 
 
-def _write_ninja_file(library: Library, compiler: Compiler, directory: Path) -> dict[str, str]:
-    """Returns what happens to each output file, in words."""
-    steps = {str(library.path): f"linking {library.path.name}"}
-    lines = [
-        f"builddir = {_escape(directory)}",
-        "rule compile",
-        f"  command = {_shell(compiler.command)} $flags {_shell(library.flags)} -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compiling $in$variant",
-        "rule link",
-        f"  command = {_shell(compiler.command)} $in -o $out {_shell(library.link_flags)}",
-        "  description = linking $out",
-    ]
-    outputs = []
-    for item in library.objects:
-        output = directory / item.variant / Path(item.source).with_suffix(".o")
-        outputs.append(_escape(output))
-        variant = f" for {item.variant}" if item.variant else ""
-        steps[str(output)] = f"compiling {item.source}{variant}"
-        lines += [
-            f"build {_escape(output)}: compile {_escape(item.source)}",
-            f"  flags = {_shell(item.flags)}",
-            f"  variant = {variant.replace(' ', '$ ', 1)}",
-        ]
-    lines += [f"build {_escape(library.path)}: link {' '.join(outputs)}", ""]
-    text = "\n".join(lines)
-    path = directory / "build.ninja"
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
-    return steps
+def _run_without_ninja(steps: list[Step]) -> list[str] | None:
+    """The same for machines that have no ninja: each step whose command or inputs have changed, all compilers first."""
+
+    def run(step: Step) -> list[str] | None:
+        record = Path(f"{step.output}.command")
+        command = _shell(step.command)
+        if not _outdated(step, command, record):
+            return None
+        print(f"{step.description}\n", end="", flush=True)
+        record.unlink(missing_ok=True)
+        Path(step.output).parent.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(step.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            lines = [f"FAILED: {step.output}\n", f"{command}\n", *done.stdout.splitlines(keepends=True)]
+            print("".join(lines), end="", flush=True)
+            return lines
+        print(done.stdout, end="", flush=True)
+        record.write_text(command)
+        return None
+
+    for phase in ([step for step in steps if step.depfile], [step for step in steps if not step.depfile]):
+        with ThreadPoolExecutor(_parallel_jobs()) as pool:
+            running = [pool.submit(run, step) for step in phase]
+            for future in running:
+                if future.result() is not None:
+                    pool.shutdown(cancel_futures=True)
+                    return future.result()
+    return None
 
 
-def _shell(words) -> str:
-    return shlex.join(words).replace("$", "$$")
+def _outdated(step: Step, command: str, record: Path) -> bool:
+    try:
+        inputs = list(step.inputs)
+        if step.depfile:
+            inputs += Path(step.depfile).read_text().replace("\\\n", " ").partition(":")[2].split()
+        newest = max(os.stat(path).st_mtime for path in inputs)
+        return record.read_text() != command or os.stat(step.output).st_mtime < newest
+    except OSError:
+        return True
+
+
+def _shell(command: list[str]) -> str:
+    # This Python by a variable, so that nothing is compiled again for another environment's.
+    return " ".join('"$DENSENET_EXT_PYTHON"' if word == sys.executable else shlex.quote(word) for word in command)
 
 
 def _escape(path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def _ninja() -> str:
+def _find_ninja() -> str | None:
     path = os.environ.get("PATH", os.defpath)
     try:
         import ninja
@@ -128,10 +210,7 @@ def _ninja() -> str:
         path = os.pathsep.join([ninja.BIN_DIR, path])
     except ImportError:
         pass
-    found = shutil.which("ninja", path=path)
-    if found is None:
-        raise NativeBuildError("ninja was not found: pip install ninja")
-    return found
+    return shutil.which("ninja", path=path)
 
 
 def _parallel_jobs() -> int:
@@ -156,18 +235,20 @@ def _available_memory() -> float:
     return available
 
 
-def _explain_failure(output: list[str], steps: dict[str, str], compiler: Compiler) -> str:
+def _explain_failure(output: list[str], steps: list[Step]) -> str:
     failed = next((i for i, line in enumerate(output) if line.startswith("FAILED:")), None)
     if failed is None:
         return "ninja failed: " + "".join(output[-5:]).strip()
-    step = next((steps[path] for path in steps if path in output[failed]), "a step")
+    step = next((step for step in steps if step.output in output[failed]), steps[-1])
     said = []
     for line in output[failed + 2 :]:  # after the command
         if re.match(r"\[\d+/\d+\]|FAILED:|ninja:", line):
             break
         said.append(line.rstrip())
     text = "\n".join(said)
-    first = next((i for i, line in enumerate(said) if re.search("error:|cannot find", line)), max(0, len(said) - 12))
+    first = next(
+        (i for i, line in enumerate(said) if re.search("error:|fatal|cannot find", line)), max(0, len(said) - 12)
+    )
     excerpt = "\n".join("    " + line for line in said[first : first + 12])
     if re.search(r"[Kk]illed|Cannot allocate memory|out of memory|bad_alloc", text):
         advice = "The compiler ran out of memory: set MAX_JOBS=1 and build again."
@@ -175,6 +256,13 @@ def _explain_failure(output: list[str], steps: dict[str, str], compiler: Compile
         advice = "The disk is full: make room, or set TMPDIR to a directory with some."
     elif "Python.h" in text:
         advice = "Install Python's headers (Debian, Ubuntu: apt install python3-dev) and build again."
+    elif "spills registers" in text:
+        advice = (
+            f"Such a kernel is slow. {step.tool} compiled it; another version may not spill. "
+            "DENSENET_EXT_ALLOW_SPILLS=1 builds it as it is, DENSENET_EXT_CUDA=0 leaves the CUDA kernels out."
+        )
     else:
-        advice = f"If csrc/ is as released, please report this, with the compiler's version: {compiler.description}."
-    return f"{step} failed:\n{excerpt}\n{advice}"
+        advice = f"If csrc/ is as released, please report this, with the compiler's version: {step.tool}."
+        if step.inputs[0].endswith(".cu"):
+            advice += " DENSENET_EXT_CUDA=0 leaves the CUDA kernels out."
+    return f"{step.description} failed:\n{excerpt}\n{advice}"

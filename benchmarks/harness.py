@@ -58,6 +58,19 @@ class Spec:
         channels_last = self.channels_last or IMPLEMENTATIONS[self.implementation][1]
         return torch.channels_last if channels_last else torch.contiguous_format
 
+    @property
+    def weights_format(self):
+        return self.memory_format
+
+    def new_network(self):
+        """The network as its constructor leaves it."""
+        options, _ = IMPLEMENTATIONS[self.implementation]
+        if options is None:
+            return _torchvision(self)
+        return DenseNetBC.variant(
+            self.variant, depth=self.depth, growth_rate=self.growth_rate, num_classes=self.num_classes, **options
+        )
+
     def autocast(self):
         """The context of the forward pass."""
         if self.dtype in ("bfloat16", "float16"):
@@ -68,19 +81,8 @@ class Spec:
 def build_model(spec):
     """The network of `spec`, weights from a fixed seed, in training mode."""
     torch.manual_seed(0)
-    options, _ = IMPLEMENTATIONS[spec.implementation]
-    if options is None:
-        model = _torchvision(spec)
-    else:
-        model = DenseNetBC.variant(
-            spec.variant,
-            depth=spec.depth,
-            growth_rate=spec.growth_rate,
-            num_classes=spec.num_classes,
-            **options,
-        )
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32
-    return model.to(device=spec.device, dtype=dtype, memory_format=spec.memory_format).train()
+    return spec.new_network().to(device=spec.device, dtype=dtype, memory_format=spec.weights_format).train()
 
 
 def _torchvision(spec):
@@ -205,11 +207,18 @@ def _cpu_memory(step):
     return Memory(peak + workspaces, kept + held, workspaces)
 
 
-def interleave(steps, rounds, deadline=None, progress=None):
+def wall_seconds(step):
+    """Seconds of one call, which has to wait for the device itself."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def interleave(steps, rounds, deadline=None, progress=None, seconds=wall_seconds):
     """Seconds a step: {key: list of times}. `steps` {key: callable}, `rounds` an int or {key: int}.
 
     One step of each in turn, starting one further every round, so that what else the machine does falls on all alike.
-    After the first round none is begun that would last beyond `deadline` (of time.monotonic).
+    After the first round none is begun that would last beyond `deadline` (of time.monotonic). `seconds` measures a call.
     """
     rounds = rounds if isinstance(rounds, dict) else dict.fromkeys(steps, rounds)
     times = {key: [] for key in steps}
@@ -220,9 +229,7 @@ def interleave(steps, rounds, deadline=None, progress=None):
             break
         keys = [key for key in steps if r < rounds[key]]
         for key in keys[r % len(keys) :] + keys[: r % len(keys)]:
-            start = time.perf_counter()
-            steps[key]()
-            times[key].append(time.perf_counter() - start)
+            times[key].append(seconds(steps[key]))
             if progress is not None:
                 progress.update()
         longest = max(longest, time.monotonic() - began)

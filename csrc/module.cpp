@@ -1,6 +1,5 @@
 // The Python module densenet_ext._C: what was built, and what runs. The ops themselves are torch's
 // to find: see ops.cpp.
-#include <pybind11/pybind11.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <chrono>
@@ -11,6 +10,13 @@
 
 #include "cpu/dispatch.h"
 #include "workspace.h"
+
+// Where pybind11 is not installed, torch's copy serves. It refuses users of the stable ABI, whom
+// its headers must not reach; here they reach nothing but this file.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
+#include <pybind11/pybind11.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
 
 namespace py = pybind11;
 

@@ -20,13 +20,23 @@ using Optional = std::optional<Tensor>;
 enum Tail : int64_t { kNone = 0, kTransition = 1, kHead = 2 };
 enum MaskKind : int64_t { kPreNorm = 1, kPreConv1 = 2, kPreConv2 = 4, kDropout = 8 };
 
+// What the last failed call said; torch has this from 2.13 on.
+extern "C" const char* torch_exception_get_what_without_backtrace() __attribute__((weak));
+
+inline std::string reason_of_failure() {
+  const char* const text = torch_exception_get_what_without_backtrace
+                               ? torch_exception_get_what_without_backtrace()
+                               : nullptr;
+  return text ? text : "the reason is on the standard error stream";
+}
+
 // Calls a kernel operator of this library through the dispatcher, on the device of its tensors.
 template <class... Arguments>
 void call(const char* name, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack = {
       torch::stable::detail::from(arguments)...};
   STD_TORCH_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == 0, name,
-                  " failed");
+                  " failed: ", reason_of_failure());
 }
 
 struct Options {

@@ -1,11 +1,16 @@
-"""Loads the compiled library, or says in one sentence why that failed and what to do."""
+"""Loads the compiled libraries, or says in one sentence why that failed and what to do."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib
+import os
 import re
 import sys
-from importlib.machinery import PathFinder
+import warnings
+from importlib.machinery import ExtensionFileLoader, PathFinder
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +23,8 @@ INSTALL = "run `pip install --force-reinstall --no-deps .` in a clone of densene
 def load_extension() -> ModuleType:
     """The module ``densenet_ext._C``; loading it registers the ops ``torch.ops.densenet_ext``.
 
+    The CUDA kernels are loaded with it where they fit; :func:`cuda_status` says whether they are.
+
     Raises ImportError, with what to do about it, where torch is missing or too old, or where the library is missing, was
     built for another Python, or cannot be loaded.
     """
@@ -25,12 +32,65 @@ def load_extension() -> ModuleType:
         _require_torch()  # also brings the libraries that ours is linked to into the process
         _use_installed_library()
     try:
-        extension = importlib.import_module("densenet_ext._C")
+        extension = _import_library()
     except ImportError as error:
         raise ImportError(_explain(error)) from None
     built = extension.build_info()["version"]
     if built != __version__:
-        raise ImportError(f"densenet_ext {__version__} found the compiled library of version {built}: {INSTALL}")
+        raise ImportError(_other_version("library", built))
+    _load_cuda(extension)
+    return extension
+
+
+def cuda_status() -> str | None:
+    """None where the CUDA kernels are loaded; else why not, as in "not in this build: nvcc was not found"."""
+    return _load_cuda(load_extension())
+
+
+@functools.cache
+def _load_cuda(extension: ModuleType) -> str | None:
+    """Registers the CUDA kernels. Who has no use for them is served all the same, so nothing here is an error."""
+    info = extension.build_info()
+    if info.get("simulated"):
+        return "simulated on the CPU"
+    if not info["cuda"]:
+        return f"not in this build: {info['cuda_missing']}"
+    import torch
+
+    ours, theirs = _major(info["cuda_version"]), _major(torch.version.cuda)
+    if ours != theirs:
+        return f"built for CUDA {ours}, torch has {f'CUDA {theirs}' if theirs else 'none'}: not loaded"
+    path = Path(extension.__file__).with_name(Path(extension.__file__).name.replace("_C", "_cuda", 1))
+    try:
+        version = ctypes.CDLL(str(path)).densenet_ext_cuda_version
+        version.restype = ctypes.c_char_p
+        built = version().decode()
+        failure = None if built == __version__ else _other_version("CUDA kernels", built)
+    except (OSError, AttributeError) as error:
+        failure = f"{error}: {INSTALL}" if path.exists() else f"{path.name} is missing: {INSTALL}"
+    if failure is None:
+        return None
+    warnings.warn(f"densenet_ext's CUDA kernels failed to load: {failure}", RuntimeWarning, stacklevel=2)
+    return f"failed to load: {failure}"
+
+
+def _major(version: str | None) -> str:
+    return (version or "").partition(".")[0]
+
+
+def _other_version(what: str, built: str) -> str:
+    return f"densenet_ext {__version__} found the compiled {what} of version {built}: {INSTALL}"
+
+
+def _import_library() -> ModuleType:
+    """densenet_ext._C, from the file that DENSENET_EXT_LIBRARY names if it names one: the tests' simulated device."""
+    path = os.environ.get("DENSENET_EXT_LIBRARY")
+    if not path or "densenet_ext._C" in sys.modules:
+        return importlib.import_module("densenet_ext._C")
+    spec = spec_from_file_location("densenet_ext._C", path, loader=ExtensionFileLoader("densenet_ext._C", path))
+    extension = module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    sys.modules["densenet_ext._C"] = extension
     return extension
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from densenet_ext._load import load_extension
+from densenet_ext._load import cuda_status, load_extension
 from densenet_ext._version import __version__
 
 
@@ -38,7 +38,7 @@ def _library_rows(extension) -> dict[str, str]:
         "built with": f"{info['compiler']}, {torch}",
         "instruction set": f"{extension.cpu_capability()} (built: {', '.join(info['instruction_sets'])})",
         "CPU threads": str(extension.parallel_threads()),
-        "CUDA kernels": ", ".join(info["cuda_architectures"]) if info["cuda"] else "not in this build",
+        "CUDA kernels": cuda_status() or f"{', '.join(info['cuda_architectures'])} (CUDA {info['cuda_version']})",
     }
     if info["sanitizers"]:
         rows["sanitizers"] = info["sanitizers"]

@@ -68,6 +68,13 @@ class Case:
             self.frozen_stats += [normal(width), normal(width).square() + 0.2] if frozen else []
         self.eps = [1e-5 * (i + 1) for i in range(len(widths))]
 
+    def to(self, device):
+        """This case, its tensors on that device."""
+        self.x = self.x.to(device)
+        for tensors in (self.params, self.masks, self.frozen_stats):
+            tensors[:] = [t.to(device) for t in tensors]
+        return self
+
     def args(self, x=None, params=None, keep_bottleneck=False):
         """What dense_stage takes."""
         x, params = self.x if x is None else x, self.params if params is None else params

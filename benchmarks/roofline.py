@@ -1,0 +1,152 @@
+"""Bytes that have to be moved and operations that have to be done, by formula: the floor under a measured time.
+
+M rows (pixels of all samples), C channels read, K2 bottleneck width as stored (a multiple of 16), k growth rate, O
+outputs of a transition, N samples; e bytes of a stored value (4 float32, 2 bfloat16), a = 4 of a parameter.
+Each input is read once and each output written once; tables of a few numbers a channel are left out.
+"""
+
+from dataclasses import dataclass
+
+ARITHMETIC_BYTES = 4
+STORAGE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+# what is read and written, for the notes under the table of kernels
+FORMULAS = {
+    "append": "2 M C e",
+    "fold_norm": "2 N C a",
+    "bottleneck_forward": "M (C + K2) e + K2 C a",
+    "bottleneck_backward": "M (3 C + 2 K2) e + 2 K2 C a",
+    "conv3x3_forward": "M (K2 + k) e + 9 K2 k a",
+    "conv3x3_backward": "M (2 K2 + 2 k) e + 18 K2 k a",
+    "squeeze_excite_forward": "2 M k e",
+    "squeeze_excite_backward": "2 M k e",
+    "transition_forward": "M (C + O / 4) e + O C a",
+    "transition_backward": "M (2 C + O / 4) e + 2 O C a",
+    "head_forward": "M C e + N C e",
+    "head_backward": "2 M C e + N C e",
+    "finish_gradient": "3 M C e",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """One op's size: N samples of H x W pixels, C channels read (of `total` in the buffer)."""
+
+    samples: int
+    height: int
+    width: int
+    channels: int
+    bottleneck: int = 0
+    growth: int = 0
+    outputs: int = 0
+    total: int = 0
+
+    @property
+    def rows(self):
+        return self.samples * self.height * self.width
+
+    @property
+    def pitch(self):
+        return (self.bottleneck + 15) // 16 * 16
+
+
+def op_bytes(op, s, e, a=ARITHMETIC_BYTES):
+    """Bytes of one kernel op at size `s`, as FORMULAS says."""
+    m, n, c, k2, k, o = s.rows, s.samples, s.channels, s.pitch, s.growth, s.outputs
+    pooled = s.samples * (s.height // 2) * (s.width // 2)
+    weight1, weight3, weight_out = s.bottleneck * c * a, 9 * s.bottleneck * k * a, o * c * a
+    return {
+        "append": 2 * m * c * e,
+        "fold_norm": 2 * n * c * a,
+        "bottleneck_forward": m * (c + k2) * e + weight1,
+        "bottleneck_backward": m * (3 * c + 2 * k2) * e + 2 * weight1,
+        "conv3x3_forward": m * (k2 + k) * e + weight3,
+        "conv3x3_backward": m * (2 * k2 + 2 * k) * e + 2 * weight3,
+        "squeeze_excite_forward": 2 * m * k * e,
+        "squeeze_excite_backward": 2 * m * k * e,
+        "transition_forward": m * c * e + pooled * o * e + weight_out,
+        "transition_backward": 2 * m * c * e + pooled * o * e + 2 * weight_out,
+        "head_forward": m * c * e + n * c * e,
+        "head_backward": 2 * m * c * e + n * c * e,
+        "finish_gradient": 3 * m * c * e,
+    }[op]
+
+
+def op_flops(op, s):
+    """Operations of the matrix products and convolutions alone: what is elementwise hides behind the bytes."""
+    pooled = s.samples * (s.height // 2) * (s.width // 2)
+    product = 2 * s.rows * s.channels * s.bottleneck
+    convolution = 2 * s.rows * 9 * s.bottleneck * s.growth
+    transition = 2 * pooled * s.channels * s.outputs
+    return {
+        "bottleneck_forward": product,
+        "bottleneck_backward": 2 * product,
+        "conv3x3_forward": convolution,
+        "conv3x3_backward": 2 * convolution,
+        "transition_forward": transition,
+        "transition_backward": 2 * transition,
+    }.get(op, 0)
+
+
+def floor_seconds(moved, flops, bandwidth, rate):
+    """No version takes less: the longer of moving the bytes and doing the operations."""
+    return max(moved / bandwidth, flops / rate)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A DenseNet by its numbers, enough to count a training step's bytes."""
+
+    blocks: tuple
+    growth: int
+    size: int  # height and width of the images
+    stem_channels: int
+    small_inputs: bool = True
+    bottleneck: int = 4  # width of a bottleneck in units of growth
+    squeeze_excite: bool = False
+    classes: int = 100
+
+
+def step_bytes(net, samples, e, keep_bottleneck=False):
+    """Bytes of a fused training step: forward, backward with the bottlenecks computed again unless kept, optimizer.
+
+    The stem is counted as PyTorch's own operators compute it, everything else by the formulas above.
+    """
+    size, channels, total, parameters = net.size, net.stem_channels, 0, 0
+    total += _stem_bytes(net, samples, e)
+    if not net.small_inputs:
+        size //= 4
+    width = net.bottleneck * net.growth
+    for i, layers in enumerate(net.blocks):
+        entering = Size(samples, size, size, channels)
+        total += op_bytes("append", entering, e) + op_bytes("finish_gradient", entering, e)
+        for _ in range(layers):
+            s = Size(samples, size, size, channels, width, net.growth)
+            ops = ["bottleneck_forward", "conv3x3_forward", "conv3x3_backward", "bottleneck_backward"]
+            ops += [] if keep_bottleneck else ["bottleneck_forward"]
+            ops += ["squeeze_excite_forward", "squeeze_excite_backward"] if net.squeeze_excite else []
+            total += sum(op_bytes(op, s, e) for op in ops)
+            parameters += width * channels + 9 * width * net.growth
+            channels += net.growth
+        if i + 1 < len(net.blocks):
+            s = Size(samples, size, size, channels, outputs=channels // 2)
+            total += op_bytes("transition_forward", s, e) + op_bytes("transition_backward", s, e)
+            parameters += s.outputs * channels
+            size, channels = size // 2, s.outputs
+        else:
+            s = Size(samples, size, size, channels)
+            total += op_bytes("head_forward", s, e) + op_bytes("head_backward", s, e)
+    parameters += channels * net.classes
+    return total + 5 * parameters * ARITHMETIC_BYTES  # SGD: weight, gradient and momentum read, two of them written
+
+
+def _stem_bytes(net, samples, e):
+    """conv0 alone; or with norm0 (statistics, then the values), relu0 in place and pool0 (with its 8-byte indices)."""
+    image, c = samples * net.size**2 * 3, net.stem_channels
+    if net.small_inputs:
+        out = samples * net.size**2 * c
+        return (image + out) * e * 2  # forward; gradient of the weight
+    out, pooled = samples * (net.size // 2) ** 2 * c, samples * (net.size // 4) ** 2 * c
+    forward = (image + out) * e + 3 * out * e + 2 * out * e + (out + pooled) * e + pooled * 8
+    backward = (image + out) * e + 5 * out * e + 3 * out * e + (out + pooled) * e + pooled * 8
+    return forward + backward

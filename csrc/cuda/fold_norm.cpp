@@ -1,0 +1,57 @@
+#include "arguments.h"
+
+namespace densenet_ext::cuda {
+namespace {
+
+template <class T>
+void fold_norm_of(const Tensor& mean, const Tensor& m2, int64_t pixels,
+                  const std::optional<Tensor>& pre_mask, const std::optional<Tensor>& post_mask,
+                  const Tensor& weight, const Tensor& bias, double eps, bool use_given,
+                  const Tensor& batch_mean, const Tensor& batch_var, const Tensor& scale,
+                  const Tensor& shift) {
+  DeviceContext context(weight);
+  const int64_t channels = weight.numel(), samples = scale.size(0);
+  FoldNorm<T> a = {};
+  a.pixels = pixels, a.channels = channels, a.eps = eps, a.use_given = use_given;
+  a.pre_mask = per_channel<T>("pre_mask", pre_mask, samples, channels);
+  a.post_mask = per_channel<T>("post_mask", post_mask, samples, channels);
+  a.weight = pointer<const T>("weight", weight, {channels});
+  a.bias = pointer<const T>("bias", bias, {channels});
+  a.batch_mean = pointer<T>("batch_mean", batch_mean, {channels});
+  a.batch_var = pointer<T>("batch_var", batch_var, {channels});
+  a.scale_rows = samples, a.shift_rows = shift.size(0);
+  a.scale = pointer<T>("scale", scale, {samples, channels});
+  a.shift = pointer<T>("shift", shift, {a.shift_rows, channels});
+  STD_TORCH_CHECK(a.shift_rows == samples || (a.shift_rows == 1 && !a.post_mask.data),
+                  "shift must have as many rows as scale, ", samples,
+                  ", or a single one where post_mask is None, got ", a.shift_rows);
+  if (!use_given) {
+    STD_TORCH_CHECK(mean.dim() == 2 && mean.size(1) >= channels,
+                    "mean must have shape [rows, >= ", channels, "], got ",
+                    describe(sizes_of(mean)));
+    a.rows = mean.size(0), a.pitch = mean.size(1);
+    STD_TORCH_CHECK(!a.pre_mask.data || a.rows == samples,
+                    "pre_mask must have one row for each row of mean, ", a.rows, ", got ", samples);
+    a.mean = pointer<const T>("mean", mean, {a.rows, a.pitch});
+    a.m2 = pointer<const T>("m2", m2, {a.rows, a.pitch});
+  }
+  fold_norm<T>(a, context);
+}
+
+void fold_norm_cuda(const Tensor& mean, const Tensor& m2, int64_t pixels,
+                    const std::optional<Tensor>& pre_mask, const std::optional<Tensor>& post_mask,
+                    const Tensor& weight, const Tensor& bias, double eps, bool use_given,
+                    const Tensor& batch_mean, const Tensor& batch_var, const Tensor& scale,
+                    const Tensor& shift) {
+  const bool is_double = weight.scalar_type() == ScalarType::Double;
+  (is_double ? fold_norm_of<double> : fold_norm_of<float>)(mean, m2, pixels, pre_mask, post_mask,
+                                                           weight, bias, eps, use_given, batch_mean,
+                                                           batch_var, scale, shift);
+}
+
+}  // namespace
+}  // namespace densenet_ext::cuda
+
+DENSENET_EXT_CUDA_OPERATORS(m) {
+  m.impl("fold_norm", TORCH_BOX(&densenet_ext::cuda::fold_norm_cuda));
+}

@@ -1,0 +1,72 @@
+// Whether this library holds code for a device.
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+#include "../launch.cuh"
+
+// Of the build, as in 8.0:8.6:9.0+PTX.
+#ifndef DENSENET_EXT_CUDA_ARCHITECTURES
+#define DENSENET_EXT_CUDA_ARCHITECTURES 8.0
+#endif
+#define DENSENET_EXT_TEXT(...) #__VA_ARGS__
+#define DENSENET_EXT_TEXT_OF(...) DENSENET_EXT_TEXT(__VA_ARGS__)
+
+namespace densenet_ext::cuda {
+namespace {
+
+constexpr Capability kOldest = {8, 0};
+
+bool at_least(Capability a, Capability b) {
+  return a.major > b.major || (a.major == b.major && a.minor >= b.minor);
+}
+
+// A binary runs on devices of its major version, from its minor version on; the driver translates
+// PTX for every device that is not older.
+bool serves(const char* architecture, Capability device) {
+  Capability built = {0, 0};
+  char ptx = 0;
+  std::sscanf(architecture, "%d.%d%c", &built.major, &built.minor, &ptx);
+  return at_least(device, built) && (ptx == '+' || device.major == built.major);
+}
+
+bool served(const std::string& architectures, Capability device) {
+  for (size_t begin = 0; begin < architectures.size();) {
+    const size_t end = std::min(architectures.find(':', begin), architectures.size());
+    if (serves(architectures.substr(begin, end - begin).c_str(), device)) return true;
+    begin = end + 1;
+  }
+  return false;
+}
+
+std::string text(Capability c) { return std::to_string(c.major) + "." + std::to_string(c.minor); }
+
+}  // namespace
+
+void check_device() {
+  static std::atomic<bool> good[64];  // devices that have passed
+  const int device = current_device();
+  const bool cached = device < 64;
+  if (cached && good[device].load(std::memory_order_relaxed)) return;
+
+  const Capability capability = device_capability(device);
+  const std::string what = "densenet_ext: " + device_name(device) +
+                           " (cuda:" + std::to_string(device) + ") has compute capability " +
+                           text(capability);
+  if (!at_least(capability, kOldest)) {
+    throw std::runtime_error(what + ", and the CUDA kernels need " + text(kOldest) +
+                             " (Ampere) or newer: use efficient='checkpoint' there");
+  }
+  std::string architectures = DENSENET_EXT_TEXT_OF(DENSENET_EXT_CUDA_ARCHITECTURES);
+  if (!served(architectures, capability)) {
+    for (char& c : architectures) c = c == ':' ? ' ' : c;
+    throw std::runtime_error(what + ", and the CUDA kernels were built for " + architectures +
+                             ": in a clone of densenet_ext run `TORCH_CUDA_ARCH_LIST='" +
+                             text(capability) + "' pip install --force-reinstall --no-deps .`");
+  }
+  if (cached) good[device].store(true, std::memory_order_relaxed);
+}
+
+}  // namespace densenet_ext::cuda

@@ -1,0 +1,181 @@
+"""Builds the library that runs the CUDA kernels on a simulated device; prints its path.
+
+--sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer in place of the simulator's own checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "_build_backend"))
+
+import native  # noqa: E402
+from target import OLDEST_TORCH, find_torch  # noqa: E402
+
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-fno-strict-aliasing",
+    "-DDENSENET_EXT_SIMT",
+    "-Icsrc",
+    "-Itests",
+]
+# Every load and store of a kernel calls a function of the simulator: ThreadSanitizer's hooks, but not its runtime.
+CUDA_FLAGS = ["-x", "c++", "-Wno-unused-variable"]  # used in an unroll pragma only
+KERNEL_FLAGS = [*CUDA_FLAGS, "-fsanitize=thread"]
+SANITIZERS = "address,undefined"
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+STUBS = "stubs.cpp"
+HOST_SOURCES = ["ops", "layers", "dense_stage", "dense_layer", "workspace"]
+
+
+def build(sanitize: bool = False, kernels: str = "*") -> Path:
+    """Brings the library up to date and returns its path; `kernels` chooses among csrc/cuda/kernels/*.cu."""
+    torch = find_torch()
+    if torch is None or not torch.is_new_enough:
+        raise native.NativeBuildError(f"PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer was not found")
+    variant = [torch.version, *["sanitize"] * sanitize, *[re.sub(r"\W+", "_", kernels)] * (kernels != "*")]
+    directory = Path("build/simt", "-".join(variant))
+    with _in_root(), _locked(directory):
+        library = _describe(directory, torch, sanitize, kernels)
+        native.build([library], directory, directory)
+        if _write_stubs(library.path, directory):
+            native.build([library], directory, directory)
+    return ROOT / library.path
+
+
+def build_checks() -> Path:
+    """The same for the simulator's own tests: a library for ctypes, without torch."""
+    compiler = native.find_compiler()
+    directory = Path("build/simt/checks")
+    with _in_root(), _locked(directory):
+        library = native.Library(directory / "checks.so", compiler, link_flags=["-shared"])
+        _add(library, directory, [*_simulator(), Path("tests/simt/check.cpp")], [])
+        _add(library, directory, Path("tests/simt").glob("*.cu"), KERNEL_FLAGS)
+        native.build([library], directory, directory)
+    return ROOT / library.path
+
+
+def _simulator() -> list[Path]:
+    return [path for path in Path("tests/simt").glob("*.cpp") if path.name not in ("module.cpp", "check.cpp")]
+
+
+def _add(library: native.Library, directory: Path, paths, flags: list[str]):
+    flags = [*FLAGS, *["-mfma"] * _has_fma(), *flags]
+    library.objects += [native.Object(str(path), directory, library.compiler, flags) for path in sorted(paths)]
+
+
+@contextlib.contextmanager
+def _in_root():
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path):
+    """Several test runs may build at once."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _describe(directory: Path, torch, sanitize: bool, kernels: str) -> native.Library:
+    compiler = native.find_compiler()
+    library = native.Library(directory / ("_C" + sysconfig.get_config_var("EXT_SUFFIX")), compiler)
+    sanitizers = SANITIZE_FLAGS if sanitize else []
+    target = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
+    torch_flags = [f"-DTORCH_TARGET_VERSION={target}", f"-isystem{torch.directory / 'include'}"]
+
+    def add(paths, flags):
+        _add(library, directory, paths, [*sanitizers, *flags])
+
+    add(_simulator(), [])
+    add([Path("csrc", f"{stem}.cpp") for stem in HOST_SOURCES], torch_flags)
+    add([path for path in Path("csrc/cuda").glob("*.cpp") if path.name != "module.cpp"], torch_flags)
+    add([Path("tests/simt/module.cpp")], [*torch_flags, *_module_flags(torch, sanitize)])
+    # Of inline functions that others have too, the linker takes the first copy: one without hooks.
+    chosen = {path for glob in kernels.split(",") for path in Path("csrc/cuda/kernels").glob(f"{glob}.cu")}
+    add(chosen, CUDA_FLAGS if sanitize else KERNEL_FLAGS)
+    stubs = directory / STUBS
+    if not stubs.exists():
+        stubs.write_text("")
+    add([stubs], [])
+    library.link_flags = ["-shared", *sanitizers, f"-L{torch.directory / 'lib'}", "-ltorch_cpu", "-lc10"]
+    return library
+
+
+def _write_stubs(path: Path, directory: Path) -> bool:
+    """Gives launch functions that no chosen kernel file defines a body that throws, so that the rest can be loaded."""
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    missing = re.findall(r"(_ZN12densenet_ext4cuda\S+)", symbols)
+    if not missing:
+        return False
+    stubs = directory / STUBS
+    text = stubs.read_text() or "#include <stdexcept>\n"
+    for name in missing:
+        body = f'throw std::runtime_error("simt: no kernel file of this build defines {name}");'
+        text += f'extern "C" __attribute__((weak)) void {name}() {{ {body} }}\n'
+    stubs.write_text(text)
+    return True
+
+
+def _module_flags(torch, sanitize: bool) -> list[str]:
+    try:
+        import pybind11
+
+        includes = [pybind11.get_include()]
+    except ImportError:
+        includes = []  # torch brings a copy
+    version = re.search(r'__version__ = "(.+)"', Path("densenet_ext/_version.py").read_text())[1]
+    return [
+        *(f"-isystem{path}" for path in [*includes, sysconfig.get_path("include")]),
+        f'-DDENSENET_EXT_VERSION="{version}"',
+        f'-DDENSENET_EXT_TORCH="{torch.version}"',
+        f'-DDENSENET_EXT_SANITIZERS="{SANITIZERS if sanitize else ""}"',
+    ]
+
+
+def _has_fma() -> bool:
+    try:
+        return " fma " in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--kernels", default="*", metavar="GLOBS", help="only these, as in 'conv*,device'")
+    arguments = parser.parse_args()
+    with contextlib.redirect_stdout(sys.stderr):
+        path = build(arguments.sanitize, arguments.kernels)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except native.NativeBuildError as error:
+        sys.exit(f"error: {error}")

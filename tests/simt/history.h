@@ -1,0 +1,89 @@
+// The usual access in a few instructions: nothing to find, little to remember. Everything else goes
+// to access() in shadow.cpp, which checks again and finds words for it.
+#pragma once
+
+#include "memory_map.h"
+#include "stamp.h"
+
+namespace simt {
+
+enum class Access { kRead, kWrite, kAtomic };
+
+// The shared memory of the block that runs.
+struct Shared {
+  uintptr_t begin, bytes;
+  Cell* cells;
+};
+extern Shared shared;
+
+// Notes a reader. The one that stays stands for all: a writer that any of them forbids finds it, or
+// its flags.
+inline void remember_read(Cell& cell, const Thread& thread, Stamp now, bool in_shared,
+                          uintptr_t pc) {
+  const Stamp r = {cell.read};
+  if (r.tick() != now.tick()) {
+    const bool other_block = !in_shared && r.tick() >= clock_.launch && r.tick() < clock_.block;
+    const bool kept = r.tick() >= clock_.block && r.has(kManyBlocks);
+    cell.read = now.word | (other_block || kept ? kManyBlocks : kNone);
+  } else if (r.thread() / kWarp != thread.warp) {
+    if (!r.has(kManyWarps)) cell.read = r.word | kManyWarps;
+    return;
+  } else if (r.step() < thread.ordered) {
+    cell.read = now.word | (r.word & (kManyWarps | kManyBlocks));
+  } else {
+    if (r.thread() != thread.id) cell.read = r.word | kManyLanes;
+    return;
+  }
+  cell.read_pc = site(pc);
+}
+
+// Whether nothing speaks against an access after this write: it is the thread's own, or of this
+// block before the last barrier, or of ticks so old (from one on, up to another) that all know.
+inline bool is_settled(Stamp w, Stamp now, uint32_t from, uint32_t to) {
+  constexpr uint64_t kWhoAndWhen = 0xffffffff00007fe0;
+  if (w.has(kPending)) return false;
+  return w.tick() - from < to - from || w.tick() - clock_.block < clock_.now - clock_.block ||
+         ((w.word ^ now.word) & kWhoAndWhen) == 0;
+}
+// The same of a write after these reads.
+inline bool is_free(Stamp r, Stamp now, bool in_shared) {
+  constexpr uint64_t kWhoAndWhenAndFlags =
+      0xffffffff00007fe0 | kManyLanes | kManyWarps | kManyBlocks;
+  if (r.tick() == now.tick()) return ((r.word ^ now.word) & kWhoAndWhenAndFlags) == 0;
+  return in_shared || r.tick() < clock_.launch || (r.tick() >= clock_.block && !r.has(kManyBlocks));
+}
+
+template <int64_t bytes, Access kind>
+inline bool usual_access(const Thread& thread, uintptr_t address, uintptr_t pc) {
+  Cell* cells;
+  uint32_t from = 0, to;  // ticks of old writes
+  const uintptr_t offset = address - shared.begin;
+  const bool in_shared = offset < shared.bytes;
+  if (in_shared) {
+    if (shared.bytes - offset < bytes) return false;
+    cells = shared.cells + offset / 2;
+    to = kind == Access::kRead ? 0 : clock_.block;
+  } else {
+    const Extent* const e = find_extent(address);
+    if (!e || e->end - address < bytes) return false;
+    if (!e->cells) return kind == Access::kRead;
+    cells = e->cells + (granule_of(address) - granule_of(e->begin));
+    from = kind == Access::kRead && e->scratch ? e->birth : 0;
+    to = clock_.launch;
+  }
+  const Stamp now = stamp_of(thread);
+  for (int64_t i = 0; i < (bytes + 1) / 2; ++i) {
+    Cell& cell = cells[i];
+    if (!is_settled({cell.write}, now, from, to)) return false;
+    if (kind == Access::kRead) {
+      remember_read(cell, thread, now, in_shared, pc);
+    } else {
+      if (!is_free({cell.read}, now, in_shared)) return false;
+      cell.write = now.word;
+      cell.write_pc = site(pc);
+    }
+  }
+  return true;
+}
+
+}  // namespace simt

@@ -1,0 +1,78 @@
+// ThreadSanitizer's hooks: the compiler puts a call before every load and store of the kernels.
+#include "block.h"
+#include "shadow.h"
+
+namespace {
+
+// Local variables are nobody else's, and the host's code may do what it likes.
+inline bool is_watched(const void* address) {
+  return simt::state.current &&
+         reinterpret_cast<uintptr_t>(address) - simt::state.stack >= simt::Fiber::kStack;
+}
+
+template <int64_t bytes, simt::Access kind, bool aligned>
+inline void hook(const void* address, uintptr_t pc) {
+  if (!is_watched(address)) return;
+  simt::Thread& self = *simt::state.current;
+  if (aligned) simt::require_aligned(self, address, bytes, pc);
+  if (simt::kHooked &&
+      simt::usual_access<bytes, kind>(self, reinterpret_cast<uintptr_t>(address), pc)) {
+    return;
+  }
+  simt::access(self, address, bytes, kind, pc);
+}
+void hook_range(const void* address, unsigned long bytes, simt::Access kind, uintptr_t pc) {
+  if (!is_watched(address) || bytes == 0) return;
+  simt::access(*simt::state.current, address, static_cast<int64_t>(bytes), kind, pc);
+}
+
+}  // namespace
+
+using simt::Access;
+
+extern "C" {
+
+#define SIMT_HOOKS(bytes)                                                                      \
+  void __tsan_read##bytes(const void* a) { hook<bytes, Access::kRead, true>(a, SIMT_CALLER); } \
+  void __tsan_write##bytes(const void* a) { hook<bytes, Access::kWrite, true>(a, SIMT_CALLER); }
+
+// Of types that are less aligned than large: a GPU takes such a value apart.
+#define SIMT_UNALIGNED_HOOKS(bytes)                     \
+  void __tsan_unaligned_read##bytes(const void* a) {    \
+    hook<bytes, Access::kRead, false>(a, SIMT_CALLER);  \
+  }                                                     \
+  void __tsan_unaligned_write##bytes(const void* a) {   \
+    hook<bytes, Access::kWrite, false>(a, SIMT_CALLER); \
+  }
+
+SIMT_HOOKS(1)
+SIMT_HOOKS(2)
+SIMT_HOOKS(4)
+SIMT_HOOKS(8)
+SIMT_HOOKS(16)
+SIMT_UNALIGNED_HOOKS(2)
+SIMT_UNALIGNED_HOOKS(4)
+SIMT_UNALIGNED_HOOKS(8)
+SIMT_UNALIGNED_HOOKS(16)
+
+void __tsan_read_range(const void* a, unsigned long bytes) {
+  hook_range(a, bytes, Access::kRead, SIMT_CALLER);
+}
+void __tsan_write_range(const void* a, unsigned long bytes) {
+  hook_range(a, bytes, Access::kWrite, SIMT_CALLER);
+}
+
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void*, void*) {}
+void __tsan_vptr_read(void*) {}
+// Guards of static variables, in the host's code of these files.
+unsigned char __tsan_atomic8_load(const volatile unsigned char* a, int) {
+  return __atomic_load_n(a, __ATOMIC_SEQ_CST);
+}
+void __tsan_atomic8_store(volatile unsigned char* a, unsigned char v, int) {
+  __atomic_store_n(a, v, __ATOMIC_SEQ_CST);
+}
+
+}  // extern "C"

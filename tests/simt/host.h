@@ -1,0 +1,44 @@
+// Launching a kernel on the simulated device.
+#pragma once
+
+#include <cstdint>
+#include <tuple>
+
+#include "device.h"
+
+namespace simt {
+
+// Small, so that persistent blocks have several tiles each.
+constexpr int kMultiprocessors = 3;
+// The least that a supported architecture gives one block.
+constexpr int64_t kSharedLimit = 99 * 1024;
+
+struct Launch {
+  Index grid;
+  int threads;
+  int64_t shared_bytes;
+  void (*kernel)();                                       // to be named in a report
+  void (*call)(void (*kernel)(), const void* arguments);  // runs it as the current thread
+  const void* arguments;
+  int64_t arguments_bytes;
+};
+
+// Runs all blocks; throws std::runtime_error with everything that was found.
+void run(const Launch& launch);
+
+// Of the next launch, in place of SIMT_SEED; every launch adds 1.
+void set_seed(uint64_t seed);
+
+template <class... P, class... A>
+void launch(Index grid, int threads, int64_t shared_bytes, void (*kernel)(P...),
+            const A&... arguments) {
+  const std::tuple<P...> copy(arguments...);
+  run({grid, threads, shared_bytes, reinterpret_cast<void (*)()>(kernel),
+       [](void (*kernel)(), const void* copy) {
+         std::apply(reinterpret_cast<void (*)(P...)>(kernel),
+                    *static_cast<const std::tuple<P...>*>(copy));
+       },
+       &copy, static_cast<int64_t>(sizeof copy)});
+}
+
+}  // namespace simt

@@ -1,0 +1,55 @@
+// Global memory as the simulator sees it: the registered regions, and what is known of their bytes.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace simt {
+
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kHooked = false;  // AddressSanitizer's build has no hooks, so no history of bytes
+#else
+constexpr bool kHooked = true;
+#endif
+
+// The last write and the last read of two bytes; stamps say by whom and when (see shadow.cpp), and
+// of several readers hold one. Bytes in pairs: 16 bits are the least that the kernels write.
+struct Cell {
+  uint64_t write, read;
+  uint32_t write_pc, read_pc;
+};
+constexpr uintptr_t granule_of(uintptr_t address) { return address / 2; }
+
+struct Region {
+  std::string name;
+  uintptr_t begin, end;
+  bool writable, scratch;
+};
+
+// A piece of memory of one kind. Nothing has to be known of what nobody writes.
+struct Extent {
+  uintptr_t begin, end;
+  bool writable, scratch;
+  uint32_t birth;         // when it was registered: older stamps are another operator's
+  Cell* cells = nullptr;  // of writable ones
+};
+
+// By address: where the last accesses went.
+constexpr uintptr_t kRecent = 256;
+extern Extent* recent_extents[kRecent];
+
+Extent* search_extent(uintptr_t address);
+inline Extent* find_extent(uintptr_t address) {
+  Extent* const e = recent_extents[address >> 12 & (kRecent - 1)];
+  return e && e->begin <= address && address < e->end ? e : search_extent(address);
+}
+// "28 bytes past the end of 'weight' (6144 bytes)".
+std::string describe_address(uintptr_t address);
+std::string distance_text(int64_t bytes, bool before, const std::string& of);
+
+uint32_t clock_now();
+bool clock_is_old();
+void restart_clock();
+
+}  // namespace simt
