@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --simulate --output /tmp/rehearsal.json
 
 Parts, in this order: build; tests, compute-sanitizer and compiling the plain networks, all at once since none is timed;
-kernels; training steps; a profile that counts the steps' kernels. Each part has a deadline, what does not fit is left out with a note, and the results are written
-whenever there is something new. Parts that use the GPU are processes of their own: one that crashes or hangs costs the
-cell that it was in. With --simulate every part runs on the CPU, at tiny sizes, over the CUDA kernels compiled for it.
+kernels; training steps; a profile that counts the steps' kernels. Each part has a deadline, what does not fit is left
+out with a note, and the results are written whenever there is something new. Parts that use the GPU are processes of
+their own: one that crashes or hangs costs the cell that it was in. With --simulate every part runs on the CPU, at tiny
+sizes, over the CUDA kernels compiled for it.
 """
 
 import argparse
@@ -23,8 +24,7 @@ import gpu_report
 from gpu_checks import ROOT, Process
 from gpu_worker import Worker, work
 from journal import Findings
-
-sys.path.insert(0, str(ROOT))  # the library that is built here, and no other that may be installed
+from tqdm import tqdm
 
 PARTS = ("build", "tests", "sanitizer", "compile", "kernels", "steps", "profile")
 # Seconds at most. The checks leave the measurements those that stand beside them.
@@ -51,6 +51,7 @@ def parse_arguments(arguments=None):
     add("--variant", choices=VARIANTS, default="A+B", help="of the CIFAR network (default A+B, BC: without dropout)")
     add("--groups", metavar="WORDS", help="training steps only of groups with one of these, such as densenet121,cifar")
     add("--implementations", metavar="NAMES", help="training steps only of these, such as plain,fused")
+    add("--logs", metavar="FOLDER", type=Path, help="keep what the processes print, and their journals")
     add("--commit", help="of the sources, where they are a copy without their history")
     add("--worker", choices=("compile", "kernels", "steps", "profile"), help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
@@ -71,16 +72,14 @@ def _names(known):
     return parse
 
 
-# ---- the process that leads --------------------------------------------------------------------------------------------
-
-
 class Run:
     """The results so far, where they are written, and the time that is left."""
 
     def __init__(self, args, folder):
         self.args, self.folder = args, folder
         self.end = time.monotonic() + args.time_limit
-        self.results = {"machine": {}, "targets": [], "notes": []}
+        notes = ["A rehearsal on the CPU: no figure here means anything."] if args.simulate else []
+        self.results = {"machine": {}, "targets": [], "notes": notes}
         self.output = args.output or results_file()
         library = os.environ.get("DENSENET_EXT_LIBRARY")
         self.environment = {"DENSENET_EXT_LIBRARY": library} if library else {}
@@ -182,7 +181,8 @@ def check(run):
             environment = gpu_checks.SANITIZER_ENVIRONMENT
             process = Process(command, run.folder / f"{tool}.log", run.limit("sanitizer"), environment)
             waiting[tool] = process, lambda p, tool=tool: found.update({tool: gpu_checks.sanitizer_summary(p)})
-    if run.wants("compile") and run.wants("steps"):
+    compiled = "compile" in (run.args.implementations or "compile").split(",")
+    if run.wants("compile") and run.wants("steps") and compiled:
         worker = Worker("compile", run.args, run.folder, run.limit("compile"), run.environment)
         waiting["compile"] = worker, lambda w: read_compiled(run, w)
     wait_for(run, waiting)
@@ -196,7 +196,7 @@ def wait_for(run, waiting):
                 process, finish = waiting.pop(name)
                 finish(process)
                 run.save()
-                run.say(f"{name} ended, {run.left():.0f} s are left")
+                run.say(f"{name}: ended, {run.left():.0f} s are left")
             time.sleep(0.2)
     finally:  # interrupted: nothing that was started is left behind
         for process, _ in waiting.values():
@@ -215,20 +215,21 @@ def measure(run, part, read):
     if seconds < (2 if run.args.simulate else 20):
         run.results["notes"].append(f"{part}: out of time")
         return
-    run.say(f"{part} ...")
     worker, written = Worker(part, run.args, run.folder, seconds, run.environment), 0.0
     notes = list(run.results["notes"])
     try:
-        while True:
-            ended = worker.poll()
-            if ended or time.monotonic() > written + 5:
-                found, written = Findings(worker.journal), time.monotonic()
-                run.results["notes"] = notes + found.notes
-                read(run, found)
-                run.save()
-            if ended:
-                return
-            time.sleep(0.2)
+        with tqdm(desc=part, unit="cell", disable=None) as progress:
+            ended = False
+            while not ended:
+                ended = worker.poll()
+                if ended or time.monotonic() > written + 5:
+                    found, written = Findings(worker.journal), time.monotonic()
+                    run.results["notes"] = notes + found.notes
+                    read(run, found)
+                    run.save()
+                    progress.total = found.facts.get("cells")
+                    progress.update(len(found.begun) - progress.n)
+                time.sleep(0.2)
     finally:
         worker.kill()
 
@@ -271,17 +272,19 @@ def lead(args, folder):
         for part, read in (("kernels", read_kernels), ("steps", read_steps), ("profile", read_profile)):
             if run.wants(part):
                 measure(run, part, read)
+                run.say(f"{part}: ended, {run.left():.0f} s are left")
     finally:
         run.save()
     for _, text in gpu_report.sections_of(run.results)[::-1]:
         run.say(text + "\n")
     seconds = args.time_limit - run.left()
-    run.say(f"written: {run.output} and {run.output.with_suffix('.md').name}, after {seconds:.0f} s")
+    run.say(f"Written: {run.output} and {run.output.with_suffix('.md').name}, after {seconds:.0f} s")
     return 0
 
 
 def main():
     args = parse_arguments()
+    sys.path.insert(0, str(ROOT))  # the library that is built here, and no other that may be installed
     if args.worker:
         return work(args)
     if args.simulate == "simt" and "DENSENET_EXT_LIBRARY" not in os.environ:
@@ -299,6 +302,11 @@ def main():
                 "`python benchmarks/gpu.py --simulate --output FILE` rehearses it on the CPU."
             )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
+    if args.logs:
+        args.logs.mkdir(parents=True, exist_ok=True)
+        for journal in args.logs.glob("*.jsonl"):  # of an earlier run: nothing of it is to be continued
+            journal.unlink()
+        return lead(args, args.logs.resolve())
     with tempfile.TemporaryDirectory() as folder:
         return lead(args, Path(folder))
 

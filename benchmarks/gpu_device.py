@@ -66,6 +66,14 @@ class CudaDevice:
     def synchronize(self):
         torch.cuda.synchronize()
 
+    def lost(self):
+        """Whether an error has made the device useless to this process, as an illegal access does."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
     def seconds(self, function):
         """Device time of one call, from an idle device: what the host takes to queue it counts where the device waits."""
         torch.cuda.synchronize()
@@ -175,6 +183,9 @@ class SimulatedDevice(CudaDevice):
 
     def synchronize(self):
         pass
+
+    def lost(self):
+        return False
 
     def seconds(self, function):
         return self._between_events(function)

@@ -13,7 +13,6 @@ import harness
 import torch
 from gpu_device import ceilings
 from roofline import STORAGE_BYTES, Size, floor_seconds, op_bytes, op_flops
-from tqdm import tqdm
 
 from densenet_ext.reference.layout import arithmetic_dtype, gradient_dtype, new_features, new_maps, padded_width
 
@@ -208,7 +207,7 @@ def measure(device, journal, deadline, tiny):
     journal.fact("ceilings", found)
     cells = [(dtype, case, op) for dtype in ("bfloat16", "float32") for case in choose_cases(tiny) for op in case.ops]
     journal.fact("cells", len(cells))
-    for dtype, case, op in tqdm(cells, desc="kernels", disable=None):
+    for dtype, case, op in cells:
         key = f"{op} {case.name} {dtype}"
         if time.monotonic() > deadline:
             journal.note(f"kernels: out of time before {key}")
@@ -220,8 +219,8 @@ def measure(device, journal, deadline, tiny):
             row = measure_op(device, op, case.size, dtype, found, runs=2 if tiny else 20)
         except (RuntimeError, TypeError) as error:
             journal.row(key, **cell, error=f"{type(error).__name__}: {str(error).splitlines()[0][:300]}")
-            if not device.simulated and "CUDA error" in str(error):
-                raise  # the context is lost: another process takes over
+            if device.lost():
+                raise  # another process takes over
             continue
         journal.row(key, **cell, **row)
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from peers import PEERS, GpuSpec, GpuStep
 from roofline import Architecture
-from tqdm import tqdm
 
 # An implementation is not begun later than this many seconds before its group's end; timing takes at most so long.
 RESERVE, TIMING = 6, 12
@@ -45,22 +44,22 @@ DENSENET121 = (
     "fused-channels-last",
     "compile",
     "plain",
-    "fused-graph",
-    "checkpoint",
     "fused",
+    "checkpoint",
+    "fused-graph",
     "fused-kept",
     "checkpoint-channels-last",
 )
 CIFAR = (
     "plain",
     "fused",
-    "fused-graph",
     "plain-channels-last",
     "checkpoint",
     "fused-channels-last",
+    "fused-graph",
     "fused-kept",
-    "plain-graph",
     "compile",
+    "plain-graph",
 )
 GROUPS = (
     Group("densenet121", "bfloat16", 256, 0.40, DENSENET121),
@@ -85,7 +84,8 @@ def make_spec(group, implementation, device, variant, tiny):
     if group.net == "cifar":
         size = {"depth": 10, "growth_rate": 4, "size": 8} if tiny else {}
         return GpuSpec(variant=variant, **common, **size)
-    size = {"blocks": (1, 2, 1, 1), "growth_rate": 4, "size": 32} if tiny else {"blocks": (6, 12, 24, 16), "size": 224}
+    # 2x2 pixels at the end: the gradient of a norm over two values is all rounding
+    size = {"blocks": (1, 2, 1, 1), "growth_rate": 4, "size": 64} if tiny else {"blocks": (6, 12, 24, 16), "size": 224}
     return GpuSpec(variant="", small_inputs=False, **common, **({"growth_rate": 32, "num_classes": 1000} | size))
 
 
@@ -109,9 +109,9 @@ def architectures(device, variant, tiny):
     return {net: architecture(spec) for net, spec in specs.items()}
 
 
-def choose_groups(names=None):
-    """All groups, or those whose key contains one of `names`; their shares add up to 1."""
-    chosen = [g for g in GROUPS if not names or any(name in g.key for name in names)]
+def choose_groups(names=None, tiny=False):
+    """All groups, or those whose key contains one of `names`; their shares add up to 1. A rehearsal takes the first."""
+    chosen = [g for g in GROUPS if not names or any(name in g.key for name in names)][: 3 if tiny else None]
     whole = sum(g.share for g in chosen)
     return [replace(g, share=g.share / whole) for g in chosen]
 
@@ -121,9 +121,9 @@ def measure(device, journal, deadline, tiny, variant, names=None, implementation
 
     compiled: what compile_beforehand found, by key; None where it was not run.
     """
-    groups, started, share = choose_groups(names), time.monotonic(), 0.0
-    journal.fact("groups", [g.key for g in groups])
-    for group in tqdm(groups, desc="steps", disable=None):
+    groups, started, share = choose_groups(names, tiny), time.monotonic(), 0.0
+    journal.fact("cells", sum(2 + len(g.implementations) for g in groups))
+    for group in groups:
         share += group.share
         end = started + (deadline - started) * share
         if implementations:
@@ -132,16 +132,12 @@ def measure(device, journal, deadline, tiny, variant, names=None, implementation
         device.free()
 
 
-def lost(device, error):
-    """Whether nothing more can be done in this process: another one takes over."""
-    return not device.simulated and "CUDA error" in str(error)
-
-
 class GroupRun:
     def __init__(self, device, journal, group, end, tiny, variant, compiled):
         self.device, self.journal, self.group, self.end = device, journal, group, end
         self.tiny, self.variant, self.compiled = tiny, variant, compiled
         self.rounds = 2 if tiny else 15
+        self.broken = None  # the error after which this process is to be left to another
 
     def spec(self, implementation):
         return make_spec(self.group, implementation, self.device, self.variant, self.tiny)
@@ -159,6 +155,8 @@ class GroupRun:
             if time.monotonic() > self.end - RESERVE:
                 self.journal.note(f"steps: out of time before {self.group.key} {implementation}")
                 break
+            if self.broken is not None:
+                break
             if self.compiles_too_long(implementation):
                 continue
             if self.journal.begin(f"{self.group.key} {implementation}", allow=120, **self.cell(implementation)):
@@ -168,6 +166,8 @@ class GroupRun:
         if ready and self.journal.begin(f"{self.group.key} timing", allow=60):
             self.time(ready)
             self.journal.row(f"{self.group.key} timing")
+        if self.broken is not None:
+            raise self.broken
 
     def cell(self, implementation):
         s = self.spec(implementation)
@@ -203,7 +203,7 @@ class GroupRun:
             found = check_gradients(self.spec)
         except (RuntimeError, ValueError) as error:
             found = {"agrees": False, "error": _first_line(error)}
-            if lost(self.device, error):
+            if self.device.lost():
                 self.journal.row(key, **found)
                 raise
         finally:
@@ -226,8 +226,10 @@ class GroupRun:
             return None
         except Exception as error:  # a peer that fails is a result, whatever it raises: compilers raise anything
             self.row(implementation, **self.cell(implementation), error=_first_line(error))
-            if lost(self.device, error):
+            if self.device.lost():
                 raise
+            if peer.runner == "graph":
+                self.broken = error  # torch's generator may think for ever that it is being captured
             self.device.free()
             return None
         found = {"warm_up_seconds": warm_up, "first_loss": step.first_loss, "seconds": quick, "rounds": 0}
@@ -251,6 +253,11 @@ class GroupRun:
                 del ready[failed], samples
                 self.device.free()
                 continue
+            except RuntimeError as error:
+                self.journal.note(f"steps: {self.group.key} could not be timed: {_first_line(error)}")
+                if self.device.lost():
+                    raise
+                return
             for implementation, found in times.items():
                 count = ready[implementation].count
                 median, low, high = harness.quantiles([t / count for t in found])
@@ -265,7 +272,7 @@ def count_kernels(device, journal, deadline, tiny, variant, names=None, implemen
     cuDNN does not search for algorithms here: that takes longer than all the rest.
     """
     device.search_algorithms(False)
-    for group in choose_groups(names):
+    for group in choose_groups(names, tiny):
         for implementation in group.implementations:
             key, peer = f"{group.key} {implementation}", PEERS[implementation]
             if peer.runner == "compile" or (implementations and implementation not in implementations):
@@ -281,7 +288,7 @@ def count_kernels(device, journal, deadline, tiny, variant, names=None, implemen
                 found = device.kernels(function)
             except RuntimeError as error:
                 journal.row(key, profile_error=_first_line(error))
-                if lost(device, error):
+                if device.lost():
                     raise
             else:
                 journal.row(key, **found)
@@ -304,7 +311,7 @@ class Sample:
 
 def compile_beforehand(device, journal, deadline, tiny, variant, names=None):
     """One compiled step of every group, so that the compiler's results are on disk when steps are measured."""
-    for group in choose_groups(names):
+    for group in choose_groups(names, tiny):
         if "compile" not in group.implementations or time.monotonic() > deadline:
             continue
         key = f"compile {group.key}"

@@ -12,6 +12,7 @@ from gpu_checks import Process
 from journal import Findings, Journal
 
 RESTARTS = 4
+LATE = 15  # seconds after its deadline, for its last cell; one that only compiles may be ended at any time
 STARTING = 60  # seconds until the first line of a journal, beside those that a cell may take
 
 
@@ -55,8 +56,7 @@ class Worker:
         self.starts += 1
         seconds = self.deadline - time.monotonic()
         log = self.folder / f"{self.part}.{self.starts}.log"
-        # It ends by itself at its deadline; a little later it is ended.
-        self.process = Process(self.command(seconds), log, seconds + 15, self.environment)
+        self.process = Process(self.command(seconds), log, seconds + LATE * (self.part != "compile"), self.environment)
         self.changed = time.monotonic()
 
     def command(self, seconds):

@@ -16,15 +16,16 @@ inline bool is_channels_last(const Tensor& like) {
 #endif
 }
 
-// [n, h, w, c] seen as [n, c, h, w].
-inline Tensor as_maps(const Tensor& pixels) {
-  Tensor rows = pixels;
-  Tensor swapped = torch::stable::transpose(rows, 1, 3);
-  return torch::stable::transpose(swapped, 2, 3);
-}
-
 inline int64_t element_size(ScalarType type) {
   return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
+// Uninitialized maps, pixels `pitch` elements apart. Not a view of a larger tensor: what an
+// operator returns may be changed in place by others.
+inline Tensor channels_last_maps(const Tensor& like, int64_t samples, int64_t channels,
+                                 int64_t height, int64_t width, int64_t pitch, ScalarType type) {
+  return empty_strided(like, {samples, channels, height, width},
+                       {height * width * pitch, 1, width * pitch, pitch}, type);
 }
 
 // The feature buffer of a stage: uninitialized maps on the device of `like`, with gaps. On CPU
@@ -35,8 +36,7 @@ inline Tensor feature_buffer(const Tensor& like, int64_t samples, int64_t channe
   if (is_channels_last(like)) {
     const int64_t sector = 32 / element_size(type),
                   pitch = (channels + sector - 1) / sector * sector;
-    Tensor padded = as_maps(workspace(like, {samples, height, width, pitch}, type));
-    return torch::stable::narrow(padded, 1, 0, channels);
+    return channels_last_maps(like, samples, channels, height, width, pitch, type);
   }
   const int64_t pixels = height * width, groups = (pixels + 15) / 16;
   const int64_t pitch = pixels < 256 ? pixels : 16 * (groups % 2 ? groups : groups + 1);
@@ -49,8 +49,9 @@ inline Tensor feature_buffer(const Tensor& like, int64_t samples, int64_t channe
 // Uninitialized maps for the outside, without gaps.
 inline Tensor output_maps(const Tensor& like, int64_t samples, int64_t channels, int64_t height,
                           int64_t width, ScalarType type) {
-  return is_channels_last(like) ? as_maps(empty(like, {samples, height, width, channels}, type))
-                                : empty(like, {samples, channels, height, width}, type);
+  return is_channels_last(like)
+             ? channels_last_maps(like, samples, channels, height, width, channels, type)
+             : empty(like, {samples, channels, height, width}, type);
 }
 
 // Maps from the outside, as the kernels can read them: on CUDA they take any strides.

@@ -1,13 +1,14 @@
 // Small words over torch's stable tensor: checks that name the argument, and typed pointers.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <cstdint>
-#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -50,14 +51,28 @@ inline void check_contiguous(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
 
+inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides,
+                            ScalarType type) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 7> stack = {from(like),
+                                       from(sizes),
+                                       from(strides),
+                                       from(std::optional<ScalarType>(type)),
+                                       from(std::optional<torch::headeronly::Layout>()),
+                                       from(std::optional<torch::stable::Device>()),
+                                       from(std::optional<bool>())};
+  // For these arguments only memory can be what is missing, and the error's own text may be lost.
+  STD_TORCH_CHECK(
+      torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION) == 0,
+      "out of memory: a tensor of shape ", describe(sizes), " and dtype ",
+      torch::headeronly::toString(type), " could not be allocated");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
 inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
-  try {
-    return torch::stable::new_empty(like, sizes, type);
-  } catch (
-      const std::exception&) {  // whose text may be lost on the way; for these sizes it is this
-    STD_TORCH_CHECK(false, "out of memory: a tensor of shape ", describe(sizes), " and dtype ",
-                    torch::headeronly::toString(type), " could not be allocated");
-  }
+  Sizes strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
+  return empty_strided(like, sizes, strides, type);
 }
 
 }  // namespace densenet_ext

@@ -49,7 +49,8 @@ def pixel_pitch(channels: int, dtype: torch.dtype) -> int:
 def new_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """Uninitialized maps [N, channels, height, width] without gaps."""
     if is_channels_last(like):
-        return like.new_empty((like.shape[0], height, width, channels)).permute(0, 3, 1, 2)
+        strides = (height * width * channels, 1, width * channels, channels)
+        return like.new_empty_strided((like.shape[0], channels, height, width), strides)
     return like.new_empty((like.shape[0], channels, height, width))
 
 
@@ -63,12 +64,10 @@ def new_features(like: Tensor, channels: int, dtype: torch.dtype | None = None, 
     if is_channels_last(like):
         pitch = pixel_pitch(channels, dtype)
         strides = (height * width * pitch, 1, width * pitch, pitch)
-        return like.new_empty((count, height, width, pitch), dtype=dtype).as_strided(
-            (count, channels, height, width), strides
-        )
-    pitch = feature_pitch(height * width) if gaps else height * width
-    strides = (channels * pitch, pitch, width, 1)
-    return like.new_empty((count, channels, pitch), dtype=dtype).as_strided((count, channels, height, width), strides)
+    else:
+        pitch = feature_pitch(height * width) if gaps else height * width
+        strides = (channels * pitch, pitch, width, 1)
+    return like.new_empty_strided((count, channels, height, width), strides, dtype=dtype)
 
 
 def read(features: Tensor, columns: slice) -> Tensor:

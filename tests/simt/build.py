@@ -40,7 +40,7 @@ FLAGS = [
 CUDA_FLAGS = ["-x", "c++", "-Wno-unused-variable"]  # used in an unroll pragma only
 KERNEL_FLAGS = [*CUDA_FLAGS, "-fsanitize=thread"]
 SANITIZERS = "address,undefined"
-SANITIZE_FLAGS = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+SANITIZE_FLAGS = ["-O1", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 STUBS = "stubs.cpp"
 HOST_SOURCES = ["ops", "layers", "dense_stage", "dense_layer", "workspace"]
 

@@ -4,10 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#ifndef SIMT_ASSEMBLY
 #if defined(__x86_64__) && defined(__linux__)
 #define SIMT_ASSEMBLY 1
 #else
 #define SIMT_ASSEMBLY 0
+#endif
+#endif
+#if !SIMT_ASSEMBLY
 #include <ucontext.h>
 #endif
 

@@ -28,7 +28,9 @@ def _with_sanitizers() -> dict[str, str]:
     """Python is not instrumented: its leaks are not ours to find, and the interceptors need libstdc++ from the start."""
     compiler = native.find_compiler().command
     libraries = [
-        subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
     return {

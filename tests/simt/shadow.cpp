@@ -90,7 +90,9 @@ struct Check {
     if (tick >= clock_.block) {
       const bool conflict = r.has(kManyWarps) || !before(r, thread) ||
                             (r.has(kManyLanes) && r.step() >= thread.ordered);
-      if (tick == clock_.now && conflict) race(at, r, "read it", cell.read_pc, false);
+      if (tick == clock_.now && conflict)
+        race(at, r, r.thread() == thread.id ? "and others read it" : "read it", cell.read_pc,
+             false);
       if (r.has(kManyBlocks)) race(at, r, "and others read it", cell.read_pc, true);
     } else if (!in_shared && tick >= clock_.launch && !published(r, thread)) {
       race(at, r, "read it", cell.read_pc, true);

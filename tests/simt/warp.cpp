@@ -162,6 +162,11 @@ void __syncwarp(unsigned mask) {
   for (int lane = 0; lane < simt::kWarp; ++lane) {
     step = std::max(step, simt::lane_of_warp(lane).step + 1);
   }
+  if (step > simt::kLastStep) {
+    simt::report("limit", "too many __syncwarp between two barriers for the simulator", SIMT_CALLER,
+                 0);
+    simt::stop();
+  }
   for (int lane = 0; lane < simt::kWarp; ++lane) {
     simt::lane_of_warp(lane).step = simt::lane_of_warp(lane).ordered = step;
   }

@@ -76,55 +76,28 @@ template <class Math, int V>
 DEVICE void form_gradient(const Args<typename Math::Storage>& a, int64_t from, int line, int count,
                           int column, const Cursor& around, typename Math::Storage* to,
                           int to_pitch) {
-  using S = typename Math::Storage;
   using T = typename Math::T;
-  constexpr int kAhead = 2;  // rows that are on their way at a time
-  const int begin = from < 0 ? static_cast<int>(-from) : 0;
-  const int end = static_cast<int>(a.map.rows - from < count ? a.map.rows - from : count);
-  const S* const grad = a.grad + from * a.grad_pitch + column;
-  const S* const features = a.features + from * a.features_pitch + column;
   T coef[3][V] = {};
   int64_t coef_sample = -1;
-#pragma unroll 1
-  for (int i = line; i < end; i += kAhead * a.lines) {
-    Word<V * sizeof(S)> raw[kAhead][2];
-    bool exists[kAhead];
+  for (int i = line; i < count; i += a.lines) {
+    if (from + i < 0 || from + i >= a.map.rows) continue;
+    T g[V], x[V];
+    load<V>(a.grad + (from + i) * a.grad_pitch + column, g);
+    load<V>(a.features + (from + i) * a.features_pitch + column, x);
+    const int64_t n = around.sample(i);
+    if (n != coef_sample) {
+      coef_sample = n;
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int row = i + j * a.lines;
-      exists[j] = row < end && row >= begin;
-      if (exists[j]) {
-        raw[j][0] = load_word<V * sizeof(S)>(grad + row * a.grad_pitch);
-        raw[j][1] = load_word<V * sizeof(S)>(features + row * a.features_pitch);
-      }
+      for (int j = 0; j < 3; ++j)
+#pragma unroll
+        for (int e = 0; e < V; ++e) coef[j][e] = a.coef.at(j, n, a.offset + column + e);
     }
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      if (!exists[j]) continue;
-      S g[V], x[V];
-      memcpy(g, &raw[j][0], sizeof(g));
-      memcpy(x, &raw[j][1], sizeof(x));
-      T dy[V];
-      const int row = i + j * a.lines;
-      const int64_t n = around.sample(row);
-      if (n != coef_sample) {
-        coef_sample = n;
-#pragma unroll
-        for (int k = 0; k < 3; ++k)
-#pragma unroll
-          for (int e = 0; e < V; ++e) coef[k][e] = a.coef.at(k, n, a.offset + column + e);
-      }
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        dy[e] = affine(coef[0][e], widen(g[e]), affine(coef[2][e], widen(x[e]), coef[1][e]));
-      }
-      if (a.dropout.mask != nullptr) {
-#pragma unroll
-        for (int e = 0; e < V; ++e)
-          dy[e] = a.dropout(dy[e], n, column + e, around.pixel(row), a.growth, a.map.pixels);
-      }
-      store_operands<Math>(to + row * to_pitch + column, dy);
+    for (int e = 0; e < V; ++e) {
+      g[e] = affine(coef[0][e], g[e], affine(coef[2][e], x[e], coef[1][e]));
+      g[e] = a.dropout(g[e], n, column + e, around.pixel(i), a.growth, a.map.pixels);
     }
+    store_operands<Math>(to + i * to_pitch + column, g);
   }
 }
 

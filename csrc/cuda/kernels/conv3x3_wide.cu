@@ -64,6 +64,7 @@ struct OutputArgs {
   Items items;
   ThreadMap map;
 };
+// The least number of blocks, here and below, is what keeps ptxas from spilling for sm_80.
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) conv3x3_output_kernel(OutputArgs<S> a) {
   using T = Arithmetic<S>;
