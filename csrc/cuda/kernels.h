@@ -286,7 +286,7 @@ template <class S>
 void conv3x3_output_gradient(const Conv3x3Backward<S>& arguments, S* dy, Context& context);
 // From the gradients of h and of the weight, dh [M, width] and dw, to all that is written.
 template <class S>
-void conv3x3_input_gradient(const Conv3x3Backward<S>& arguments, const S* dh, const Strided<const S>& dw,
-                            Context& context);
+void conv3x3_input_gradient(const Conv3x3Backward<S>& arguments, const S* dh,
+                            const Strided<const S>& dw, Context& context);
 
 }  // namespace densenet_ext::cuda

@@ -116,6 +116,7 @@ def conv3x3_backward(
     if post_mask is not None:
         dvalue = dvalue * spread(post_mask)
     write_rows(dv, dvalue)
+    dvalue = planes(dv, features, width)  # as stored: in the gradient through norm2 the sums have to cancel it
     rstd = (batch_var + eps).rsqrt()
     slope = norm_weight * rstd
     sum1, sum2 = _norm_sums(b, dvalue, batch_mean, rstd)

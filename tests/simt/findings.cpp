@@ -58,6 +58,10 @@ std::map<uint32_t, std::vector<Frame>> look_up(const std::set<uint32_t>& sites) 
         const size_t at = next.find(root);
         if (at != std::string::npos) next = next.substr(at + 1);
       }
+      for (size_t up; (up = next.find("/../")) != std::string::npos;) {
+        const size_t folder = next.rfind('/', up - 1) + 1;
+        next.erase(folder, up + 4 - folder);
+      }
       current->push_back({line, next.substr(0, next.find(" (disc"))});
     }
   }

@@ -235,7 +235,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBl
     const auto db_row = [=](int i) { return db + i * K::kBottleneckPitch; };
     // dz of 16 rows, from the part of db that is in shared memory.
     const auto multiply = [&](int m, int block, T(&dz)[2][4]) {
-#pragma unroll
+#pragma unroll(Math::kTensor ? K::kSteps : 1)
       for (int k = 0; k < K::kSteps; ++k) {
         typename Math::A a;
         Math::load_a(a, [=](int r) { return db_row(m * 16 + r); }, k * Math::kDepth);
@@ -340,7 +340,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBl
         }
       }
     }
-#pragma unroll
+#pragma unroll(Math::kTensor ? K::kRows / Math::kDepth : 1)
     for (int k = 0; k < K::kRows; k += Math::kDepth) {
       typename Math::B z;
       Math::load_b_t(z, [=](int r) { return x + (k + r) * K::kMapPitch; }, own);

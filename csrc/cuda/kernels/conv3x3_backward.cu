@@ -10,9 +10,10 @@
 // memory.
 //   dh: a warp has 16 rows and all columns. In the accumulator's layout it reads b, writes relu(v)
 //     over it for what follows, and dv to memory. Its lanes share out S1 and S2.
-//   dW: each of nine warps has one tap and keeps its 16 x K2 sums in registers, as it keeps S1 and
-//     S2, over all tiles of its block. Then they go to scratch memory, and a second kernel adds the
-//     blocks' sums in order.
+//   dW: each of nine warps has one tap and keeps its 16 x K2 sums in registers over all tiles of
+//   its
+//     block, as S1 and S2 stay in shared memory. Then they go to scratch memory, and a second
+//     kernel adds the blocks' sums in order.
 // Where a tap leaves the map, a row of zeros takes the row's place.
 //
 // Bytes a row: K2 + 2k read, K2 written; the rows of G and x around a tile come from L2. Partial
@@ -171,7 +172,6 @@ KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits>::kBlocks)
   // Channels beyond the growth rate and beyond the rows' pitch stay 0.
   zero_shared(zeros, (1 + a.around_rows) * K::kGradientPitch + a.tile_rows * kPitch);
 
-  // The runs of dy that this thread forms; a thread too many has no row.
   // The row of dy that a tap takes to row i of the tile. Where p - tap is outside the map, so is
   // the opposite tap of p.
   const auto gradient_row = [&](int i, int tap) -> const S* {
@@ -188,6 +188,7 @@ KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits>::kBlocks)
         static_cast<int>(a.map.rows - first < a.tile_rows ? a.map.rows - first : a.tile_rows);
     __syncthreads();  // the zeros are there, and the tile before has been read
     const int self = fresh(static_cast<int>(threadIdx.x)), pieces = a.pitch / kPiece;
+    // The run of dy that this thread forms, of every a.lines-th row; a thread too many has no row.
     const int line = self / a.runs < a.lines ? self / a.runs : a.around_rows,
               column = self % a.runs * a.run;
     for (int i = self; i < a.tile_rows * pieces; i += kThreads) {
@@ -266,7 +267,8 @@ KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits>::kBlocks)
             for (int e = 0; e < 2; ++e) {
               const T v = exists ? affine(b[e], entry[e].scale, entry[e].shift) : T(0);
               T& d = dh[u][j][2 * half + e];
-              d = v > T(0) ? d * entry[e].mask : T(0);
+              // The sums are those of what is stored: in norm2's gradient they have to cancel.
+              d = v > T(0) ? rounded<S>(d * entry[e].mask) : T(0);
               sum[2 * j + e] += d;
               sum[4 + 2 * j + e] += d * (b[e] - entry[e].mean);
               h[e] = relu(v);

@@ -166,7 +166,8 @@ KERNEL __launch_bounds__(kMaxThreads) conv3x3_input_gradient_kernel(InputGradien
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const T v = affine(x[1][i], scale[i], shift[i]);
-      x[0][i] = v > T(0) ? x[0][i] * mask[i] : T(0);
+      // The sums are those of what is stored: in norm2's gradient they have to cancel.
+      x[0][i] = v > T(0) ? rounded<S>(x[0][i] * mask[i]) : T(0);
       sums[i] += x[0][i];
       sums[V + i] += x[0][i] * (x[1][i] - mean[i]);
     }
