@@ -16,6 +16,7 @@
 //
 // Sums over parts: partial results in scratch memory, added in their order by a second kernel.
 // Bytes a row: 3 C + 2 K2 for each chunk of channels (those 2 K2 from L2 but once).
+#include "norm_backward.cuh"
 #include "pack.cuh"
 
 namespace densenet_ext::cuda {
@@ -71,35 +72,6 @@ struct Arguments {
   T* dweight;      // [parts, width, channels]
   T* sums;         // [parts, 2, channels]
 };
-
-// Two neighboring values of a word or of two.
-template <class S, class T>
-DEVICE void load_pair(const S* from, T (&to)[2]) {
-  if constexpr (sizeof(S) == 2) {
-    const uint32_t word = *reinterpret_cast<const uint32_t*>(from);
-    to[0] = widen_half<S>(word, 0), to[1] = widen_half<S>(word, 1);
-  } else {
-    to[0] = from[0], to[1] = from[1];
-  }
-}
-template <class S, class T>
-DEVICE void store_pair(S* to, T a, T b) {
-  if constexpr (sizeof(S) == 2) {
-    *reinterpret_cast<uint32_t*>(to) = narrow2<S>(a, b);
-  } else {
-    to[0] = a, to[1] = b;
-  }
-}
-
-// The same as operands of a product.
-template <class Math, class S, class T>
-DEVICE void store_operands(S* to, T a, T b) {
-  if constexpr (sizeof(S) == 2) {
-    store_pair(to, a, b);
-  } else {
-    store_pair(to, Math::operand(a), Math::operand(b));
-  }
-}
 
 // A tile of x or G, the chunk's channels; what does not exist becomes 0.
 template <class K, class S>
@@ -294,9 +266,8 @@ KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBl
           const int column = own + 8 * tile8 + 2 * t;
           const int64_t c = channel0 + column;
           T value[2], old[2] = {T(0), T(0)}, z[2], updated[2];
-          load_pair(x + r * K::kMapPitch + column, value);
-          if (main && p.grad_in.data != nullptr)
-            load_pair(gradient + r * K::kMapPitch + column, old);
+          load<2>(x + r * K::kMapPitch + column, value);
+          if (main && p.grad_in.data != nullptr) load<2>(gradient + r * K::kMapPitch + column, old);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             Channel<T> channel = table[column + j];
@@ -317,8 +288,8 @@ KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBl
             sum1[tile8][j] += dv;
             sum2[tile8][j] = affine(dv, affine(value[j], q, -channel.mean), sum2[tile8][j]);
           }
-          store_operands<Math>(x + r * K::kMapPitch + column, z[0], z[1]);
-          if (main) store_pair(gradient + r * K::kMapPitch + column, updated[0], updated[1]);
+          store_operands<Math>(x + r * K::kMapPitch + column, z);
+          if (main) store<2>(gradient + r * K::kMapPitch + column, updated);
         }
       }
     }
@@ -386,76 +357,29 @@ KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBl
   }
 }
 
+// The sums of the parts: first blocks with kMaxThreads elements of dW each, then blocks for S1, S2
+// and what follows from them.
 template <class T>
 struct Finish {
   const T* dweight_parts;
-  const T* sums_parts;
-  int64_t parts, elements, channels;
+  int64_t parts, elements;
   T* dweight;
-  Norm<T> norm;
-  PerChannel<T> pre_mask;
-  Coefficients<T> coef;
-  int64_t samples, values;
-  T* dnorm_weight;
-  T* dnorm_bias;
-  int64_t weight_blocks;  // the first blocks of the grid sum dW, the others S1 and S2
-  int64_t slices;         // of the samples
+  int64_t weight_blocks;
+  NormBackward<T> norm;
 };
-
-// 32 channels of a block, its 8 warps take turns at the parts and at the samples.
-constexpr int kFinishThreads = 256, kFinishLanes = kFinishThreads / kWarp;
-constexpr int64_t kFinishSamples = 64;  // of a block: more of them repeat the sums
-
 template <class T>
-KERNEL __launch_bounds__(kFinishThreads) bottleneck_finish_kernel(Finish<T> p) {
+KERNEL __launch_bounds__(kMaxThreads) bottleneck_finish_kernel(Finish<T> p) {
   DYNAMIC_SHARED(shared);
-  T* const sums = reinterpret_cast<T*>(shared);  // [2, lanes, 32]
-  const bool weights = blockIdx.x < p.weight_blocks;
-  if (weights) {
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
-    if (i < p.elements) {
-      T sum = T(0);
+  if (blockIdx.x >= p.weight_blocks) {
+    norm_backward_block(p.norm, blockIdx.x - p.weight_blocks, shared);
+    return;
+  }
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x;
+  if (i >= p.elements) return;
+  T sum = T(0);
 #pragma unroll 4
-      for (int64_t part = 0; part < p.parts; ++part) sum += p.dweight_parts[part * p.elements + i];
-      p.dweight[i] = sum;
-    }
-  }
-  const int64_t block = blockIdx.x - p.weight_blocks;
-  const int64_t slices = p.slices, slice = weights ? 0 : block % slices;
-  const int64_t c = weights ? p.channels : block / slices * kWarp + lane_id();
-  T own[2] = {T(0), T(0)};
-  if (c < p.channels) {
-    for (int64_t part = warp_id(); part < p.parts; part += kFinishLanes) {
-      own[0] += p.sums_parts[part * 2 * p.channels + c];
-      own[1] += p.sums_parts[(part * 2 + 1) * p.channels + c];
-    }
-  }
-  sums[threadIdx.x] = own[0];
-  sums[kFinishThreads + threadIdx.x] = own[1];
-  __syncthreads();
-  if (c >= p.channels) return;
-  T sum1 = T(0), sum2 = T(0);
-  for (int lane = 0; lane < kFinishLanes; ++lane) {
-    sum1 += sums[lane * kWarp + lane_id()];
-    sum2 += sums[kFinishThreads + lane * kWarp + lane_id()];
-  }
-  const T rstd = T(1) / sqrt(p.norm.var[c] + static_cast<T>(p.norm.eps));
-  sum2 *= rstd;
-  if (slice == 0 && warp_id() == 0) {
-    p.dnorm_bias[c] = sum1;
-    p.dnorm_weight[c] = sum2;
-  }
-  if (!p.norm.training) return;
-  // What the batch statistics add to the gradient: -q gamma rstd (S1 + xhat S2) / values.
-  const T slope = p.norm.weight[c] * rstd / static_cast<T>(p.values > 0 ? p.values : 1);
-  const T constant = -slope * (sum1 - p.norm.mean[c] * rstd * sum2), factor = -slope * rstd * sum2;
-  const int64_t last = (slice + 1) * kFinishSamples;
-  for (int64_t n = slice * kFinishSamples + warp_id(); n < (last < p.samples ? last : p.samples);
-       n += kFinishLanes) {
-    const T q = p.pre_mask.data != nullptr ? p.pre_mask.row(n)[c] : T(1);
-    p.coef.at(1, n, c) += q * constant;
-    p.coef.at(2, n, c) += q * q * factor;
-  }
+  for (int64_t part = 0; part < p.parts; ++part) sum += p.dweight_parts[part * p.elements + i];
+  p.dweight[i] = sum;
 }
 
 template <class Math, int kUnits, bool kWide>
@@ -502,23 +426,14 @@ void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) 
          K::kThreads, K::kSharedBytes, p);
   const int64_t elements = a.width * a.channels;
   const Finish<T> f = {p.dweight,
-                       p.sums,
                        parts,
                        elements,
-                       a.channels,
                        a.dweight,
-                       a.norm,
-                       a.pre_mask,
-                       a.coef,
-                       a.features.samples,
-                       rows,
-                       a.dnorm_weight,
-                       a.dnorm_bias,
-                       ceil_div(elements, kFinishThreads),
-                       a.features.samples > 0 ? ceil_div(a.features.samples, kFinishSamples) : 1};
-  launch(context, bottleneck_finish_kernel<T>,
-         {f.weight_blocks + ceil_div(a.channels, kWarp) * f.slices}, kFinishThreads,
-         2 * kFinishThreads * sizeof(T), f);
+                       ceil_div(elements, kMaxThreads),
+                       {a.norm, p.sums, parts, a.channels, static_cast<double>(rows), a.coef,
+                        a.dnorm_weight, a.dnorm_bias, false, a.pre_mask}};
+  launch(context, bottleneck_finish_kernel<T>, {f.weight_blocks + narrow_blocks(a.channels)},
+         kMaxThreads, kNormBackwardBytes, f);
 }
 
 }  // namespace

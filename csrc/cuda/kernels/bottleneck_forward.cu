@@ -9,6 +9,7 @@
 // Moments are those of the rounded values: mean and centered sum of squares of a block's rows by
 // column, merged in the order of the blocks by a second kernel.
 #include "pack.cuh"
+#include "vector.cuh"
 
 namespace densenet_ext::cuda {
 namespace {
@@ -48,17 +49,6 @@ struct Arguments {
   int64_t width, pitch;
   T* partial;  // [blocks, 2, width]: mean and centered squares of a block's rows; or null
 };
-
-DEVICE void store_pair(BFloat16* to, float a, float b) {
-  *reinterpret_cast<uint32_t*>(to) = narrow2<BFloat16>(a, b);
-}
-DEVICE void store_pair(Float16* to, float a, float b) {
-  *reinterpret_cast<uint32_t*>(to) = narrow2<Float16>(a, b);
-}
-template <class T>
-DEVICE void store_pair(T* to, T a, T b) {
-  to[0] = a, to[1] = b;
-}
 
 // One chunk of x and of W into shared memory; what does not exist becomes 0.
 template <class K, class S>
@@ -187,8 +177,8 @@ KERNEL __launch_bounds__(kThreads) bottleneck_forward_kernel(Arguments<typename 
           v = column0 + column + i % 2 < p.width ? rounded<S>(v) : T(0);
         }
         const T* const v = acc[m][u][tile];
-        store_pair(out + g * K::kOutPitch + column, v[0], v[1]);
-        store_pair(out + (g + 8) * K::kOutPitch + column, v[2], v[3]);
+        store<2>(out + g * K::kOutPitch + column, {v[0], v[1]});
+        store<2>(out + (g + 8) * K::kOutPitch + column, {v[2], v[3]});
       }
     }
     __syncwarp();

@@ -215,19 +215,6 @@ DEVICE void zero_shared(S* shared, int elements) {
 // is not kept in registers from round to round.
 DEVICE int fresh(int v) { return __shfl_xor_sync(0xffffffff, v, 0); }
 
-// Runs of values as operands of a product.
-template <class Math, int V>
-DEVICE void store_operands(typename Math::Storage* to, const typename Math::T (&from)[V]) {
-  if constexpr (sizeof(typename Math::Storage) == 2) {  // stored is rounded
-    store<V>(to, from);
-  } else {
-    typename Math::T v[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = Math::operand(from[i]);
-    store<V>(to, v);
-  }
-}
-
 // ---- partial sums ------------------------------------------------------------------------------
 
 // Threads of a block that finishes sums: 32 columns times kSlices slices of the partial sums.

@@ -1,11 +1,12 @@
-// The end of batch normalization's backward where the gradient buffer starts (transition, head):
+// The end of the backward of batch normalization of the feature maps:
 //
-//   S1 = sum dv = dbeta,   S2 = sum dv*xhat = dgamma,   xhat = (x - mean)*rstd
-//   coef0 = 1,  coef1 = -g (S1 - mean*rstd*S2)/M,  coef2 = -g*rstd*S2/M,  g = gamma*rstd
+//   S1 = sum dv = dbeta,   S2 = sum dv*xhat = dgamma,   xhat = (q*x - mean)*rstd
+//   coef1 = -q*g (S1 - mean*rstd*S2)/M,  coef2 = -q^2*g*rstd*S2/M,  g = gamma*rstd
 //
-// coef1 and coef2 are 0 unless the statistics are the batch's own. The sums come in parts, added in
-// their order. A block has 8 channels; its 32 lines of threads walk down the parts, then down the
-// samples' rows of coefficients.
+// Where the gradient buffer starts (transition, head) these are the coefficients, beside coef0 = 1;
+// a layer adds its own to those that are there. They are 0 unless the statistics are the batch's
+// own. The sums come in parts, added in their order. A block has 8 channels; its 32 lines of
+// threads walk down the parts, then down the samples' rows of coefficients.
 #pragma once
 
 #include "pixels.cuh"
@@ -21,13 +22,16 @@ struct NormBackward {
   Coefficients<T> coef;
   T* dweight;
   T* dbias;
+  bool starts = true;       // whether the gradient buffer does
+  PerChannel<T> mask = {};  // q; data null: 1
 };
+constexpr int64_t kNormBackwardBytes = 2 * kMaxThreads * sizeof(double);
 
+// For the channels of one block, by kMaxThreads threads with kNormBackwardBytes of shared memory.
 template <class T>
-KERNEL __launch_bounds__(kMaxThreads) norm_backward_kernel(NormBackward<T> a) {
-  DYNAMIC_SHARED(memory);
+DEVICE void norm_backward_block(const NormBackward<T>& a, int64_t block, unsigned char* memory) {
   const ThreadMap map = narrow_map();
-  const Group group = group_of<1>(map, blockIdx.x, a.channels);
+  const Group group = group_of<1>(map, block, a.channels);
   const int64_t c = group.first;
   T own[2] = {};
   if (group.valid > 0) {
@@ -54,16 +58,28 @@ KERNEL __launch_bounds__(kMaxThreads) norm_backward_kernel(NormBackward<T> a) {
     factor = -g * rstd * s2;
   }
   for (int64_t n = map.row(); n < a.coef.samples; n += map.rows) {
-    a.coef.at(0, n, c) = T(1);
-    a.coef.at(1, n, c) = static_cast<T>(constant);
-    a.coef.at(2, n, c) = static_cast<T>(factor);
+    if (a.starts) {
+      a.coef.at(0, n, c) = T(1);
+      a.coef.at(1, n, c) = static_cast<T>(constant);
+      a.coef.at(2, n, c) = static_cast<T>(factor);
+    } else if (a.norm.training) {
+      const double q = a.mask.data != nullptr ? static_cast<double>(a.mask.row(n)[c]) : 1.0;
+      a.coef.at(1, n, c) += static_cast<T>(q * constant);
+      a.coef.at(2, n, c) += static_cast<T>(q * q * factor);
+    }
   }
+}
+
+template <class T>
+KERNEL __launch_bounds__(kMaxThreads) norm_backward_kernel(NormBackward<T> a) {
+  DYNAMIC_SHARED(memory);
+  norm_backward_block(a, blockIdx.x, memory);
 }
 
 template <class T>
 void norm_backward(const NormBackward<T>& a, Context& context) {
   launch(context, norm_backward_kernel<T>, {narrow_blocks(a.channels)}, kMaxThreads,
-         2 * kMaxThreads * sizeof(double), a);
+         kNormBackwardBytes, a);
 }
 
 // gamma*rstd of V channels.

@@ -62,7 +62,20 @@ DEVICE void store(S* to, const Arithmetic<S> (&v)[V]) {
   store_word<bytes>(to, word);
 }
 
-// The same for the first `valid` values; those beyond are loaded as 0.
+// Runs of values as operands of a product.
+template <class Math, int V>
+DEVICE void store_operands(typename Math::Storage* to, const typename Math::T (&from)[V]) {
+  if constexpr (sizeof(typename Math::Storage) == 2) {  // stored is rounded
+    store<V>(to, from);
+  } else {
+    typename Math::T v[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = Math::operand(from[i]);
+    store<V>(to, v);
+  }
+}
+
+// load and store for the first `valid` values; those beyond are loaded as 0.
 template <int V, class S>
 DEVICE void load_first(const S* from, int valid, Arithmetic<S> (&v)[V]) {
   if (valid >= V) return load<V>(from, v);
