@@ -39,6 +39,7 @@ Tensor library_weight(const Tensor& weight, ScalarType type) {
 // The elements of a packed tensor.
 template <class S>
 S* elements(const char* name, const Tensor& t) {
+  check_type(name, t, scalar_type_of<std::remove_const_t<S>>());
   return region(name, static_cast<S*>(t.data_ptr()), t.numel());
 }
 

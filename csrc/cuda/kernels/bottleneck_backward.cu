@@ -310,6 +310,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBl
           for (int e = 0; c + e < p.channels; ++e) to[e] = from[e];
         }
       }
+      __syncwarp();  // lanes leave that loop at different times
     }
 #pragma unroll(Math::kTensor ? K::kRows / Math::kDepth : 1)
     for (int k = 0; k < K::kRows; k += Math::kDepth) {
@@ -357,8 +358,8 @@ KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBl
   }
 }
 
-// The sums of the parts: first blocks with kMaxThreads elements of dW each, then blocks for S1, S2
-// and what follows from them.
+// The sums of the parts: first blocks with kWarp elements of dW each, whose warps share out the
+// parts, then blocks for S1, S2 and what follows from them.
 template <class T>
 struct Finish {
   const T* dweight_parts;
@@ -374,11 +375,19 @@ KERNEL __launch_bounds__(kMaxThreads) bottleneck_finish_kernel(Finish<T> p) {
     norm_backward_block(p.norm, blockIdx.x - p.weight_blocks, shared);
     return;
   }
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x;
-  if (i >= p.elements) return;
+  constexpr int kShares = kMaxThreads / kWarp;
+  T* const sums = reinterpret_cast<T*>(shared);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarp + lane_id();
   T sum = T(0);
-#pragma unroll 4
-  for (int64_t part = 0; part < p.parts; ++part) sum += p.dweight_parts[part * p.elements + i];
+  if (i < p.elements) {
+#pragma unroll 8
+    for (int64_t part = warp_id(); part < p.parts; part += kShares)
+      sum += p.dweight_parts[part * p.elements + i];
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp_id() != 0 || i >= p.elements) return;
+  for (int share = 1; share < kShares; ++share) sum += sums[share * kWarp + lane_id()];
   p.dweight[i] = sum;
 }
 
@@ -389,11 +398,11 @@ void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) 
   using T = typename Math::T;
   const int64_t rows = a.features.count(), tiles = ceil_div(rows, K::kRows),
                 chunks = ceil_div(a.channels, K::kChannels), blocks = ceil_div(a.width, K::kWidth);
-  // Enough parts for two blocks on each multiprocessor, but no more partial sums than a half of
-  // what the kernel reads and writes anyway.
+  // As many parts as make two blocks for each multiprocessor and not one more, which would wait for
+  // all others; but no more partial sums than a half of what the kernel reads and writes anyway.
   const int64_t bytes = rows * (3 * a.channels + 2 * a.width) * static_cast<int64_t>(sizeof(S)),
                 partial = 2 * a.width * a.channels * static_cast<int64_t>(sizeof(T));
-  int64_t parts = ceil_div(2 * multiprocessors(), chunks * blocks);
+  int64_t parts = 2 * multiprocessors() / (chunks * blocks);
   if (parts > bytes / 2 / partial) parts = bytes / 2 / partial;
   if (parts > tiles) parts = tiles;
   if (parts < 1) parts = tiles > 0 ? 1 : 0;
@@ -429,7 +438,7 @@ void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) 
                        parts,
                        elements,
                        a.dweight,
-                       ceil_div(elements, kMaxThreads),
+                       ceil_div(elements, kWarp),
                        {a.norm, p.sums, parts, a.channels, static_cast<double>(rows), a.coef,
                         a.dnorm_weight, a.dnorm_bias, false, a.pre_mask}};
   launch(context, bottleneck_finish_kernel<T>, {f.weight_blocks + narrow_blocks(a.channels)},

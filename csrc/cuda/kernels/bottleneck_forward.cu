@@ -197,6 +197,7 @@ KERNEL __launch_bounds__(kThreads) bottleneck_forward_kernel(Arguments<typename 
   T* const squares = sums + kWarps * K::kColumns;
   const int64_t left = rows - row0;
   const T count = static_cast<T>(left < K::kRows ? left : K::kRows);
+  const T share = T(1) / count;
   T values[K::kUnits][2][2];
   const auto gather = [&](const auto& term) {
 #pragma unroll
@@ -231,7 +232,7 @@ KERNEL __launch_bounds__(kThreads) bottleneck_forward_kernel(Arguments<typename 
         T sum = T(0);
         for (int w = 0; w < kWarps; ++w)
           sum += sums[w * K::kColumns + u * 16 + tile * 8 + 2 * t + j];
-        values[u][tile][j] = sum / count;
+        values[u][tile][j] = sum * share;  // any center near the mean will do
       }
     }
   }
@@ -251,10 +252,10 @@ KERNEL __launch_bounds__(kThreads) bottleneck_forward_kernel(Arguments<typename 
   }
 }
 
-constexpr int kMergeColumns = 8, kMergeLanes = 32;
+constexpr int kMergeColumns = 8, kMergeLanes = 64;
 
 // Moments of all rows from those of tiles of tile_rows rows: kMergeLanes threads a column, each
-// every kMergeLanes-th tile, then their sums in order.
+// every kMergeLanes-th tile, then their sums in pairs.
 template <class T>
 KERNEL __launch_bounds__(kMergeColumns* kMergeLanes)
     merge_moments_kernel(const T* partial, int64_t tiles, int64_t tile_rows, int64_t rows,
@@ -266,6 +267,7 @@ KERNEL __launch_bounds__(kMergeColumns* kMergeLanes)
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kMergeColumns + column;
   const auto total = [&](const auto& term) {
     double sum = 0;
+#pragma unroll 4
     for (int64_t tile = lane; c < width && tile < tiles; tile += kMergeLanes) {
       const int64_t left = rows - tile * tile_rows;
       const T* const own = partial + tile * 2 * width + c;
@@ -273,9 +275,12 @@ KERNEL __launch_bounds__(kMergeColumns* kMergeLanes)
                   static_cast<double>(own[0]), static_cast<double>(own[width]));
     }
     sums[threadIdx.x] = sum;
+    for (int half = kMergeLanes / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (lane < half) sums[threadIdx.x] = sum += sums[threadIdx.x + half * kMergeColumns];
+    }
     __syncthreads();
-    sum = 0;
-    for (int l = 0; l < kMergeLanes; ++l) sum += sums[l * kMergeColumns + column];
+    sum = sums[column];
     __syncthreads();
     return sum;
   };

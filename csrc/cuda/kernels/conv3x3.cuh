@@ -228,7 +228,7 @@ template <class T>
 DEVICE double sum_parts(const T* part, int64_t step, int64_t count, double* shared) {
   const int slice = static_cast<int>(threadIdx.x) / 32;
   double sum = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (int64_t r = slice; r < count; r += kSlices) sum += static_cast<double>(part[r * step]);
   shared[threadIdx.x] = sum;
   __syncthreads();

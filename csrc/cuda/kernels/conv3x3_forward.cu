@@ -19,6 +19,7 @@ namespace densenet_ext::cuda {
 namespace {
 
 constexpr int kMostWarps = 8;
+constexpr int kBlocks = 3;  // of the most warps, on a multiprocessor: what the registers allow
 
 template <class S>
 struct Args {
@@ -59,7 +60,7 @@ DEVICE void store_pair(S* to, Arithmetic<S> first, Arithmetic<S> second, bool to
 }
 
 template <class Math, int kUnits>
-KERNEL __launch_bounds__(kMostWarps* kWarp, Math::kTensor ? 3 : 1)
+KERNEL __launch_bounds__(kMostWarps* kWarp, Math::kTensor ? kBlocks : 1)
     conv3x3_forward_kernel(Args<typename Math::Storage> a) {
   using S = typename Math::Storage;
   using T = typename Math::T;
@@ -195,8 +196,10 @@ void run(const Conv3x3Forward<S>& f, Context& context) {
                      spacing(f.features, f.offset) % (2 * sizeof(S)) == 0,
                      static_cast<unsigned>(ceil_div(map.rows, rows))};
   const int64_t bytes = Shape<S, kUnits>::shared_bytes(rows, map.width);
+  // Those that run at the same time: one more would wait for all others.
+  const int64_t most = Math::kTensor ? kBlocks * kMostWarps * kWarp / rows : 8;
   const int64_t blocks =
-      multiprocessors() * std::min<int64_t>(8, std::max<int64_t>(1, shared_limit() / bytes));
+      multiprocessors() * std::min<int64_t>(most, std::max<int64_t>(1, shared_limit() / bytes));
   launch(context, conv3x3_forward_kernel<Math, kUnits>, {std::min<int64_t>(a.tiles, blocks)}, rows,
          bytes, a);
 }
