@@ -109,7 +109,8 @@ struct FinishGradient {
 
 template <class T>
 struct FoldNorm {
-  const T* mean;  // [rows, >= channels], rows `pitch` apart; not read where the statistics are given
+  const T*
+      mean;  // [rows, >= channels], rows `pitch` apart; not read where the statistics are given
   const T* m2;
   int64_t rows, pitch, pixels;  // `pixels` values behind each moment
   int64_t channels;
