@@ -218,7 +218,7 @@ def _input(x: Tensor, name: str) -> Tensor:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} is of {str(x.dtype).removeprefix('torch.')}; it may be of {names}")
     ops.require_kernels(x)
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and _autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
@@ -233,8 +233,12 @@ def _cudnn_uses_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
+def _autocasts(x: Tensor) -> bool:
+    return x.device.type in ops.DEVICES and torch.is_autocast_enabled(x.device.type)
+
+
 def _no_autocast(x: Tensor):
     """Autocast has done its part in _input: what the op calls inside keeps its dtypes."""
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasts(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()

@@ -1,6 +1,10 @@
 """Fused stages and networks on a CUDA device, or on a simulated one; the kernels alone are in test_kernels.py."""
 
 import copy
+import os
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -254,6 +258,27 @@ def test_parameters_on_another_device():
     block = EfficientDenseBlock(2, 4, 2, efficient="fused")
     with pytest.raises(ValueError, match=r"layers\[0\].norm1.weight is on cpu; it must be on cuda"):
         block(torch.randn(2, 4, 5, 5, device=DEVICE))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="no simulated device, which can take any compute capability")
+@pytest.mark.parametrize(
+    ("capability", "message"),
+    [
+        ("7", "has compute capability 7.0, and the CUDA kernels need 8.0"),
+        ("9", "built for 8.0: .*TORCH_CUDA_ARCH_LIST='9.0'"),
+    ],
+)
+def test_unsupported_architecture(capability, message):
+    code = """
+import torch
+from densenet_ext import EfficientDenseBlock, set_fallback
+set_fallback("error")
+EfficientDenseBlock(2, 4, 2, efficient="fused")(torch.randn(2, 4, 5, 5))
+"""
+    environment = os.environ | {"SIMT_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(rf"RuntimeError: .*{message}", done.stderr), done.stderr
 
 
 def test_cuda_tensor_without_kernels(monkeypatch):

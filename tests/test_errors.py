@@ -1,5 +1,6 @@
 """Wrong arguments: the error names the argument, what it was, and what it may be."""
 
+import copy
 import re
 
 import pytest
@@ -159,3 +160,26 @@ def test_op_checks_its_arguments(name):
     change(args)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.densenet_ext.dense_stage(*args)
+
+
+def test_parameters_on_another_device():
+    block = EfficientDenseBlock(2, 4, 2, efficient="fused").to("meta")
+    with pytest.raises(ValueError, match=r"layers\[0\].norm1.weight is on meta; it must be on cpu, where the input is"):
+        block(torch.randn(2, 4, 5, 5))
+
+
+def test_inputs_on_two_devices():
+    layer = EfficientDenseLayer(4, 2, efficient="fused")
+    with pytest.raises(ValueError, match=r"inputs\[1\] is on meta; it must be on cpu, where inputs\[0\] is"):
+        dense_layer([torch.randn(2, 2, 5, 5), torch.randn(2, 2, 5, 5, device="meta")], layer)
+
+
+def test_out_of_memory_leaves_nothing_behind():
+    """A batch of terabytes, which costs nothing itself: it is one value, expanded."""
+    block = EfficientDenseBlock(2, 4, 2, efficient="fused")
+    before = copy.deepcopy(block.state_dict())
+    huge = torch.zeros(1).expand(1 << 20, 4, 1 << 10, 1 << 10)
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory: a tensor of shape \[1048576, 8, 1024, 1024\]"):
+        block(huge)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+    assert block(torch.randn(2, 4, 5, 5)).shape == (2, 8, 5, 5)

@@ -24,6 +24,7 @@ class DeviceContext final : public Context {
 #ifdef DENSENET_EXT_SIMT
   explicit DeviceContext(const Tensor& like, bool tf32 = false) : like_(like) {
     allow_tf32 = tf32;
+    check_device();
     simt::begin_operator();
   }
   ~DeviceContext() override { simt::end_operator(); }

@@ -76,7 +76,7 @@ void launch(const Context& context, void (*kernel)(P...), Grid grid, int threads
 #else
 
 inline int current_device() { return 0; }
-inline Capability device_capability(int) { return {8, 0}; }
+inline Capability device_capability(int) { return {simt::capability(), 0}; }
 inline std::string device_name(int) { return "the simulated device"; }
 inline int multiprocessors() { return simt::kMultiprocessors; }
 inline int64_t shared_limit() { return simt::kSharedLimit; }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <tuple>
 
 #include "device.h"
@@ -28,6 +29,12 @@ void run(const Launch& launch);
 
 // Of the next launch, in place of SIMT_SEED; every launch adds 1.
 void set_seed(uint64_t seed);
+
+// The major compute capability that the device reports: SIMT_CAPABILITY, or 8.
+inline int capability() {
+  const char* const given = std::getenv("SIMT_CAPABILITY");
+  return given != nullptr ? std::atoi(given) : 8;
+}
 
 template <class... P, class... A>
 void launch(Index grid, int threads, int64_t shared_bytes, void (*kernel)(P...),
