@@ -102,7 +102,7 @@ def is_written(schema, index):
 
 def bits(x):
     """The tensor as bytes, so that NaN equals NaN."""
-    return x.reshape(-1).view(torch.uint8)
+    return x.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def assert_gaps_unchanged(got, before, name):
