@@ -171,7 +171,8 @@ def test_sources_without_library_use_the_installed_one(bare_package):
     # as in a clone's root, where the sources come before the installed package
     installed = bare_package.parent / "installed" / "densenet_ext"
     installed.mkdir(parents=True)
-    shutil.copy(load_extension().__file__, installed)
+    for library in Path(load_extension().__file__).parent.glob(f"_*{SUFFIX}"):
+        shutil.copy(library, installed)
     line = load_in(bare_package, then="sys.path.append('installed'); print(_load.load_extension().__file__)")
     assert Path(line).name == f"_C{SUFFIX}" and "installed" in line
 
