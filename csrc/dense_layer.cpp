@@ -34,11 +34,12 @@ void append_all(const Tensors& inputs, const Tensor& features,
 std::tuple<Tensor, Tensor, Tensor, Tensor> dense_layer(
     const Tensors& inputs, const Tensors& params, const Tensors& masks, const Tensors& frozen_stats,
     int64_t mask_kind, double dropout_scale, std::vector<double> eps, std::vector<int64_t> frozen,
-    bool squeeze_excite, bool keep_bottleneck, bool allow_tf32) {
+    bool squeeze_excite, bool keep_bottleneck, bool allow_tf32, int64_t group) {
   const Inputs checked(inputs);
   const Tensor& first = inputs[0];
-  const Options options = {mask_kind,      dropout_scale, std::move(eps),  std::move(frozen),
-                           squeeze_excite, kNone,         keep_bottleneck, allow_tf32};
+  const Options options = {mask_kind,         dropout_scale,  std::move(eps),
+                           std::move(frozen), squeeze_excite, kNone,
+                           keep_bottleneck,   allow_tf32,     group};
   Stage stage(params, masks, options, first.size(0), checked.channels, first.size(2), first.size(3),
               first.scalar_type());
   STD_TORCH_CHECK(stage.layers == 1, "params must hold one layer, got ", stage.layers);
@@ -61,11 +62,12 @@ std::tuple<Tensors, Tensors> dense_layer_backward(
     const Tensor& grad_output, const Tensor& output, const Tensors& inputs, const Tensors& params,
     const Tensors& masks, const Tensor& stats, const Tensor& gates, const Tensor& bottlenecks,
     int64_t mask_kind, double dropout_scale, std::vector<double> eps, std::vector<int64_t> frozen,
-    bool squeeze_excite, bool allow_tf32) {
+    bool squeeze_excite, bool allow_tf32, int64_t group) {
   const Inputs checked(inputs);
   const Tensor& first = inputs[0];
   const Options options = {mask_kind,      dropout_scale, std::move(eps),         std::move(frozen),
-                           squeeze_excite, kNone,         bottlenecks.dim() == 3, allow_tf32};
+                           squeeze_excite, kNone,         bottlenecks.dim() == 3, allow_tf32,
+                           group};
   Stage stage(params, masks, options, first.size(0), checked.channels, first.size(2), first.size(3),
               first.scalar_type());
   STD_TORCH_CHECK(stage.layers == 1, "params must hold one layer, got ", stage.layers);

@@ -10,10 +10,11 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_stage(
     const Tensor& x, const Tensors& params, const Tensors& masks, const Tensors& frozen_stats,
     int64_t mask_kind, double dropout_scale, std::vector<double> eps, std::vector<int64_t> frozen,
-    bool squeeze_excite, int64_t tail, bool keep_bottleneck, bool allow_tf32) {
+    bool squeeze_excite, int64_t tail, bool keep_bottleneck, bool allow_tf32, int64_t group) {
   STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions, got ", x.dim());
-  const Options options = {mask_kind,      dropout_scale, std::move(eps),  std::move(frozen),
-                           squeeze_excite, tail,          keep_bottleneck, allow_tf32};
+  const Options options = {mask_kind,         dropout_scale,  std::move(eps),
+                           std::move(frozen), squeeze_excite, tail,
+                           keep_bottleneck,   allow_tf32,     group};
   Stage stage(params, masks, options, x.size(0), x.size(1), x.size(2), x.size(3), x.scalar_type());
   start_statistics(stage, x, frozen_stats);
 
@@ -60,10 +61,11 @@ std::tuple<Tensor, Tensors> dense_stage_backward(
     const Tensor& grad_output, const Tensor& features, const Tensors& params, const Tensors& masks,
     const Tensor& stats, const Tensor& gates, const Tensor& bottlenecks, int64_t mask_kind,
     double dropout_scale, std::vector<double> eps, std::vector<int64_t> frozen, bool squeeze_excite,
-    int64_t tail, int64_t in_channels, bool need_dx, bool allow_tf32) {
+    int64_t tail, int64_t in_channels, bool need_dx, bool allow_tf32, int64_t group) {
   STD_TORCH_CHECK(features.dim() == 4, "features must have 4 dimensions, got ", features.dim());
   const Options options = {mask_kind,      dropout_scale, std::move(eps),         std::move(frozen),
-                           squeeze_excite, tail,          bottlenecks.dim() == 3, allow_tf32};
+                           squeeze_excite, tail,          bottlenecks.dim() == 3, allow_tf32,
+                           group};
   Stage stage(params, masks, options, features.size(0), in_channels, features.size(2),
               features.size(3), features.scalar_type());
   STD_TORCH_CHECK(features.size(1) == stage.channels, "features must have ", stage.channels,
@@ -88,12 +90,13 @@ std::tuple<Tensor, Tensors> dense_stage_backward(
     coef = empty(features, {3, stage.samples, stage.channels}, stage.arithmetic);
     if (tail == kTransition) {
       call("densenet_ext::transition_backward", features, table.scale, table.shift,
-           stage.tail_param(2), site.weight, site.mean, site.var, site.eps, !site.frozen, incoming,
+           stage.tail_param(2), site.weight, site.mean, site.var, site.eps, site.local(), incoming,
            grad, coef, d[2], d[0], d[1], allow_tf32);
     } else {
       call("densenet_ext::head_backward", features, table.scale, table.shift, site.weight,
-           site.mean, site.var, site.eps, !site.frozen, incoming, grad, coef, d[0], d[1]);
+           site.mean, site.var, site.eps, site.local(), incoming, grad, coef, d[0], d[1]);
     }
+    stage.finish_norm_backward(site, d[0], d[1], std::nullopt, coef);
   }
   run_layers_backward(stage, features, bottlenecks, source, source, grad, coef, dparams);
 

@@ -3,7 +3,8 @@
 namespace densenet_ext {
 
 void start_statistics(Stage& stage, const Tensor& like, const Tensors& frozen_stats) {
-  stage.stats = empty(like, {2, stage.stats_width()}, stage.arithmetic);
+  stage.stats =
+      empty(like, {2, stage.stats_width() + (stage.options.group >= 0)}, stage.arithmetic);
   stage.gates = empty(like,
                       stage.options.squeeze_excite
                           ? Sizes{stage.layers, stage.samples * (2 * stage.growth + stage.se_width)}
@@ -97,7 +98,8 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
   const bool kept = bottlenecks.dim() == 3;
   const Tensor shared = kept ? bottlenecks : workspace(features, rows, stage.storage);
   const Tensor dv = workspace(features, rows, gradient_type(features, stage.storage));
-  const Tensor db_table = empty(features, {3, stage.bottleneck_width}, stage.arithmetic);
+  Tensor db_table = empty(features, {3, stage.bottleneck_width}, stage.arithmetic);
+  const Tensor db_coef = view(db_table, Sizes{3, 1, stage.bottleneck_width});
 
   for (int64_t l = stage.layers - 1; l >= 0; --l) {
     const Layer layer = stage.layer(l);
@@ -115,11 +117,13 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
     call("densenet_ext::conv3x3_backward", bottleneck, table2.scale, table2.shift, layer.pre_conv2,
          layer.conv2, layer.dropout, stage.options.dropout_scale, features, source, coef,
          layer.channels, layer.norm2.weight, layer.norm2.mean, layer.norm2.var, layer.norm2.eps,
-         !layer.norm2.frozen, dv, d[5], d[3], d[4], db_table, stage.options.allow_tf32);
+         layer.norm2.local(), dv, d[5], d[3], d[4], db_table, stage.options.allow_tf32);
+    stage.finish_norm_backward(layer.norm2, d[3], d[4], std::nullopt, db_coef);
     call("densenet_ext::bottleneck_backward", features, table1.scale, table1.shift, layer.pre_norm,
          layer.pre_conv1, layer.conv1, dv, bottleneck, db_table, layer.norm1.weight,
-         layer.norm1.mean, layer.norm1.var, layer.norm1.eps, !layer.norm1.frozen, grad_in, grad,
+         layer.norm1.mean, layer.norm1.var, layer.norm1.eps, layer.norm1.local(), grad_in, grad,
          coef, d[2], d[0], d[1], stage.options.allow_tf32);
+    stage.finish_norm_backward(layer.norm1, d[0], d[1], layer.pre_norm, coef);
     source = grad;
     grad_in = grad;
   }

@@ -2,6 +2,7 @@
 // the functional ones at the end are what Python calls. Shapes: N samples, C channels of the
 // feature buffer, c of them in use, k growth rate, K2 bottleneck width (its rows padded to a
 // multiple of 16), r SE width. allow_tf32: whether products of float32 may be of TF32 (CUDA).
+// group: number of the processes that share batch statistics, -1 for this one alone.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(densenet_ext, m) {
@@ -59,27 +60,37 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
       "finish_gradient(Tensor features, Tensor grad, Tensor coef, int offset, Tensor(a!) out) -> "
       "()");
 
+  // These two talk to other processes, so they are implemented in Python, with torch.distributed.
+  m.def(
+      "synchronize_statistics(Tensor(a!) mean, Tensor(b!) var, int count, int group, Tensor(c!) "
+      "total) -> ()");
+  m.def(
+      "synchronize_gradient(Tensor dnorm_weight, Tensor dnorm_bias, Tensor norm_weight, Tensor "
+      "batch_mean, Tensor batch_var, float eps, Tensor total, Tensor? pre_mask, int group, "
+      "Tensor(a!) coef) -> ()");
+
   m.def(
       "dense_stage(Tensor x, Tensor[] params, Tensor[] masks, Tensor[] frozen_stats, int "
       "mask_kind, float dropout_scale, float[] eps, int[] frozen, "
-      "bool squeeze_excite, int tail, bool keep_bottleneck, bool allow_tf32) -> (Tensor "
+      "bool squeeze_excite, int tail, bool keep_bottleneck, bool allow_tf32, int group) -> (Tensor "
       "output, Tensor features, "
       "Tensor stats, Tensor gates, Tensor bottlenecks)");
   m.def(
       "dense_stage_backward(Tensor grad, Tensor features, Tensor[] params, Tensor[] masks, Tensor "
       "stats, Tensor gates, Tensor bottlenecks, int mask_kind, "
       "float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite, int tail, int "
-      "in_channels, bool need_dx, bool allow_tf32) -> (Tensor dx, Tensor[] dparams)");
+      "in_channels, bool need_dx, bool allow_tf32, int group) -> (Tensor dx, Tensor[] dparams)");
   m.def(
       "dense_layer(Tensor[] inputs, Tensor[] params, Tensor[] masks, Tensor[] frozen_stats, int "
       "mask_kind, float dropout_scale, float[] eps, int[] frozen, "
-      "bool squeeze_excite, bool keep_bottleneck, bool allow_tf32) -> (Tensor output, Tensor "
+      "bool squeeze_excite, bool keep_bottleneck, bool allow_tf32, int group) -> (Tensor output, "
+      "Tensor "
       "stats, Tensor gates, "
       "Tensor bottlenecks)");
   m.def(
       "dense_layer_backward(Tensor grad, Tensor output, Tensor[] inputs, Tensor[] params, Tensor[] "
       "masks, Tensor stats, Tensor gates, Tensor bottlenecks, "
       "int mask_kind, float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite, "
-      "bool allow_tf32) -> "
+      "bool allow_tf32, int group) -> "
       "(Tensor[] dinputs, Tensor[] dparams)");
 }

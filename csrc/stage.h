@@ -48,13 +48,18 @@ struct Options {
   int64_t tail;
   bool keep_bottleneck;
   bool allow_tf32;
+  int64_t group;  // number of the processes that share batch statistics; -1: this one alone
 };
 
 // A batch normalization of the stage: its place in `eps`, `frozen` and `stats`.
 struct NormSite {
   Tensor weight, bias, mean, var;
   double eps;
-  bool frozen;
+  bool frozen;  // normalizes with given statistics
+  bool shared;  // normalizes with the statistics of all processes of a group
+
+  // Whether the kernels see all that its statistics come from, and can do its whole backward.
+  bool local() const { return !frozen && !shared; }
 };
 struct Folded {
   Tensor scale, shift;
@@ -77,7 +82,7 @@ class Stage {
   int64_t samples, in_channels, height, width;
   int64_t per_layer, tail_params, layers, growth, bottleneck_width, channels, se_width = 0;
   ScalarType storage, arithmetic;
-  Tensor stats;  // [2, sum of widths]
+  Tensor stats;  // [2, sum of widths], and with a group the number of values a channel at the end
   Tensor gates;  // [layers, samples*(2*growth + se_width)]
 
   Stage(const Tensors& params, const Tensors& masks, const Options& options, int64_t samples,
@@ -163,7 +168,8 @@ class Stage {
             narrow(mean, 0, norm_offset(i), norm_width(i)),
             narrow(var, 0, norm_offset(i), norm_width(i)),
             options.eps[i],
-            options.frozen[i] != 0};
+            options.frozen[i] != 0,
+            options.group >= 0 && options.frozen[i] == 0};
   }
   NormSite tail_norm() const { return norm(2 * layers, tail_param(0), tail_param(1)); }
 
@@ -200,9 +206,25 @@ class Stage {
     const int64_t width = site.weight.numel();
     const Folded folded = {empty(stats, {pre_mask || post_mask ? samples : 1, width}, arithmetic),
                            empty(stats, {post_mask ? samples : 1, width}, arithmetic)};
-    call("densenet_ext::fold_norm", mean, m2, count, pre_mask, post_mask, site.weight, site.bias,
-         site.eps, given, site.mean, site.var, folded.scale, folded.shift);
+    const auto run = [&](bool known) {
+      call("densenet_ext::fold_norm", mean, m2, count, pre_mask, post_mask, site.weight, site.bias,
+           site.eps, known, site.mean, site.var, folded.scale, folded.shift);
+    };
+    run(given);
+    if (site.shared && !given) {
+      call("densenet_ext::synchronize_statistics", site.mean, site.var, rows(), options.group,
+           total());
+      run(true);
+    }
     return folded;
+  }
+  // What BN's statistics add to the gradient of its input, into coef [3, samples or 1, >= width],
+  // where the kernel has left it out because it takes the sums of all processes.
+  void finish_norm_backward(const NormSite& site, const Tensor& dweight, const Tensor& dbias,
+                            const Optional& pre_mask, const Tensor& coef) const {
+    if (!site.shared) return;
+    call("densenet_ext::synchronize_gradient", dweight, dbias, site.weight, site.mean, site.var,
+         site.eps, total(), pre_mask, options.group, coef);
   }
   Folded fold_again(const NormSite& site, const Optional& pre_mask,
                     const Optional& post_mask) const {
@@ -211,6 +233,11 @@ class Stage {
 
  private:
   int64_t masks_per_layer;
+
+  Tensor total() const {
+    Tensor mean = select(stats, 0, 0);
+    return narrow(mean, 0, stats_width(), 1);
+  }
 
   void check_masks(int64_t l) const {
     const Sizes shapes[] = {{samples, layer_channels(l)},

@@ -20,11 +20,14 @@ from torch.nn.modules import module as torch_module
 from . import ops
 from .functional import DTYPES
 from .masks import DropChannel, active_dropout
+from .running_stats import is_frozen
 from .squeeze_excitation import SqueezeExcitation
+from .synchronization import group_of
 
 _CONV_KEYS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
 _CONV3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+_NORMS = ("norm1", "norm2")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _mode = "warn"
@@ -115,6 +118,17 @@ def layers_reason(layers: dict[str, nn.Module], layer_type: type, prefix: str) -
             rate = active_dropout(layer)
         elif active_dropout(layer) != rate:
             return f"{name} drops values with probability {active_dropout(layer)}, earlier layers with {rate}"
+    return sharing_reason(layers, prefix)
+
+
+def sharing_reason(layers: dict[str, nn.Module], prefix: str, *tail: tuple[str, nn.Module]) -> str | None:
+    """About the norms of a block's layers and a named one of the tail: all take the statistics of the same processes."""
+    norms = [(f"{prefix}{name}.{part}", layer._modules[part]) for name, layer in layers.items() for part in _NORMS]
+    groups = ((name, group_of(norm)) for name, norm in (*norms, *tail) if not is_frozen(norm))
+    first = next(groups, None)
+    for name, group in groups:
+        if group != first[1]:
+            return f"{name} shares its batch statistics with other processes than {first[0]}"
     return None
 
 
@@ -122,9 +136,9 @@ def inner_reason(layer: nn.Module, prefix: str) -> str | None:
     """About the modules inside a dense layer."""
     parts = layer._modules
     reason = (
-        module_reason(parts["norm1"], prefix + "norm1", nn.BatchNorm2d)
+        norm_reason(parts["norm1"], prefix + "norm1")
         or conv_reason(parts["conv1"], prefix + "conv1", _POINTWISE, False)
-        or module_reason(parts["norm2"], prefix + "norm2", nn.BatchNorm2d)
+        or norm_reason(parts["norm2"], prefix + "norm2")
         or conv_reason(parts["conv2"], prefix + "conv2", _CONV3X3, False)
         or module_reason(parts["drop_channel"], prefix + "drop_channel", DropChannel)
     )
@@ -143,9 +157,14 @@ def transition_reason(transition: nn.Module, name: str, transition_type: type) -
     parts = transition._modules
     return (
         module_reason(transition, name, transition_type)
-        or module_reason(parts["norm"], name + ".norm", nn.BatchNorm2d)
+        or norm_reason(parts["norm"], name + ".norm")
         or conv_reason(parts["conv"], name + ".conv", _POINTWISE, False)
     )
+
+
+def norm_reason(norm: nn.Module, name: str) -> str | None:
+    """About a batch normalization, of one process or of several."""
+    return module_reason(norm, name, nn.SyncBatchNorm if type(norm) is nn.SyncBatchNorm else nn.BatchNorm2d)
 
 
 def conv_reason(conv: nn.Module, name: str, expected: tuple, bias: bool) -> str | None:

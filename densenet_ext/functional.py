@@ -14,6 +14,7 @@ from . import ops
 from .masks import Masks, active_dropout, draw_masks
 from .reference.layout import arithmetic_dtype
 from .running_stats import is_frozen, update_running_statistics
+from .synchronization import group_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,8 +79,10 @@ def dense_stage(
         arguments.add_parameter(tail_conv.weight, "tail_conv.weight")
     keep = keep_bottleneck and torch.is_grad_enabled()
     with _no_autocast(x), ops.memory_errors():
-        output, _, stats, _, _ = ops.dense_stage(x, *arguments.flat(), tail, keep, _tf32_allowed(x))
-    update_running_statistics(arguments.norms, stats, arguments.values)
+        output, _, stats, _, _ = ops.dense_stage(
+            x, *arguments.flat(), tail, keep, _tf32_allowed(x), arguments.shared_by
+        )
+    arguments.update_running_statistics(stats)
     return output
 
 
@@ -114,8 +117,8 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
     arguments.add_layer(layer, 0, channels, draw_masks(layer, x, channels))
     keep = keep_bottleneck and torch.is_grad_enabled()
     with _no_autocast(x), ops.memory_errors():
-        output, stats, _, _ = ops.dense_layer(inputs, *arguments.flat(), keep, _tf32_allowed(x))
-    update_running_statistics(arguments.norms, stats, arguments.values)
+        output, stats, _, _ = ops.dense_layer(inputs, *arguments.flat(), keep, _tf32_allowed(x), arguments.shared_by)
+    arguments.update_running_statistics(stats)
     return output
 
 
@@ -134,6 +137,7 @@ class _Arguments:
         self.frozen_stats: list[Tensor] = []
         self.masks: list[Masks] = []
         self.channels: list[int] = []
+        self.group: int | None = None  # of the norms that take batch statistics, once there is one
 
     def add_parameter(self, value: Tensor, name: str) -> None:
         self.check_device(value, name)
@@ -151,9 +155,11 @@ class _Arguments:
         if is_frozen(norm):
             self.check_device(norm.running_mean, f"{name}.running_mean")
             self.frozen_stats += [norm.running_mean.to(self.dtype), norm.running_var.to(self.dtype)]
-        elif self.values == 1:
-            size = torch.Size((1, channels, 1, 1))
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+        else:
+            self.add_group(group_of(norm), name)
+            if self.values == 1 and self.group < 0:
+                size = torch.Size((1, channels, 1, 1))
+                raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
         if norm.affine:
             self.add_parameter(norm.weight, f"{name}.weight")
             self.add_parameter(norm.bias, f"{name}.bias")
@@ -161,6 +167,23 @@ class _Arguments:
             self.params.append(self.x.new_ones(channels, dtype=self.dtype))
             self.params.append(self.x.new_zeros(channels, dtype=self.dtype))
         self.norms.append(norm)
+
+    def add_group(self, group: int, name: str) -> None:
+        if self.group not in (None, group):
+            raise ValueError(f"{name} shares its batch statistics with other processes than the norms before it do")
+        self.group = group
+
+    @property
+    def shared_by(self) -> int:
+        """The group of processes that share batch statistics, -1 for none."""
+        return -1 if self.group is None else self.group
+
+    def update_running_statistics(self, stats: Tensor) -> None:
+        """From what the op returned; of shared statistics its last column has the values a channel."""
+        if self.shared_by >= 0:
+            update_running_statistics(self.norms, stats[:, :-1], stats[0, -1])
+        else:
+            update_running_statistics(self.norms, stats, self.values)
 
     def add_layer(self, layer: nn.Module, index: int, channels: int, masks: Masks) -> None:
         conv1, conv2, se, name = layer.conv1, layer.conv2, getattr(layer, "se", None), f"layers[{index}]"
@@ -182,7 +205,7 @@ class _Arguments:
         self.channels.append(channels)
 
     def flat(self) -> tuple:
-        """params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite."""
+        """params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, in the ops' order."""
         kinds = (ops.MASK_PRE_NORM, ops.MASK_PRE_CONV1, ops.MASK_PRE_CONV2, ops.MASK_DROPOUT)
         used = [i for i in range(4) if any(masks[i] is not None for masks in self.masks)]
         masks = [self._mask(layer, i) for layer in range(len(self.masks)) for i in used]

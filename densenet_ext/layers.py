@@ -122,7 +122,12 @@ class EfficientDenseLayer(nn.Module):
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
         inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
         if self.efficient == "fused" and not fallback.in_plain_layers():
-            reason = fallback.input_reason(inputs) or fallback.global_reason() or fallback.inner_reason(self, "")
+            reason = (
+                fallback.input_reason(inputs)
+                or fallback.global_reason()
+                or fallback.inner_reason(self, "")
+                or fallback.sharing_reason({"layer": self}, "")
+            )
             if reason is None:
                 return functional.dense_layer(inputs, self, keep_bottleneck=self.keep_bottleneck)
             fallback.report(reason)

@@ -176,7 +176,7 @@ class DenseNetBC(nn.Module):
             return None
         tail_name, tail = f"features.{rest[0][0]}", rest[0][1]
         if len(rest) == 1:
-            reason = fallback.module_reason(tail, tail_name, nn.BatchNorm2d)
+            reason = fallback.norm_reason(tail, tail_name)
         else:
             reason = fallback.transition_reason(tail, tail_name, Transition)
         reason = reason or fallback.module_reason(block, f"features.{name}", EfficientDenseBlock)
@@ -185,7 +185,12 @@ class DenseNetBC(nn.Module):
             return None
         if block.fallback_reason(x) is not None:
             return None  # the block reports it
-        return (tail,) if len(rest) == 1 else (tail.norm, tail.conv)
+        modules = (tail,) if len(rest) == 1 else (tail.norm, tail.conv)
+        reason = fallback.sharing_reason(block._modules, block.name, (tail_name, modules[0]))
+        if reason is not None:
+            fallback.report(reason)
+            return None
+        return modules
 
     def _classify(self, x: Tensor) -> Tensor:
         """The head, unless x [N, C] comes from a stage that contained it, and the classifier."""

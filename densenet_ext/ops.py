@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from . import synchronization
 from ._load import cuda_status, load_extension
 from .reference.layout import CHANNELS_LAST_DEVICES, arithmetic_dtype, new_features, new_maps, padded_width
 from .reference.stage import (
@@ -24,6 +25,10 @@ from .reference.stage import (
 
 if load_extension().build_info()["simulated"]:
     CHANNELS_LAST_DEVICES.add("cpu")
+
+for _name in ("synchronize_statistics", "synchronize_gradient"):
+    for _key in ("CPU", "CUDA"):
+        torch.library.impl(f"densenet_ext::{_name}", _key, getattr(synchronization, _name))
 
 dense_stage = torch.ops.densenet_ext.dense_stage.default
 dense_stage_backward = torch.ops.densenet_ext.dense_stage_backward.default
@@ -79,7 +84,7 @@ def memory_errors() -> Iterator[None]:
 
 
 def _saved(
-    x: Tensor, params: list[Tensor], squeeze_excite: bool, tail: int, keep: bool
+    x: Tensor, params: list[Tensor], squeeze_excite: bool, tail: int, keep: bool, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty stats, gates and bottlenecks of a stage with input x."""
     each, extra = 10 if squeeze_excite else 6, (0, 3, 2)[tail]
@@ -87,7 +92,7 @@ def _saved(
     width, growth = params[2].shape[0], params[5].shape[0]
     norms = [i * each + j for i in range(count) for j in (0, 3)] + ([count * each] if tail else [])
     dtype = arithmetic_dtype(x.dtype)
-    stats = x.new_empty((2, sum(params[i].shape[0] for i in norms)), dtype=dtype)
+    stats = x.new_empty((2, sum(params[i].shape[0] for i in norms) + (group >= 0)), dtype=dtype)
     size = (count, x.shape[0] * (2 * growth + params[6].shape[0])) if squeeze_excite else (0,)
     gates = x.new_empty(size, dtype=dtype)
     rows = x.shape[0] * x.shape[2] * x.shape[3]
@@ -96,8 +101,8 @@ def _saved(
 
 
 @torch.library.register_fake("densenet_ext::dense_stage")
-def _(x, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, tail, keep_bottleneck, _):
-    stats, gates, bottlenecks = _saved(x, params, squeeze_excite, tail, keep_bottleneck)
+def _(x, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, tail, keep, _, group):
+    stats, gates, bottlenecks = _saved(x, params, squeeze_excite, tail, keep, group)
     count, _, height, width = x.shape
     layers = (len(params) - (0, 3, 2)[tail]) // (10 if squeeze_excite else 6)
     channels = x.shape[1] + layers * params[5].shape[0]
@@ -113,16 +118,16 @@ def _(x, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squ
 
 @torch.library.register_fake("densenet_ext::dense_stage_backward")
 def _(grad, features, params, masks, stats, gates, bottlenecks, *options):
-    in_channels, need_dx, _ = options[-3:]
+    in_channels, need_dx = options[-4:-2]
     dx = new_maps(features, in_channels, *features.shape[2:]) if need_dx else features.new_empty((0,))
     return dx, [p.new_empty(p.shape) for p in params]
 
 
 @torch.library.register_fake("densenet_ext::dense_layer")
-def _(inputs, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, keep_bottleneck, _):
+def _(inputs, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, keep, _, group):
     x = inputs[0]
     output = new_maps(x, params[5].shape[0], *x.shape[2:])
-    return output, *_saved(x, params, squeeze_excite, TAIL_NONE, keep_bottleneck)
+    return output, *_saved(x, params, squeeze_excite, TAIL_NONE, keep, group)
 
 
 @torch.library.register_fake("densenet_ext::dense_layer_backward")
@@ -138,9 +143,7 @@ def _wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
 
 
 def _stage_setup(ctx, inputs, output):
-    x, params, masks, _, ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, ctx.tail, _, ctx.tf32 = (
-        inputs
-    )
+    x, params, masks, _, *ctx.numbers, ctx.tail, _, ctx.tf32, ctx.group = inputs
     result, features, *kept = output
     ctx.mark_non_differentiable(features, *kept)
     ctx.set_materialize_grads(False)
@@ -156,17 +159,15 @@ def _stage_backward(ctx, grad, *_):
     else:
         features, *kept = ctx.saved_tensors[:4]
         rest = list(ctx.saved_tensors[4:])
-        options = (ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, ctx.tail, ctx.in_channels)
+        options = (*ctx.numbers, ctx.tail, ctx.in_channels, need_x, ctx.tf32, ctx.group)
         with memory_errors():
-            dx, dparams = dense_stage_backward(
-                grad, features, rest[:params], rest[params:], *kept, *options, need_x, ctx.tf32
-            )
+            dx, dparams = dense_stage_backward(grad, features, rest[:params], rest[params:], *kept, *options)
         dx, dparams = dx if need_x else None, _wanted(dparams, need_params)
-    return dx, dparams, [None] * masks, [None] * frozen_stats, *[None] * 8
+    return dx, dparams, [None] * masks, [None] * frozen_stats, *[None] * 9
 
 
 def _layer_setup(ctx, inputs, output):
-    xs, params, masks, _, ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, _, ctx.tf32 = inputs
+    xs, params, masks, _, *ctx.numbers, _, ctx.tf32, ctx.group = inputs
     result, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
@@ -182,13 +183,13 @@ def _layer_backward(ctx, grad, *_):
     else:
         output, *kept = ctx.saved_tensors[:4]
         rest = list(ctx.saved_tensors[4:])
-        options = (ctx.mask_kind, ctx.dropout_scale, ctx.eps, ctx.frozen, ctx.excite, ctx.tf32)
+        options = (*ctx.numbers, ctx.tf32, ctx.group)
         with memory_errors():
             dxs, dparams = dense_layer_backward(
                 grad, output, rest[:xs], rest[xs : xs + params], rest[xs + params :], *kept, *options
             )
         dxs, dparams = _wanted(dxs, need_xs), _wanted(dparams, need_params)
-    return dxs, dparams, [None] * masks, [None] * frozen_stats, *[None] * 7
+    return dxs, dparams, [None] * masks, [None] * frozen_stats, *[None] * 8
 
 
 def _no_second_derivative(ctx, *grads):

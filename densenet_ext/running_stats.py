@@ -14,12 +14,13 @@ def is_frozen(norm: nn.BatchNorm2d) -> bool:
 
 
 @torch.no_grad()
-def update_running_statistics(norms: list[nn.BatchNorm2d], stats: Tensor, values: int) -> None:
+def update_running_statistics(norms: list[nn.Module], stats: Tensor, values: int | Tensor) -> None:
     """Let every norm in training mode that tracks statistics take in one batch, as torch.nn.BatchNorm2d does.
 
         running = (1 - momentum) * running + momentum * batch,    momentum None: 1 / num_batches_tracked
-    stats [2, sum of widths]: mean and biased variance in the norms' order, from `values` values a channel; the running
-    variance gets the unbiased one. A batch without values counts as a batch and changes nothing else.
+    stats [2, sum of widths]: mean and biased variance in the norms' order, from `values` values a channel (on the device
+    where other processes have a part in them); the running variance gets the unbiased one. A batch without values
+    counts as a batch and changes nothing else.
     """
     tracking = [norm.training and norm.track_running_stats for norm in norms]
     if not any(tracking):
@@ -28,11 +29,13 @@ def update_running_statistics(norms: list[nn.BatchNorm2d], stats: Tensor, values
     counters = [counter for counter in counters if counter is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    if values == 0:
+    known = not isinstance(values, Tensor)
+    if known and values == 0:
         return
+    correction = values / (max(values - 1, 1) if known else (values - 1).clamp(min=1))
     widths = [norm.num_features for norm in norms]
     means = stats[0].split(widths)
-    variances = (stats[1] * (values / max(values - 1, 1))).split(widths)
+    variances = (stats[1] * correction).split(widths)
     groups = defaultdict(lambda: ([], []))
     for norm, on, mean, variance in zip(norms, tracking, means, variances, strict=True):
         if on and norm.running_mean is not None:

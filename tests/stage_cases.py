@@ -87,6 +87,7 @@ class Case:
             self.tail,
             keep_bottleneck,
             False,  # allow_tf32
+            -1,  # group
         )
         return x, params, self.masks, self.frozen_stats, *options
 
@@ -96,7 +97,16 @@ class Case:
 
     def layer_args(self, inputs, params=None, keep_bottleneck=False):
         """What dense_layer takes: of a case with one layer and no tail."""
-        options = (self.mask_kind, DROPOUT_SCALE, self.eps, self.frozen, self.squeeze_excite, keep_bottleneck, False)
+        options = (
+            self.mask_kind,
+            DROPOUT_SCALE,
+            self.eps,
+            self.frozen,
+            self.squeeze_excite,
+            keep_bottleneck,
+            False,
+            -1,
+        )
         return inputs, self.params if params is None else params, self.masks, self.frozen_stats, *options
 
     def plain(self, x=None, params=None):

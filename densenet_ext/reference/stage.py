@@ -14,18 +14,20 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from .. import synchronization
 from . import backward, forward
 from .layout import arithmetic_dtype, gradient_dtype, new_features, new_maps, padded_width
 
 TAIL_NONE, TAIL_TRANSITION, TAIL_HEAD = 0, 1, 2
 MASK_PRE_NORM, MASK_PRE_CONV1, MASK_PRE_CONV2, MASK_DROPOUT = 1, 2, 4, 8
-TWINS = SimpleNamespace(**{**vars(forward), **vars(backward)})
+TWINS = SimpleNamespace(**{**vars(forward), **vars(backward), **vars(synchronization)})
 
 
 class _Stage:
     """The flat arguments of an op, taken apart: parameters, masks and norms of each layer, and the sizes."""
 
-    def __init__(self, params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, x, kernels):
+    def __init__(self, params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, x, group, kernels):
+        self.group = group
         self.kernels = kernels or TWINS
         each = 10 if squeeze_excite else 6
         extra = (0, 3, 2)[tail]
@@ -64,10 +66,23 @@ class _Stage:
         rows = 1 if pre_mask is None and post_mask is None else self.samples
         scale, shift = self.empty(2, rows, self.widths[norm])
         source = (mean[None], var[None]) if moments is None else moments
-        self.kernels.fold_norm(
-            *source, pixels, pre_mask, post_mask, weight, bias, self.eps[norm], given, mean, var, scale, shift
-        )
+        rest = (weight, bias, self.eps[norm])
+        self.kernels.fold_norm(*source, pixels, pre_mask, post_mask, *rest, given, mean, var, scale, shift)
+        if self.group >= 0 and not given:
+            count = self.samples * self.pixels
+            self.kernels.synchronize_statistics(mean, var, count, self.group, stats[0, -1:])
+            self.kernels.fold_norm(*source, pixels, pre_mask, post_mask, *rest, True, mean, var, scale, shift)
         return scale, shift
+
+    def local(self, norm: int) -> bool:
+        """Whether the statistics of that norm come from this process's batch alone."""
+        return not self.frozen[norm] and self.group < 0
+
+    def finish_norm_backward(self, norm, dweight, dbias, weight, stats, pre_mask, coef) -> None:
+        """What shared statistics add to the gradient of that norm's input."""
+        if self.group >= 0 and not self.frozen[norm]:
+            rest = (self.eps[norm], stats[0, -1:], pre_mask, self.group, coef)
+            self.kernels.synchronize_gradient(dweight, dbias, weight, *self.statistics(stats, norm), *rest)
 
     def gates(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of one layer's pooled [N, k], hidden [N, r] and gate [N, k]."""
@@ -85,7 +100,7 @@ def _forward(stage: _Stage, inputs: list[Tensor], features: Tensor, frozen_stats
     for x in inputs:
         kernels.append(x, features, offset, mean, m2)
         offset += x.size(1)
-    stats = s.empty(2, s.ends[-1])
+    stats = s.empty(2, s.ends[-1] + (s.group >= 0))
     given = iter(frozen_stats)
     for norm, is_frozen in enumerate(s.frozen):
         if is_frozen:
@@ -138,14 +153,16 @@ def _backward(stage: _Stage, features, source, grad, coef, stats, gates, bottlen
             kernels.squeeze_excite_backward(features, source, offset, fc1, fc2, *s.gates(gates[i]), coef, *dexcite)
         kernels.conv3x3_backward(
             *(b, scale2, shift2, r2, conv2, masks.get(MASK_DROPOUT), dropout_scale, features, source, coef, offset),
-            *(weight2, *s.statistics(stats, 2 * i + 1), s.eps[2 * i + 1], not s.frozen[2 * i + 1]),
+            *(weight2, *s.statistics(stats, 2 * i + 1), s.eps[2 * i + 1], s.local(2 * i + 1)),
             *(dv, dconv2, dweight2, dbias2, table),
         )
+        s.finish_norm_backward(2 * i + 1, dweight2, dbias2, weight2, stats, None, table[:, None])
         kernels.bottleneck_backward(
             *(features, scale1, shift1, q, r1, conv1, dv, b, table),
-            *(weight1, *s.statistics(stats, 2 * i), s.eps[2 * i], not s.frozen[2 * i]),
+            *(weight1, *s.statistics(stats, 2 * i), s.eps[2 * i], s.local(2 * i)),
             *(source, grad, coef, dconv1, dweight1, dbias1),
         )
+        s.finish_norm_backward(2 * i, dweight1, dbias1, weight1, stats, q, coef)
         source = grad
 
 
@@ -162,6 +179,7 @@ def dense_stage(
     tail: int,
     keep_bottleneck: bool,
     allow_tf32: bool,
+    group: int,
     kernels=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward of a dense block and its consumer: (output, features, stats, gates, bottlenecks).
@@ -170,9 +188,10 @@ def dense_stage(
     weight, bias, fc2 weight, bias], then the tail's; masks a layer, where mask_kind has the bit: 1 before norm1
     [N, C_l], 2 before conv1 [N, C_l], 4 before conv2 [N, K2], 8 dropout bool [N, k, H, W]; eps and frozen: one a batch
     normalization in the order norm1, norm2 of each layer, then the tail's; frozen_stats: mean, variance of the frozen
-    ones; tail: 0 none, 1 transition, 2 head. stats [2, sum of widths] A: mean and biased variance, as used.
+    ones; tail: 0 none, 1 transition, 2 head; group: -1, or that of the processes that share batch statistics. stats
+    [2, sum of widths] A: mean and biased variance, as used; with a group one column more: the values a channel.
     """
-    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, x.size(1), x, kernels)
+    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, x.size(1), x, group, kernels)
     # With no consumer the buffer is the output, which the caller gets without gaps between its planes.
     features = new_features(x, s.channels, gaps=bool(tail))
     moments, stats, gates, bottlenecks = _forward(s, [x], features, frozen_stats, dropout_scale, keep_bottleneck)
@@ -206,10 +225,11 @@ def dense_stage_backward(
     in_channels: int,
     need_dx: bool,
     allow_tf32: bool,
+    group: int,
     kernels=None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Backward of dense_stage from what it returned: (dx [N, C0, H, W] S, or [0] unless need_dx; dparams like params)."""
-    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, features, kernels)
+    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, features, group, kernels)
     dparams = [torch.empty_like(p) for p in params]
     buffer = new_features(features, s.channels, gradient_dtype(features))
     coef = s.empty(3, s.samples, s.channels)
@@ -224,9 +244,10 @@ def dense_stage_backward(
         scale, shift = s.fold(last, weight, bias, stats)
         run = s.kernels.transition_backward if tail == TAIL_TRANSITION else s.kernels.head_backward
         run(
-            *(features, scale, shift, *conv, weight, *s.statistics(stats, last), eps[last], not frozen[last]),
+            *(features, scale, shift, *conv, weight, *s.statistics(stats, last), eps[last], s.local(last)),
             *(grad, buffer, coef, *dconv, dweight, dbias),
         )
+        s.finish_norm_backward(last, dweight, dbias, weight, stats, None, coef)
     _backward(s, features, source, buffer, coef, stats, gates, bottlenecks, dropout_scale, dparams)
     if not need_dx:
         return s.empty(0, dtype=features.dtype), dparams
@@ -247,11 +268,12 @@ def dense_layer(
     squeeze_excite: bool,
     keep_bottleneck: bool,
     allow_tf32: bool,
+    group: int,
     kernels=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Forward of one dense layer over the concatenation of inputs: (output [N, k, H, W], stats, gates, bottlenecks)."""
     in_channels = sum(x.size(1) for x in inputs)
-    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, inputs[0], kernels)
+    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, inputs[0], group, kernels)
     features = new_features(inputs[0], s.channels)
     _, stats, gates, bottlenecks = _forward(s, inputs, features, frozen_stats, dropout_scale, keep_bottleneck)
     output = new_maps(features, s.growth, features.size(2), features.size(3)).copy_(features[:, in_channels:])
@@ -273,11 +295,12 @@ def dense_layer_backward(
     frozen: list[int],
     squeeze_excite: bool,
     allow_tf32: bool,
+    group: int,
     kernels=None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Backward of dense_layer: (dinputs like inputs, dparams like params)."""
     in_channels = sum(x.size(1) for x in inputs)
-    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, output, kernels)
+    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, output, group, kernels)
     features = new_features(output, s.channels).copy_(torch.cat([*inputs, output], 1))
     buffer = new_features(output, s.channels, gradient_dtype(output)).zero_()
     buffer[:, in_channels:] = grad
