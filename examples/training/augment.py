@@ -1,0 +1,70 @@
+"""Shift, flip and normalisation of a whole batch at once, on the device that holds it.
+
+All that is random in an epoch is drawn beforehand, on the CPU, from the seed and the number of the epoch alone. So it is
+the same on every device, in every process, however many there are, and wherever in the epoch one starts.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Plan:
+    """The order and the augmentation of an epoch of N images."""
+
+    order: Tensor  # int64 [N]: a permutation
+    offsets: Tensor  # int64 [N, 2]: row and column of the crop in the padded image, 0..2 * pad, in that order
+    flips: Tensor  # bool [N]: mirrored left to right, in that order
+
+    @classmethod
+    def draw(cls, count: int, seed: int, epoch: int, pad: int, flip: bool) -> "Plan":
+        # A digest, since seed + epoch would give one run's second epoch to another run as its first.
+        digest = hashlib.sha256(f"{seed},{epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        order = torch.randperm(count, generator=generator)
+        offsets = torch.randint(0, 2 * pad + 1, (count, 2), generator=generator)
+        flips = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
+        return cls(order, offsets, flips)
+
+    def to(self, device: torch.device) -> "Plan":
+        return Plan(self.order.to(device), self.offsets.to(device), self.flips.to(device))
+
+    def __getitem__(self, samples: slice) -> "Plan":
+        return Plan(self.order[samples], self.offsets[samples], self.flips[samples])
+
+
+class Normalise:
+    """(x / 255 - mean) / std of uint8 images [B, C, S, S], with mean and std [C] of the pixels scaled to 0..1."""
+
+    def __init__(self, mean: Tensor, std: Tensor, device: torch.device | str, dtype: torch.dtype = torch.float32):
+        mean, std = (torch.as_tensor(x, dtype=torch.float64).cpu().view(-1, 1, 1) for x in (mean, std))
+        self.scale = (1 / (255 * std)).float().to(device)
+        self.shift = (-mean / std).float().to(device)
+        self.dtype = dtype
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, images.float(), self.scale).to(self.dtype)
+
+
+def shift_and_flip(images: Tensor, plan: Plan, pad: int, normalise: Normalise) -> Tensor:
+    """Images uint8 [B, C, S, S] normalised, padded with `pad` zeros on each side, cropped to S x S at the offsets of the
+    plan, and mirrored where it says so: [B, C, S, S].
+
+    What is padded is the normalised image, so the margin has the mean colour of the data set and is not black.
+    """
+    count, channels, size, _ = images.shape
+    line = torch.arange(size, device=images.device)
+    rows = line + plan.offsets[:, :1] - pad  # [B, S]: the row of the image that each row of the result shows
+    columns = torch.where(plan.flips[:, None], line.flip(0), line) + plan.offsets[:, 1:] - pad
+    inside = _within(rows, size)[:, None, :, None] & _within(columns, size)[:, None, None, :]
+    pixels = rows.clamp(0, size - 1)[:, :, None] * size + columns.clamp(0, size - 1)[:, None, :]  # [B, S, S]
+    pixels = pixels.view(count, 1, size * size).expand(-1, channels, -1)
+    moved = images.flatten(2).gather(2, pixels).view_as(images)
+    return normalise(moved) * inside
+
+
+def _within(positions: Tensor, size: int) -> Tensor:
+    return (positions >= 0) & (positions < size)
