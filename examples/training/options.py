@@ -1,0 +1,232 @@
+"""The options of train.py: the command line over a YAML file over the paper's recipe."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from densenet_ext.masks import POSITIONS
+from densenet_ext.models import VARIANTS
+from training.errors import UserError
+from training.ranges import Number, depth
+
+DATASETS = ("digits", "cifar10", "cifar100", "tiny-imagenet", "folder")
+EPOCHS = {"tiny-imagenet": 180, "digits": 30}  # the paper's 300 for all others
+
+# What changes the mathematics of a run: a run may be resumed only with the values that it was started with.
+FIXED = (
+    *("dataset", "image_size", "pad", "flip", "split_seed"),
+    *(
+        "variant",
+        "depth",
+        "growth_rate",
+        "compression",
+        "bn_size",
+        "drop_rate",
+        "drop_channel",
+        "drop_channel_position",
+    ),
+    *("se_reduction", "small_inputs"),
+    *("epochs", "batch_size", "lr", "momentum", "nesterov", "dampening", "weight_decay", "lr_milestones", "lr_gamma"),
+    *("accumulate", "clip_norm", "seed", "amp", "sync_bn"),
+)
+_NOT_SAVED = ("config", "resume")
+
+
+def parse(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """The options with nothing left to be decided but what follows from the data set (image_size and flip).
+
+    Args:
+        argv: the command line without the program; sys.argv's if None.
+
+    Raises:
+        UserError: something in the --config file, or options that exclude each other.
+        SystemExit: with code 2, after argparse's own message, for anything else on the command line.
+    """
+    parser = _parser(description)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    config = early.parse_known_args(argv)[0].config
+    if config is not None:
+        parser.set_defaults(**_read_config(config, parser))
+    options = parser.parse_args(argv)
+    _resolve(options)
+    _check_together(options)
+    return options
+
+
+def to_yaml(options: argparse.Namespace) -> str:
+    """What --config reads to get the same options."""
+    import yaml
+
+    values = {name: value for name, value in vars(options).items() if name not in _NOT_SAVED}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="options by name; the command line wins")
+    _add_data(parser.add_argument_group("data").add_argument)
+    _add_network(parser.add_argument_group("network").add_argument)
+    _add_recipe(parser.add_argument_group("training; defaults are the paper's recipe").add_argument)
+    _add_machine(parser.add_argument_group("machine").add_argument)
+    _add_run(parser.add_argument_group("run").add_argument)
+    return parser
+
+
+def _add_data(add) -> None:
+    flag = argparse.BooleanOptionalAction
+    add("--dataset", choices=DATASETS, default="digits")
+    add("--data", type=Path, metavar="FOLDER", help="where the data set lies or is downloaded to; ./data by default")
+    add("--download", action=flag, default=False, help="fetch the data set if it is missing")
+    add("--image-size", type=Number(int, at_least=8), help="pixels a side; the data set's own, or 32, by default")
+    add("--pad", type=Number(int, at_least=0), default=4, help="pixels on each side before the random crop")
+    add("--flip", action=flag, help="mirror images at random; the data set's own default: all but digits do")
+    add("--data-in", choices=("auto", "memory", "workers"), default="auto", help="decoded data on the device, or not")
+    add("--workers", type=Number(int, at_least=0), default=4, help="processes that decode images")
+    add("--split-seed", type=Number(int, at_least=0, less_than=2**31), default=0, help="of what is held out")
+
+
+def _add_network(add) -> None:
+    flag = argparse.BooleanOptionalAction
+    of_variant = "; the variant's own by default"
+    add("--variant", choices=VARIANTS, default="A+B+C", help="A: Drop-Channel, B: squeeze-and-excitation, C: fused")
+    add("--depth", type=depth, default=100, help="6n + 4")
+    add("--growth-rate", type=Number(int, at_least=1), default=12)
+    add("--compression", type=Number(float, more_than=0, at_most=1), default=0.5)
+    add("--bn-size", type=Number(int, at_least=1), default=4, help="bottlenecks in units of the growth rate")
+    add("--drop-rate", type=Number(float, at_least=0, less_than=1), help="of single values" + of_variant)
+    add("--drop-channel", type=Number(float, at_least=0, less_than=1), help="of whole channels" + of_variant)
+    add("--drop-channel-position", choices=POSITIONS, default="pre_norm")
+    add("--se-reduction", type=Number(int, at_least=1), help="of squeeze-and-excitation" + of_variant)
+    add("--efficient", choices=("plain", "checkpoint", "fused"), help="implementation" + of_variant)
+    add("--keep-bottleneck", action=flag, default=False, help="fused: faster backward, more memory")
+    add("--small-inputs", action=flag, default=True, help="3x3 stem; otherwise 7x7 of stride 2 and a max pool")
+
+
+def _add_recipe(add) -> None:
+    flag = argparse.BooleanOptionalAction
+    add("--epochs", type=Number(int, at_least=1), help="300; tiny-imagenet 180, digits 30")
+    add("--batch-size", type=Number(int, at_least=1), default=64, help="of one process")
+    add("--lr", type=Number(float, more_than=0), default=0.1, help="initial learning rate of SGD")
+    add("--momentum", type=Number(float, at_least=0, less_than=1), default=0.9)
+    add("--nesterov", action=flag, default=True)
+    add("--dampening", type=Number(float, at_least=0, at_most=1), default=0.0)
+    add("--weight-decay", type=Number(float, at_least=0), default=1e-4)
+    fraction = Number(float, more_than=0, less_than=1)
+    add("--lr-milestones", type=fraction, nargs="*", default=[0.5, 0.75], help="fractions of the epochs")
+    add("--lr-gamma", type=Number(float, more_than=0, at_most=1), default=0.1, help="factor at each milestone")
+    add("--accumulate", type=Number(int, at_least=1), default=1, help="batches whose gradients make one step")
+    add("--clip-norm", type=Number(float, more_than=0), help="largest norm of the gradient; no limit by default")
+    add("--seed", type=Number(int, at_least=0, less_than=2**31), default=0, help="of weights, masks, order, crops")
+
+
+def _add_machine(add) -> None:
+    flag = argparse.BooleanOptionalAction
+    add("--device", help="cpu, cuda or cuda:N; cuda if there is one by default")
+    add("--threads", type=Number(int, at_least=1), help="of a CPU; PyTorch's choice by default")
+    add("--amp", choices=("bf16", "fp16"), help="mixed precision; fp16 scales the loss, which costs a wait a step")
+    add("--compile", action=flag, default=False, help="torch.compile")
+    add("--cuda-graph", action=flag, default=False, help="record forward and backward once and replay them")
+    add("--channels-last", action=flag, default=False)
+    add("--deterministic", action=flag, default=False, help="only algorithms that give the same bits every time")
+    add("--sync-bn", action=flag, default=False, help="batch statistics over all processes")
+
+
+def _add_run(add) -> None:
+    add("--output", type=Path, metavar="FOLDER", help="of the run; runs/DATASET-VARIANT-seedSEED by default")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --output, if there is one")
+    add("--limit-steps", type=Number(int, at_least=1), help="end the training after so many steps in all")
+    add("--checkpoint-steps", type=Number(int, at_least=1), help="also write checkpoints every so many steps")
+    add("--log-steps", type=Number(int, at_least=1), default=10, help="steps between readings of the loss")
+
+
+def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(
+            f"--config {path} holds a {type(content).__name__}; it must hold lines of the form 'option: value'"
+        )
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, 1, 0)[0]
+            raise UserError(f"{path}: {key} is no option; the nearest one is {near}")
+        try:
+            values[name] = _converted(value, actions[name])
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise UserError(f"{path}: {key} is {value!r}; {error}") from error
+    return values
+
+
+def _converted(value, action: argparse.Action):
+    """A value of the file as argparse would have got it from the command line."""
+    if value is None:
+        if action.default is not None:
+            raise ValueError("it may not be left empty")
+        return None
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError("it must be true or false")
+        return value
+    if action.nargs == "*":
+        if not isinstance(value, list):
+            raise ValueError("it must be a list, such as [0.5, 0.75]")
+        return [action.type(str(item)) for item in value]
+    if isinstance(action.type, Number) or action.type is depth:
+        return action.type(str(value))  # YAML takes 1e-4 for a string
+    if not isinstance(value, str):
+        raise ValueError("it must be a string")
+    if action.choices is not None and value not in action.choices:
+        raise ValueError(f"it may be {', '.join(action.choices)}")
+    return value if action.type is None else action.type(value)
+
+
+def _resolve(options: argparse.Namespace) -> None:
+    import torch
+
+    if options.epochs is None:
+        options.epochs = EPOCHS.get(options.dataset, 300)
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.output is None:
+        options.output = Path("runs", f"{options.dataset}-{options.variant}-seed{options.seed}")
+    _check_device(options.device)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device is {name!r}; it may be cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {name!r}; it may be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device is {name!r}; PyTorch sees {torch.cuda.device_count()} GPUs here; cpu always works")
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """Options that are right alone and wrong together."""
+    if options.nesterov and (options.momentum == 0 or options.dampening != 0):
+        raise UserError(
+            f"--nesterov needs momentum and no dampening; --momentum is {options.momentum}, --dampening is "
+            f"{options.dampening}: add --no-nesterov"
+        )
+    if options.lr_milestones != sorted(options.lr_milestones):
+        raise UserError(f"--lr-milestones is {options.lr_milestones}; it must be in ascending order")
+    if options.cuda_graph and not options.device.startswith("cuda"):
+        raise UserError(f"--cuda-graph needs a GPU; --device is {options.device!r}")
+    if options.cuda_graph and options.compile:
+        raise UserError("--cuda-graph and --compile exclude each other: leave one of them out")

@@ -1,0 +1,62 @@
+"""How the scripts end: messages instead of tracebacks, and exit codes."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from training.errors import UserError
+
+MISTAKE = 2  # exit code for what the user can mend; argparse has the same
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""
+
+
+def run_script(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None, interrupted: str = "") -> int:
+    """Calls main(argv) and returns the exit code of the script.
+
+    Args:
+        main: raises UserError for what the user can mend.
+        interrupted: what is to be said after Ctrl-C or SIGTERM, which end the script with code 130 and 143.
+    """
+    try:
+        with _termination():
+            main(argv)
+    except UserError as error:
+        _tell(f"error: {error}")
+        return MISTAKE
+    except OSError as error:  # of libraries that write files themselves
+        _tell(f"error: {error}")
+        return MISTAKE
+    except KeyboardInterrupt as error:
+        by_signal = isinstance(error, Terminated)
+        if os.environ.get("RANK", "0") == "0":
+            _tell(f"{'terminated' if by_signal else 'interrupted'}{interrupted}")
+        return 128 + (signal.SIGTERM if by_signal else signal.SIGINT)
+    return 0
+
+
+def _tell(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(message if rank == "0" else f"process {rank}: {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated, so that files are closed and temporary ones deleted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+
+    def terminate(number, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,90 @@
+"""train.py in two processes: they do what one process does with the same samples."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for name in ("sklearn", "safetensors", "tensorboard", "yaml"):
+    pytest.importorskip(name)
+
+import train  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+TRAIN = Path(__file__).resolve().parent.parent / "examples" / "train.py"
+# No masks: each process draws its own. Small steps: rounding is not to be amplified by a wild start.
+NET = "--variant B --drop-rate 0 --depth 10 --growth-rate 4 --se-reduction 2".split()
+RECIPE = "--image-size 16 --lr 0.02 --epochs 2 --limit-steps 4 --log-steps 1 --threads 1".split()
+WEIGHTS = "checkpoints/step-00000004/model.safetensors"
+TOLERANCE = dict(rtol=2e-4, atol=2e-5)  # float32, after four steps
+
+
+def run(folder, *options, processes=1):
+    """train.py as a user would start it."""
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+    command = [sys.executable, *(torchrun if processes > 1 else []), TRAIN, *arguments(folder, *options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(map(str, command), capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def arguments(folder, *options):
+    return [*NET, *RECIPE, "--output", str(folder), *options]
+
+
+def results(folder):
+    """Weights, running statistics among them, and the rows of metrics.csv."""
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return load_file(folder / WEIGHTS), rows
+
+
+def is_running_statistic(name):
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of one process, plain, with batches of 16."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, "--efficient", "plain", "--batch-size", "16")
+    return folder
+
+
+def test_synchronized_statistics_equal_the_whole_batch(tmp_path, whole, capsys):
+    """Two processes of 8 with SyncBatchNorm are one of 16: weights, running statistics, losses and accuracies."""
+    run(tmp_path, "--efficient", "fused", "--batch-size", "8", "--sync-bn", processes=2)
+    (weights, rows), (want, want_rows) = results(tmp_path), results(whole)
+    torch.testing.assert_close(weights, want, **TOLERANCE)
+    for row, want_row in zip(rows, want_rows, strict=True):
+        for name in ("epoch", "steps", "train_loss", "validation_loss"):
+            assert float(row[name]) == pytest.approx(float(want_row[name]), rel=1e-3), name
+    assert json.loads((tmp_path / "summary.json").read_text())["processes"] == 2
+
+    assert train.main(arguments(tmp_path, "--efficient", "fused", "--batch-size", "8", "--sync-bn", "--resume")) == 2
+    assert "the number of processes is 1 now and was 2" in capsys.readouterr().err
+
+
+def test_separate_statistics_equal_accumulated_halves(tmp_path, whole):
+    """Without SyncBatchNorm each process normalizes its own 8: the gradient is that of one process that takes one 8
+    after the other. Only the running statistics, which see the halves one by one there, may differ."""
+    run(tmp_path / "two", "--efficient", "fused", "--batch-size", "8", processes=2)
+    run(tmp_path / "one", "--efficient", "fused", "--batch-size", "8", "--accumulate", "2")
+    (weights, rows), (want, want_rows) = results(tmp_path / "two"), results(tmp_path / "one")
+    other, _ = results(whole)
+    trained = [name for name in weights if not is_running_statistic(name)]
+    torch.testing.assert_close({n: weights[n] for n in trained}, {n: want[n] for n in trained}, **TOLERANCE)
+    assert float(rows[0]["train_loss"]) == pytest.approx(float(want_rows[0]["train_loss"]), rel=1e-3)
+    with pytest.raises(AssertionError):  # the tolerance tells halves from the whole
+        torch.testing.assert_close({n: weights[n] for n in trained}, {n: other[n] for n in trained}, **TOLERANCE)
+
+
+def test_synchronized_statistics_of_the_plain_network_need_a_gpu(tmp_path, capsys):
+    assert train.main(arguments(tmp_path / "run", "--efficient", "plain", "--sync-bn", "--device", "cpu")) == 2
+    assert "--efficient fused serves CPUs too" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
