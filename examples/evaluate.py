@@ -1,7 +1,7 @@
 """Loss and accuracy of a trained network on one split of its data set.
 
-    python examples/evaluate.py runs/digits-A+B+C-seed0
-    python examples/evaluate.py runs/cifar10 --split validation --weights last --output last.json
+python examples/evaluate.py runs/digits-A+B+C-seed0
+python examples/evaluate.py runs/cifar10 --split validation --weights last --output last.json
 """
 
 import argparse
@@ -84,7 +84,9 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def show(figures: dict) -> None:
-    print(f"{figures['run']}, {figures['weights']} weights, {figures['images']} images of the split {figures['split']}:")
+    print(
+        f"{figures['run']}, {figures['weights']} weights, {figures['images']} images of the split {figures['split']}:"
+    )
     print(f"loss      {figures['loss']:8.4f}")
     print(f"accuracy  {figures['accuracy']:8.2f} %")
     if f"top{TOP}_accuracy" in figures:

@@ -1,6 +1,6 @@
 """Classes that a trained network sees in images.
 
-    python examples/predict.py runs/my-flowers rose.jpg tulip.png --top 5
+python examples/predict.py runs/my-flowers rose.jpg tulip.png --top 5
 """
 
 import argparse

@@ -19,6 +19,7 @@ import torch
 from training import checkpoint, datasets, run_folder
 from training.engine import Trainer
 from training.files import replace_file
+from training.libraries import PACKAGES, library
 from training.loader import statistics
 from training.options import parse
 from training.plots import draw_run
@@ -63,7 +64,9 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def set_up(options: argparse.Namespace) -> None:
-    """Threads and algorithms, before anything is computed."""
+    """Libraries, threads and algorithms, before anything is computed."""
+    for module in PACKAGES:
+        library(module)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.deterministic:

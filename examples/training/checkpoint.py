@@ -18,6 +18,7 @@ from torch import Tensor
 
 from training.errors import UserError
 from training.files import readable_errors, sync_folder, write_synced
+from training.libraries import library
 
 KEPT = 2  # newest checkpoints
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
@@ -88,16 +89,13 @@ def remove_temporary(folder: Path) -> None:
 
 def format_weights(weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """A safetensors file."""
-    from safetensors.torch import save as to_bytes
-
+    to_bytes = library("safetensors.torch").save
     return to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, metadata)
 
 
 def parse_weights(content: bytes) -> dict[str, Tensor]:
     """The tensors of a safetensors file."""
-    from safetensors.torch import load as from_bytes
-
-    return from_bytes(content)
+    return library("safetensors.torch").load(content)
 
 
 def _fill(folder: Path, weights: Mapping[str, Tensor], state: dict) -> None:

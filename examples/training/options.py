@@ -8,6 +8,7 @@ from pathlib import Path
 from densenet_ext.masks import POSITIONS
 from densenet_ext.models import VARIANTS
 from training.errors import UserError
+from training.libraries import library
 from training.ranges import Number, depth
 
 DATASETS = ("digits", "cifar10", "cifar100", "tiny-imagenet", "folder")
@@ -57,11 +58,9 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
 
 def to_yaml(options: argparse.Namespace) -> str:
     """What --config reads to get the same options."""
-    import yaml
-
     values = {name: value for name, value in vars(options).items() if name not in _NOT_SAVED}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
+    return library("yaml").safe_dump(plain, sort_keys=False, default_flow_style=None)
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
@@ -143,8 +142,7 @@ def _add_run(add) -> None:
 
 
 def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict:
-    import yaml
-
+    yaml = library("yaml")
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

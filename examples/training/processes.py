@@ -81,6 +81,8 @@ def start(options: argparse.Namespace) -> Processes:
     """
     device = torch.device(options.device)
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # where streams and graphs are made unless told otherwise
         return Processes.alone(options.device)
     rank, local_rank, world_size = _environment()
     if world_size > 1 and options.cuda_graph:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from training.errors import UserError
 from training.files import replace_file
+from training.libraries import library
 
 # Losses are means of the cross entropy, accuracies percents, memory MB = 1e6 bytes; train_seconds is cumulative.
 COLUMNS = (
@@ -89,8 +89,4 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 
 
 def _writer(folder: Path, purge_step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(f"TensorBoard cannot be imported ({error}): pip install tensorboard") from error
-    return SummaryWriter(str(folder), purge_step=purge_step)
+    return library("torch.utils.tensorboard").SummaryWriter(str(folder), purge_step=purge_step)

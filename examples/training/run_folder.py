@@ -15,6 +15,7 @@ from densenet_ext import info
 from training import checkpoint
 from training.errors import UserError
 from training.files import readable_errors, replace_file
+from training.libraries import library
 from training.options import FIXED, parse, to_yaml
 from training.processes import Processes
 
@@ -97,6 +98,7 @@ def read_weights(folder: Path, which: str) -> dict[str, Tensor]:
             raise UserError(f"{folder} has no checkpoint yet: --weights last needs one")
         return found.weights
     path = folder / BEST if which == "best" else Path(which)
+    library("safetensors.torch")
     from safetensors import SafetensorError
 
     try:

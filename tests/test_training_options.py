@@ -1,0 +1,148 @@
+"""Options of the training tool: ranges, files of options, and what excludes what."""
+
+import sys
+
+import pytest
+import training_cases as cases
+
+for name in ("sklearn", "safetensors", "tensorboard", "yaml"):
+    pytest.importorskip(name)
+
+import train  # noqa: E402
+from training import options  # noqa: E402
+from training.errors import UserError  # noqa: E402
+from training.libraries import PACKAGES  # noqa: E402
+from training.processes import Processes, start  # noqa: E402
+from training.ranges import Number, depth  # noqa: E402
+
+
+def numeric_options():
+    return [
+        action for action in options._parser(None)._actions if isinstance(action.type, Number) or action.type is depth
+    ]
+
+
+def outside(kind):
+    """Values just outside the range of a numeric option, and what is no number at all."""
+    yield from ("many", "nan", "inf")
+    if kind is depth:
+        yield from ("4", "41", "40.0")
+        return
+    step = 1 if kind.kind is int else 1e-3
+    beyond = {"at least": -step, "at most": step, "more than": 0, "less than": 0}
+    for words, bound in kind.bounds.items():
+        yield str(bound + beyond[words])
+    if kind.kind is int:
+        yield "1.5"
+
+
+@pytest.mark.parametrize("action", numeric_options(), ids=lambda action: action.dest)
+def test_numbers_out_of_range(action, tmp_path, capsys):
+    """On the command line and in a file: the message names the option, the value, and what it may be."""
+    option = action.option_strings[0]
+    for value in outside(action.type):
+        with pytest.raises(SystemExit) as end:
+            options.parse([f"{option}={value}"])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and option in error and repr(value) in error and "it must be" in error
+        config = tmp_path / "config.yaml"
+        config.write_text(f"{action.dest}: {[value] if action.nargs else value}\n")
+        with pytest.raises(UserError, match=rf"config.yaml: {action.dest} is .*it must be"):
+            options.parse(["--config", str(config)])
+
+
+CONFIGS = {
+    "learning-rte: 1": "learning-rte is no option; the nearest one is",
+    "dept: 40": "dept is no option; the nearest one is depth",
+    "depth: [40]": "depth is .40.; .*it must be 6n",
+    "depth:": "depth is None; it may not be left empty",
+    "nesterov: 1": "nesterov is 1; it must be true or false",
+    "variant: C": "variant is 'C'; it may be vanilla, A, B",
+    "amp: 16": "amp is 16; it must be a string",
+    "lr-milestones: 0.5": "lr-milestones is 0.5; it must be a list",
+    "seed: true": "seed is True; 'True' is not valid; it must be an integer",
+    "- depth": "holds a list; it must hold lines of the form",
+    "depth: {": "cannot be read",
+}
+
+
+@pytest.mark.parametrize("content", CONFIGS)
+def test_mistakes_in_a_config(content, tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(content + "\n")
+    with pytest.raises(UserError, match=CONFIGS[content]) as raised:
+        options.parse(["--config", str(path)])
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("module", PACKAGES)
+def test_library_that_is_not_installed(module, tmp_path, monkeypatch, capsys):
+    """It is missed before the training and not at its first checkpoint."""
+    monkeypatch.setitem(sys.modules, module, None)
+    assert train.main([*cases.SMALL, "--output", str(tmp_path / "run")]) == 2
+    assert f"pip install {PACKAGES[module]}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="none.yaml cannot be read"):
+        options.parse(["--config", str(tmp_path / "none.yaml")])
+
+
+def test_order_of_options(tmp_path):
+    """The command line over the file over the defaults; what is written reads back as the same."""
+    path = tmp_path / "my.yaml"
+    path.write_text("growth-rate: 24\nlr: 1e-2\nnesterov: false\nlr_milestones: [0.3]\nclip-norm: 1\n")
+    found = options.parse(["--config", str(path), "--lr", "0.5", "--dataset", "cifar100"])
+    assert (found.growth_rate, found.lr, found.nesterov, found.lr_milestones, found.clip_norm) == (
+        24,
+        0.5,
+        False,
+        [0.3],
+        1,
+    )
+    assert (found.depth, found.epochs, str(found.output)) == (100, 300, "runs/cifar100-A+B+C-seed0")
+    path.write_text(options.to_yaml(found))
+    again = options.parse(["--config", str(path)])
+    assert {**vars(again), "config": None} == {**vars(found), "config": None}
+
+
+TOGETHER = {
+    "--nesterov needs momentum": ["--momentum", "0"],
+    "--dampening is 0.5": ["--dampening", "0.5"],
+    "--lr-milestones is .* ascending": ["--lr-milestones", "0.5", "0.2"],
+    "--cuda-graph needs a GPU": ["--cuda-graph", "--device", "cpu"],
+    "PyTorch sees . GPUs": ["--device", "cuda:9"],
+    "it may be cpu, cuda or cuda:N": ["--device", "tpu"],
+}
+
+
+@pytest.mark.parametrize("message", TOGETHER)
+def test_options_that_exclude_each_other(message):
+    with pytest.raises(UserError, match=message):
+        options.parse(TOGETHER[message])
+
+
+BEFORE_THE_START = {
+    "PyTorch's SyncBatchNorm": ["--sync-bn", "--variant", "A+B"],
+    "--accumulate is 40; it may be at most 39": ["--accumulate", "40"],
+    "make --batch-size smaller": ["--batch-size", "2000"],
+}
+
+
+@pytest.mark.parametrize("message", BEFORE_THE_START)
+def test_mistakes_leave_no_folder(message, tmp_path, capsys):
+    """So that the corrected command starts without --resume."""
+    folder = tmp_path / "run"
+    assert train.main([*cases.SMALL, "--output", str(folder), *BEFORE_THE_START[message]]) == 2
+    assert message in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_environment_of_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="RANK, LOCAL_RANK, WORLD_SIZE.*torchrun"):
+        start(options.parse([]))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert start(options.parse(["--device", "cpu"])) == Processes.alone("cpu")
