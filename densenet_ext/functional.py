@@ -248,12 +248,11 @@ def _input(x: Tensor, name: str) -> Tensor:
 
 def _tf32_allowed(x: Tensor) -> bool:
     """Whether products of float32 may be of TF32: what PyTorch's own convolutions on that device do."""
-    return x.device.type == "cuda" and _cudnn_uses_tf32()
+    if x.device.type != "cuda":
+        return False
+    from .precision import cudnn_uses_tf32  # imports the compiler, which takes seconds: not before it is needed
 
-
-@torch.compiler.assume_constant_result
-def _cudnn_uses_tf32() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return cudnn_uses_tf32()
 
 
 def _autocasts(x: Tensor) -> bool:
