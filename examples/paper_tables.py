@@ -57,7 +57,7 @@ FIELDS = (
 )
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -66,7 +66,7 @@ def parse_arguments():
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     add("--output", type=Path, default=Path("runs/paper"), help="folder of the tables, figures and runs")
     add("--tables-only", action="store_true", help="of the runs that have ended; start none")
-    return parser.parse_known_args()
+    return parser.parse_known_args(argv)
 
 
 def run(dataset, variant, folder, rest):
@@ -165,8 +165,8 @@ def write_tables(output, tables):
     print(f"\n{text}\n{output / 'tables.md'}")
 
 
-def main():
-    args, rest = parse_arguments()
+def main(argv=None):
+    args, rest = parse_arguments(argv)
     if args.tables_only and rest:
         sys.exit(f"error: {' '.join(rest)}: options of train.py have no meaning with --tables-only")
     tables = {}
