@@ -36,7 +36,7 @@ class Case:
         return f"{self.net} {s.height}x{s.width} N{s.samples} C{s.channels}"
 
 
-def _cases(net, samples, size, total, channels, width, growth, *, excite=(), consumer=(), outputs=0):
+def layer_cases(net, samples, size, total, channels, width, growth, *, excite=(), consumer=(), outputs=0):
     """Layers that read so many channels; all ops of a layer for the middle one, the 1x1 alone for the others."""
     middle = channels[len(channels) // 2]
     cases = [
@@ -52,20 +52,20 @@ def choose_cases(tiny):
     """The layers of DenseNet-BC(100, k=12) and of DenseNet-121: three where the bytes are, one elsewhere."""
     if tiny:
         return [
-            *_cases("cifar", 2, 8, 24, (8, 20), 16, 4, excite=EXCITE, consumer=TRANSITION, outputs=12),
-            *_cases("densenet121", 2, 4, 40, (32,), 32, 8, consumer=HEAD),
+            *layer_cases("cifar", 2, 8, 24, (8, 20), 16, 4, excite=EXCITE, consumer=TRANSITION, outputs=12),
+            *layer_cases("densenet121", 2, 4, 40, (32,), 32, 8, consumer=HEAD),
         ]
     cifar = {"width": 48, "growth": 12}
     imagenet = {"width": 128, "growth": 32}
     return [
-        *_cases("densenet121", 256, 56, 256, (64, 128, 224), **imagenet, consumer=TRANSITION, outputs=128),
-        *_cases("cifar", 64, 32, 216, (24, 120, 204), **cifar, excite=EXCITE, consumer=TRANSITION, outputs=108),
-        *_cases("cifar", 256, 32, 216, (24, 120, 204), **cifar, excite=EXCITE, consumer=TRANSITION, outputs=108),
-        *_cases("densenet121", 256, 14, 1024, (256, 640, 992), **imagenet),
-        *_cases("densenet121", 256, 28, 512, (320,), **imagenet),
-        *_cases("densenet121", 256, 7, 1024, (992,), **imagenet, consumer=HEAD),
-        *_cases("cifar", 256, 16, 300, (204,), **cifar),
-        *_cases("cifar", 256, 8, 342, (246,), **cifar, consumer=HEAD),
+        *layer_cases("densenet121", 256, 56, 256, (64, 128, 224), **imagenet, consumer=TRANSITION, outputs=128),
+        *layer_cases("cifar", 64, 32, 216, (24, 120, 204), **cifar, excite=EXCITE, consumer=TRANSITION, outputs=108),
+        *layer_cases("cifar", 256, 32, 216, (24, 120, 204), **cifar, excite=EXCITE, consumer=TRANSITION, outputs=108),
+        *layer_cases("densenet121", 256, 14, 1024, (256, 640, 992), **imagenet),
+        *layer_cases("densenet121", 256, 28, 512, (320,), **imagenet),
+        *layer_cases("densenet121", 256, 7, 1024, (992,), **imagenet, consumer=HEAD),
+        *layer_cases("cifar", 256, 16, 300, (204,), **cifar),
+        *layer_cases("cifar", 256, 8, 342, (246,), **cifar, consumer=HEAD),
     ]
 
 

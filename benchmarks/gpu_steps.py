@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import harness
 import torch
 import torch.nn.functional as F
-from peers import PEERS, GpuSpec, GpuStep
-from roofline import Architecture
+from harness import Spec
+from peers import PEERS, GpuStep
 
 # An implementation is not begun later than this many seconds before its group's end; timing takes at most so long.
 RESERVE, TIMING = 6, 12
@@ -72,7 +72,7 @@ GROUPS = (
 
 
 def make_spec(group, implementation, device, variant, tiny):
-    """The `GpuSpec` of one implementation of a group; of the same kind but tiny for a rehearsal."""
+    """The `Spec` of one implementation of a group; of the same kind but tiny for a rehearsal."""
     peer = PEERS[implementation]
     common = {
         "implementation": peer.implementation,
@@ -83,30 +83,16 @@ def make_spec(group, implementation, device, variant, tiny):
     }
     if group.net == "cifar":
         size = {"depth": 10, "growth_rate": 4, "size": 8} if tiny else {}
-        return GpuSpec(variant=variant, **common, **size)
+        return Spec(variant=variant, **common, **size)
     # 2x2 pixels at the end: the gradient of a norm over two values is all rounding
     size = {"blocks": (1, 2, 1, 1), "growth_rate": 4, "size": 64} if tiny else {"blocks": (6, 12, 24, 16), "size": 224}
-    return GpuSpec(variant="", small_inputs=False, **common, **({"growth_rate": 32, "num_classes": 1000} | size))
-
-
-def architecture(spec):
-    """What roofline.step_bytes needs to know of a spec."""
-    blocks = spec.blocks or ((spec.depth - 4) // 6,) * 3
-    return Architecture(
-        blocks,
-        spec.growth_rate,
-        spec.size,
-        2 * spec.growth_rate,
-        spec.small_inputs,
-        squeeze_excite="B" in spec.variant,
-        classes=spec.num_classes,
-    )
+    return Spec(variant="", small_inputs=False, **common, **({"growth_rate": 32, "num_classes": 1000} | size))
 
 
 def architectures(device, variant, tiny):
     """{net: Architecture} of all networks here."""
     specs = {g.net: make_spec(g, "fused", device, variant, tiny) for g in GROUPS}
-    return {net: architecture(spec) for net, spec in specs.items()}
+    return {net: spec.architecture() for net, spec in specs.items()}
 
 
 def choose_groups(names=None, tiny=False):

@@ -45,6 +45,8 @@ def work(args):
 class Worker:
     """A part in a process; one that dies or stands still is started again and leaves out what it was at."""
 
+    late = LATE
+
     def __init__(self, part, args, folder, seconds, environment):
         self.part, self.args, self.folder, self.environment = part, args, folder, environment
         self.journal = folder / f"{part}.jsonl"
@@ -56,7 +58,9 @@ class Worker:
         self.starts += 1
         seconds = self.deadline - time.monotonic()
         log = self.folder / f"{self.part}.{self.starts}.log"
-        self.process = Process(self.command(seconds), log, seconds + LATE * (self.part != "compile"), self.environment)
+        self.process = Process(
+            self.command(seconds), log, seconds + self.late * (self.part != "compile"), self.environment
+        )
         self.changed = time.monotonic()
 
     def command(self, seconds):

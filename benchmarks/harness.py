@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages; read when torch is loaded
 
+import others
 import torch
 import torch.nn.functional as F
+from roofline import Architecture
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from densenet_ext import DenseNetBC, release_workspaces, set_fallback, workspace_use
@@ -29,10 +31,16 @@ IMPLEMENTATIONS = {
     "plain-channels-last": ({"efficient": False}, True),
     "checkpoint": ({"efficient": "checkpoint"}, False),
     "checkpoint-channels-last": ({"efficient": "checkpoint"}, True),
+    "selective": ({"efficient": False}, False),  # others.py
+    "selective-channels-last": ({"efficient": False}, True),
+    "saved-on-cpu": ({"efficient": False}, True),
     "fused": ({"efficient": "fused"}, False),
+    "fused-channels-last": ({"efficient": "fused"}, True),
     "fused-kept": ({"efficient": "fused", "keep_bottleneck": True}, False),
     "torchvision": (None, False),
+    "torchvision-channels-last": (None, True),
     "torchvision-efficient": (None, False),
+    "torchvision-efficient-channels-last": (None, True),
 }
 VARIANTS = ("vanilla", "A", "B", "A+B")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -43,7 +51,7 @@ class Spec:
     """One row of a benchmark: which network, how it is computed, on what."""
 
     implementation: str = "fused"
-    variant: str = "A+B"
+    variant: str = "A+B"  # or "": DenseNet-BC as it was published, without dropout
     depth: int = 100
     growth_rate: int = 12
     batch_size: int = 64
@@ -52,6 +60,9 @@ class Spec:
     device: str = "cpu"
     channels_last: bool = False
     num_classes: int = 100
+    blocks: tuple = ()  # layers of each block, in place of depth
+    small_inputs: bool = True
+    random: bool = True  # False: without the variant's masks
 
     @property
     def memory_format(self):
@@ -60,16 +71,49 @@ class Spec:
 
     @property
     def weights_format(self):
-        return self.memory_format
+        # The fused op reads weights as PyTorch keeps them, whatever comes in: only the images, and with them the stem,
+        # have a layout to choose.
+        fused = self.implementation.startswith("fused")
+        return torch.contiguous_format if fused else self.memory_format
+
+    @property
+    def layers(self):
+        """Dense layers of each block."""
+        return tuple(self.blocks) or ((self.depth - 4) // 6,) * 3
+
+    def architecture(self):
+        """What roofline.py counts with."""
+        return Architecture(
+            self.layers,
+            self.growth_rate,
+            self.size,
+            2 * self.growth_rate,
+            self.small_inputs,
+            squeeze_excite="B" in self.variant,
+            classes=self.num_classes,
+        )
 
     def new_network(self):
         """The network as its constructor leaves it."""
         options, _ = IMPLEMENTATIONS[self.implementation]
         if options is None:
-            return _torchvision(self)
-        return DenseNetBC.variant(
-            self.variant, depth=self.depth, growth_rate=self.growth_rate, num_classes=self.num_classes, **options
-        )
+            return others.torchvision_network(self)
+        options = options | {
+            "block_config": self.layers,
+            "growth_rate": self.growth_rate,
+            "num_classes": self.num_classes,
+            "small_inputs": self.small_inputs,
+        }
+        if not self.random:
+            options |= {"drop_rate": 0.0, "drop_channel": 0.0}
+        model = DenseNetBC.variant(self.variant, **options) if self.variant else DenseNetBC(**options)
+        return others.checkpoint_selectively(model) if self.implementation.startswith("selective") else model
+
+    def saved_tensors(self):
+        """The context of the forward pass that says where tensors wait for backward."""
+        if self.implementation == "saved-on-cpu":
+            return torch.autograd.graph.save_on_cpu(pin_memory=self.device.startswith("cuda"))
+        return nullcontext()
 
     def autocast(self):
         """The context of the forward pass."""
@@ -85,25 +129,6 @@ def build_model(spec):
     return spec.new_network().to(device=spec.device, dtype=dtype, memory_format=spec.weights_format).train()
 
 
-def _torchvision(spec):
-    """torchvision's DenseNet with a CIFAR stem: layer for layer DenseNetBC's 'vanilla', written by others."""
-    import torchvision
-
-    layers, stem = (spec.depth - 4) // 6, 2 * spec.growth_rate
-    model = torchvision.models.DenseNet(
-        spec.growth_rate,
-        (layers,) * 3,
-        stem,
-        drop_rate=0.2,
-        num_classes=spec.num_classes,
-        memory_efficient=spec.implementation == "torchvision-efficient",
-    )
-    model.features.conv0 = torch.nn.Conv2d(3, stem, 3, padding=1, bias=False)
-    for name in ("norm0", "relu0", "pool0"):
-        delattr(model.features, name)
-    return model
-
-
 def build_batch(spec, batch_size=None, size=None):
     """Random images [N, 3, H, W] and labels [N], the same for every implementation."""
     generator = torch.Generator().manual_seed(1)
@@ -117,10 +142,14 @@ def build_batch(spec, batch_size=None, size=None):
 class TrainingStep:
     """Model, optimizer and batch of one `Spec`; calling it trains one step and waits for the device."""
 
+    fused = None  # the optimizer as torch chooses it
+
     def __init__(self, spec):
         self.spec = spec
         self.model = build_model(spec)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=self.fused
+        )
         self.batch = build_batch(spec)
         self.warm_up()
 
@@ -130,9 +159,13 @@ class TrainingStep:
         self()
         self.batch = batch
 
+    def clear(self):
+        """Gradients to zero; they stay allocated."""
+        self.optimizer.zero_grad(set_to_none=False)
+
     def forward(self):
         images, labels = self.batch
-        with self.spec.autocast():
+        with self.spec.autocast(), self.spec.saved_tensors():
             return F.cross_entropy(self.model(images), labels)
 
     def finish(self, loss):
@@ -140,7 +173,7 @@ class TrainingStep:
         self.optimizer.step()
 
     def __call__(self):
-        self.optimizer.zero_grad(set_to_none=False)
+        self.clear()
         self.finish(self.forward())
         self.synchronize()
 
@@ -162,13 +195,13 @@ class Memory:
 def measure_memory(step):
     """The `Memory` of one call of `step`."""
     gc.collect()
-    step.optimizer.zero_grad(set_to_none=False)
+    step.clear()
     return _cuda_memory(step) if step.spec.device.startswith("cuda") else _cpu_memory(step)
 
 
 def _cuda_memory(step):
     step()  # libraries choose algorithms and take workspaces in a first full step
-    step.optimizer.zero_grad(set_to_none=False)
+    step.clear()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

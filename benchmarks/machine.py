@@ -1,5 +1,6 @@
 """What a measurement was made on and with, for every table and file of results."""
 
+import argparse
 import csv
 import datetime
 import json
@@ -16,6 +17,13 @@ import densenet_ext
 from densenet_ext import info
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# glibc: serve all sizes from the heap and give nothing back, so that later steps pay for no fresh pages
+KEEP_PAGES = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "64000000",
+}
 
 
 def describe(device):
@@ -41,6 +49,18 @@ def describe(device):
     if "MALLOC_MMAP_MAX_" in os.environ:
         description["malloc"] = "pages are kept between steps"
     return description
+
+
+def names(known):
+    """A type of argparse: names with commas between them, all of them known."""
+
+    def parse(text):
+        chosen = tuple(text.split(","))
+        if unknown := [name for name in chosen if name not in known]:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(known)}")
+        return chosen
+
+    return parse
 
 
 def heading(description):

@@ -30,13 +30,6 @@ PAPER = {("vanilla", "plain"): 1222, ("A+B", "plain"): 1164, ("A+B", "fused"): 5
 MAIN = ("plain", "plain-channels-last", "checkpoint", "fused", "fused-kept")
 OTHERS = ("plain", "checkpoint", "fused")
 
-# glibc: serve all sizes from the heap and give nothing back, so that later steps pay for no fresh pages
-KEEP_PAGES = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "64000000",
-}
-
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,8 +41,16 @@ def parse_arguments():
     add("--depth", type=int, default=100, help="6n + 4")
     add("--growth-rate", type=int, default=12)
     add("--channels-last", action="store_true", help="all implementations, not only those named so")
-    add("--variants", type=_names(harness.VARIANTS), help="some of vanilla,A,B,A+B; default: all, A+B with --scaling")
-    add("--implementations", type=_names(harness.IMPLEMENTATIONS), help="some of " + ",".join(harness.IMPLEMENTATIONS))
+    add(
+        "--variants",
+        type=machine.names(harness.VARIANTS),
+        help="some of vanilla,A,B,A+B; default: all, A+B with --scaling",
+    )
+    add(
+        "--implementations",
+        type=machine.names(harness.IMPLEMENTATIONS),
+        help="some of " + ",".join(harness.IMPLEMENTATIONS),
+    )
     add("--rounds", type=int, default=5, help="interleaved steps of each row")
     add("--time-limit", type=float, default=225, help="seconds after which no round of timing is begun (default 225)")
     add("--threads", type=int, default=torch.get_num_threads())
@@ -60,16 +61,6 @@ def parse_arguments():
     add("--json", metavar="FILE")
     add("--plot", metavar="FILE", help="a picture of the last variant, or of the scaling")
     return parser.parse_args()
-
-
-def _names(known):
-    def parse(text):
-        names = tuple(text.split(","))
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(known)}")
-        return names
-
-    return parse
 
 
 def choose_specs(args):
@@ -183,8 +174,8 @@ def notes(rows):
 
 def main():
     args = parse_arguments()
-    if args.keep_pages and not KEEP_PAGES.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_PAGES)
+    if args.keep_pages and not machine.KEEP_PAGES.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | machine.KEEP_PAGES)
     deadline = time.monotonic() + args.time_limit
     torch.set_num_threads(args.threads)
     description = machine.describe(args.device)

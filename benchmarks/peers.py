@@ -1,13 +1,11 @@
-"""What is compared on a GPU: the plain network in its layouts, recomputation, a compiler, CUDA graphs, and the fused one."""
+"""What is compared: the plain network in its layouts, recomputation, a compiler, CUDA graphs, and the fused one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import harness
 import torch
-from harness import Spec, TrainingStep
-
-from densenet_ext import DenseNetBC
+from harness import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -17,6 +15,9 @@ class Peer:
     implementation: str
     channels_last: bool = False
     runner: str = "eager"  # or compile, graph
+    budget: float = 1.0  # of the compiler: the share of activations that it may keep
+    freeze: bool = False  # of the compiler: weights become constants, for inference
+    dtype: str | None = None  # where it is not the benchmark's
 
 
 PEERS = {
@@ -31,36 +32,6 @@ PEERS = {
     "fused-kept": Peer("fused-kept", True),
     "fused-graph": Peer("fused", True, "graph"),
 }
-
-
-@dataclass(frozen=True)
-class GpuSpec(Spec):
-    """A network of this benchmark: `variant` empty is DenseNet-BC as it was published, without dropout."""
-
-    blocks: tuple = ()  # layers of each block, in place of depth
-    small_inputs: bool = True
-    random: bool = True  # False: without the variant's masks, so that every dtype computes the same function
-
-    @property
-    def weights_format(self):
-        # The fused op reads weights as PyTorch keeps them; its maps are channels last whatever comes in, so that only
-        # the images, and with them the stem, have a layout to choose.
-        fused = self.implementation.startswith("fused")
-        return torch.contiguous_format if fused else self.memory_format
-
-    def new_network(self):
-        options = dict(harness.IMPLEMENTATIONS[self.implementation][0])
-        size = {"block_config": self.blocks} if self.blocks else {"depth": self.depth}
-        options |= size | {
-            "growth_rate": self.growth_rate,
-            "num_classes": self.num_classes,
-            "small_inputs": self.small_inputs,
-        }
-        if not self.variant:
-            return DenseNetBC(**options)
-        if not self.random:
-            options |= {"drop_rate": 0.0, "drop_channel": 0.0}
-        return DenseNetBC.variant(self.variant, **options)
 
 
 class GpuStep(TrainingStep):

@@ -107,46 +107,87 @@ class Architecture:
     classes: int = 100
 
 
-def step_bytes(net, samples, e, keep_bottleneck=False):
-    """Bytes of a fused training step: forward, backward with the bottlenecks computed again unless kept, optimizer.
+def step_ops(net, samples, keep_bottleneck=False, training=True):
+    """(op, Size) of every kernel op in a fused step, block for block; of inference where not training."""
+    size, channels, width = net.size, net.stem_channels, net.bottleneck * net.growth
+    if not net.small_inputs:
+        size //= 4
+    ops = ["bottleneck_forward", "conv3x3_forward"] + ["squeeze_excite_forward"] * net.squeeze_excite
+    if training:
+        ops += ["conv3x3_backward", "bottleneck_backward"] + ["squeeze_excite_backward"] * net.squeeze_excite
+        ops += ["bottleneck_forward"] * (not keep_bottleneck)
+    for i, layers in enumerate(net.blocks):
+        entering = Size(samples, size, size, channels)
+        yield "append", entering
+        if training:
+            yield "finish_gradient", entering
+        for _ in range(layers):
+            s = Size(samples, size, size, channels, width, net.growth)
+            yield from ((op, s) for op in ops)
+            channels += net.growth
+        last = i + 1 == len(net.blocks)
+        s = Size(samples, size, size, channels, outputs=0 if last else channels // 2)
+        for direction in ("forward", "backward")[: 1 + training]:
+            yield f"{'head' if last else 'transition'}_{direction}", s
+        if not last:
+            size, channels = size // 2, s.outputs
+
+
+def step_bytes(net, samples, e, keep_bottleneck=False, training=True):
+    """Bytes of a fused training step: forward, backward with the bottlenecks computed again unless kept, optimizer; or
+    of inference.
 
     The stem is counted as PyTorch's own operators compute it, everything else by the formulas above.
     """
-    size, channels, total, parameters = net.size, net.stem_channels, 0, 0
-    total += _stem_bytes(net, samples, e)
-    if not net.small_inputs:
-        size //= 4
-    width = net.bottleneck * net.growth
-    for i, layers in enumerate(net.blocks):
-        entering = Size(samples, size, size, channels)
-        total += op_bytes("append", entering, e) + op_bytes("finish_gradient", entering, e)
-        for _ in range(layers):
-            s = Size(samples, size, size, channels, width, net.growth)
-            ops = ["bottleneck_forward", "conv3x3_forward", "conv3x3_backward", "bottleneck_backward"]
-            ops += [] if keep_bottleneck else ["bottleneck_forward"]
-            ops += ["squeeze_excite_forward", "squeeze_excite_backward"] if net.squeeze_excite else []
-            total += sum(op_bytes(op, s, e) for op in ops)
-            parameters += width * channels + 9 * width * net.growth
-            channels += net.growth
-        if i + 1 < len(net.blocks):
-            s = Size(samples, size, size, channels, outputs=channels // 2)
-            total += op_bytes("transition_forward", s, e) + op_bytes("transition_backward", s, e)
-            parameters += s.outputs * channels
-            size, channels = size // 2, s.outputs
+    ops = list(step_ops(net, samples, keep_bottleneck, training))
+    total = stem_bytes(net, samples, e, training) + sum(op_bytes(op, s, e) for op, s in ops)
+    # SGD: weight, gradient and momentum read, two of them written
+    return total + (5 * parameters(net) * ARITHMETIC_BYTES if training else 0)
+
+
+def parameters(net):
+    """Weights of the convolutions after the stem and of the classifier: all but a few."""
+    counts = {
+        "bottleneck_forward": lambda s: s.bottleneck * s.channels,
+        "conv3x3_forward": lambda s: 9 * s.bottleneck * s.growth,
+        "transition_forward": lambda s: s.outputs * s.channels,
+        "head_forward": lambda s: s.channels * net.classes,
+    }
+    return sum(counts[op](s) for op, s in step_ops(net, 1, training=False) if op in counts)
+
+
+def step_flops(net, samples, training=True):
+    """Operations of the plain network's convolutions and classifier, computed directly: forward and both gradients.
+
+    What torch.utils.flop_counter counts. A transition's convolution comes before its pooling here; the images need no
+    gradient.
+    """
+    times, total = 3 if training else 1, 0
+    for op, s in step_ops(net, samples, True, training=False):
+        if op == "transition_forward":
+            total += 2 * s.rows * s.channels * s.outputs
+        elif op == "squeeze_excite_forward":
+            total += 2 * samples * 2 * s.growth * max(1, s.growth // 16)
+        elif op == "head_forward":
+            total += 2 * samples * s.channels * net.classes
         else:
-            s = Size(samples, size, size, channels)
-            total += op_bytes("head_forward", s, e) + op_bytes("head_backward", s, e)
-    parameters += channels * net.classes
-    return total + 5 * parameters * ARITHMETIC_BYTES  # SGD: weight, gradient and momentum read, two of them written
+            total += op_flops(op, s)
+    return times * total + (times - training) * stem_flops(net, samples)
 
 
-def _stem_bytes(net, samples, e):
+def stem_flops(net, samples):
+    """Of its convolution, in one direction."""
+    side, kernel = (net.size, 3) if net.small_inputs else (net.size // 2, 7)
+    return 2 * samples * side**2 * kernel**2 * 3 * net.stem_channels
+
+
+def stem_bytes(net, samples, e, training=True):
     """conv0 alone; or with norm0 (statistics, then the values), relu0 in place and pool0 (with its 8-byte indices)."""
     image, c = samples * net.size**2 * 3, net.stem_channels
     if net.small_inputs:
         out = samples * net.size**2 * c
-        return (image + out) * e * 2  # forward; gradient of the weight
+        return (image + out) * e * (1 + training)  # forward; gradient of the weight
     out, pooled = samples * (net.size // 2) ** 2 * c, samples * (net.size // 4) ** 2 * c
     forward = (image + out) * e + 3 * out * e + 2 * out * e + (out + pooled) * e + pooled * 8
     backward = (image + out) * e + 5 * out * e + 3 * out * e + (out + pooled) * e + pooled * 8
-    return forward + backward
+    return forward + (backward if training else 0)

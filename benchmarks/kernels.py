@@ -1,0 +1,231 @@
+"""Time of every kernel op on a CPU beside the composition of PyTorch's operators that it replaces, and its limit.
+
+    python benchmarks/kernels.py                the layers of three networks, and odd sizes beside even ones
+
+The composition (compositions.py) is timed in both memory formats and the faster one counts. All ops of a size are timed
+in turn, with a large matrix product and a copy between them: a limit is the longer of the op's bytes at the copy's rate
+and its operations at the product's (roofline.py). GB/s are of those bytes, so what fits the caches can exceed the copy's.
+"""
+
+import argparse
+import gc
+import time
+
+import harness
+import machine
+import torch
+from compositions import COMPOSITIONS, Composition
+from gpu_kernels import EXCITE, HEAD, LAYER, TRANSITION, Arguments, Case, layer_cases
+from limits import Limits, describe, floor
+from roofline import FORMULAS, STORAGE_BYTES, Size, op_bytes, op_flops
+from tqdm import tqdm
+
+HALF = 0.5  # of the limit: an op below it wants a reason
+ODD_LIMIT = 1.5  # times an even size's seconds an operation
+# (odd, even, samples, height and width of each, channels, growth of each): what is held against what
+PAIRS = (
+    ("33x31", "32x32", 16, (33, 31), (32, 32), 120, 12, 12),
+    ("14x14", "16x16", 64, (14, 14), (16, 16), 120, 12, 12),
+    ("7x7", "8x8", 64, (7, 7), (8, 8), 120, 12, 12),
+    ("growth 5", "growth 8", 16, (32, 32), (32, 32), 120, 5, 8),
+    ("growth 40", "growth 32", 16, (32, 32), (32, 32), 120, 40, 32),
+)
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ops", type=machine.names(FORMULAS), default=tuple(FORMULAS), help="some of " + ",".join(FORMULAS))
+    add("--nets", type=machine.names(NETS), default=NETS, help=",".join(NETS))
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--rounds", type=int, default=9)
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--time-limit", type=float, default=900, help="seconds after which no size is begun")
+    add("--quick", action="store_true", help="tiny sizes: no figure means anything")
+    add("--json", metavar="FILE")
+    add("--csv", metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+NETS = ("cifar", "densenet121", "bc190", "odd")
+
+
+def choose_cases(tiny=False):
+    if tiny:
+        return [
+            *layer_cases("cifar", 2, 8, 24, (8, 20), 16, 4, excite=EXCITE, consumer=TRANSITION, outputs=12),
+            *layer_cases("densenet121", 2, 4, 40, (32,), 32, 8, consumer=HEAD),
+            *odd_cases(tiny),
+        ]
+    cifar, imagenet = {"width": 48, "growth": 12}, {"width": 128, "growth": 32}
+    wide = {"width": 160, "growth": 40}
+    return [
+        *layer_cases("cifar", 64, 32, 216, (24, 120, 204), **cifar, excite=EXCITE, consumer=TRANSITION, outputs=108),
+        *layer_cases("cifar", 64, 16, 300, (204,), **cifar, consumer=TRANSITION, outputs=150),
+        *layer_cases("cifar", 64, 8, 342, (246,), **cifar, consumer=HEAD),
+        *layer_cases("densenet121", 8, 56, 256, (64, 128, 224), **imagenet, consumer=TRANSITION, outputs=128),
+        *layer_cases("densenet121", 8, 28, 512, (320,), **imagenet, consumer=TRANSITION, outputs=256),
+        *layer_cases("densenet121", 8, 14, 1024, (640,), **imagenet, consumer=TRANSITION, outputs=512),
+        *layer_cases("densenet121", 8, 7, 1024, (768,), **imagenet, consumer=HEAD),
+        *layer_cases("bc190", 8, 32, 1320, (80, 680, 1280), **wide, consumer=TRANSITION, outputs=660),
+        *layer_cases("bc190", 8, 16, 1900, (1260,), **wide, consumer=TRANSITION, outputs=950),
+        *layer_cases("bc190", 8, 8, 2190, (1550,), **wide, consumer=HEAD),
+        *odd_cases(),
+    ]
+
+
+def odd_cases(tiny=False):
+    """The layers of PAIRS, each size once."""
+    cases = {}
+    for _, _, samples, odd, even, channels, *growths in PAIRS[2:3] if tiny else PAIRS:
+        for (height, width), growth in zip((odd, even), growths, strict=True):
+            size = Size(2 if tiny else samples, height, width, channels, 4 * growth, growth, total=channels + growth)
+            cases[size] = Case("odd", size, (*LAYER,))
+    return list(cases.values())
+
+
+def measure(cases, args, deadline):
+    rows = []
+    with tqdm(cases, desc="kernels", disable=None) as progress:
+        for case in progress:
+            ops = [op for op in case.ops if op in args.ops]
+            if time.monotonic() > deadline:
+                rows += [cell(case, op, args) | {"error": "out of time"} for op in ops]
+            elif ops:
+                rows += measure_case(case, ops, args)
+            gc.collect()
+    return rows
+
+
+def cell(case, op, args):
+    s = case.size
+    name = f"{case.name} k{s.growth}" if case.net == "odd" else case.name
+    row = {"op": op, "net": case.net, "case": name, "dtype": args.dtype, "samples": s.samples, "height": s.height}
+    return row | {"width": s.width, "channels": s.channels, "bottleneck": s.bottleneck, "growth": s.growth}
+
+
+def measure_case(case, ops, args):
+    """A row for each op; one that fails says how."""
+    dtype, samples, errors = getattr(torch, args.dtype), {}, {}
+    for op in ops:
+        try:
+            chosen = {"ours": kernel(op, case.size, dtype)}
+            chosen |= {c: Composition(case.size, dtype, c == "channels last").function(op) for c in FORMATS}
+            for function in chosen.values():
+                function()
+        except (RuntimeError, TypeError, ValueError) as error:
+            errors[op] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            continue
+        samples |= {(op, which): function for which, function in chosen.items()}
+    limits = Limits(args.dtype, args.quick)
+    timed = {key: lambda f=function: harness.wall_seconds(f) for key, function in samples.items()}
+    times = harness.interleave(timed | limits.samples(), args.rounds, seconds=lambda sample: sample())
+    rates = limits.rates(times)
+    rows = []
+    for op in ops:
+        found = {"error": errors[op]} if op in errors else figures(op, case.size, args.dtype, times, rates)
+        rows.append(cell(case, op, args) | found)
+    return rows
+
+
+FORMATS = ("contiguous", "channels last")
+
+
+def kernel(op, size, dtype):
+    function, arguments = getattr(torch.ops.densenet_ext, op).default, getattr(Arguments(size, dtype, "cpu"), op)()
+    return lambda: function(*arguments)
+
+
+def figures(op, size, dtype, times, rates):
+    seconds, low, high = harness.quantiles(times[op, "ours"])
+    composed = {c: harness.quantiles(times[op, c])[0] for c in FORMATS}
+    best = min(composed, key=composed.get)
+    moved, flops = op_bytes(op, size, STORAGE_BYTES[dtype]), op_flops(op, size)
+    limit = floor(moved, flops, rates)
+    return {
+        "seconds": seconds,
+        "seconds_20": low,
+        "seconds_80": high,
+        "composition_seconds": composed[best],
+        "composition_format": best,
+        "faster": composed[best] / seconds,
+        "bytes": moved,
+        "flops": flops,
+        "gbytes_per_second": moved / seconds / 1e9,
+        "gflops_per_second": flops / seconds / 1e9,
+        "limit_seconds": limit,
+        "of_limit": limit / seconds,
+        "bound": "bytes" if moved / rates["bytes"] >= flops / rates["flops"] else "operations",
+        "matrix_rate": rates["flops"],
+        "copy_rate": rates["bytes"],
+    }
+
+
+def odd_ratios(rows):
+    """(pair, times the even size's seconds an operation, layer by layer) of PAIRS that were measured."""
+    found = []
+    for odd, even, _, odd_size, even_size, channels, *growths in PAIRS:
+        rate = [
+            _seconds_an_operation(rows, s, channels, g) for s, g in zip((odd_size, even_size), growths, strict=True)
+        ]
+        if all(rate):
+            found.append({"pair": f"{odd} against {even}", "ratio": rate[0] / rate[1], "limit": ODD_LIMIT})
+    return found
+
+
+def _seconds_an_operation(rows, size, channels, growth):
+    chosen = [
+        r
+        for r in rows
+        if r["net"] == "odd"
+        and (r["height"], r["width"]) == size
+        and (r["channels"], r["growth"]) == (channels, growth)
+    ]
+    flops = sum(r.get("flops", 0) for r in chosen)
+    return sum(r.get("seconds", 0) for r in chosen) / flops if flops else None
+
+
+def markdown(rows, ratios):
+    cells = []
+    for r in rows:
+        if "error" in r:
+            cells.append([r["op"], r["case"], "failed", *[""] * 7])
+            continue
+        ours, composed = (f"{1e3 * r[key]:.3f}" for key in ("seconds", "composition_seconds"))
+        line = [r["op"], r["case"], ours, composed, f"{r['faster']:.1f}x", f"{r['gbytes_per_second']:.1f}"]
+        line += [f"{r['gflops_per_second']:.0f}" if r["flops"] else "", r["bound"], f"{100 * r['of_limit']:.0f} %"]
+        cells.append([*line, "below half" if r["of_limit"] < HALF else ""])
+    header = ["op", "size", "ms", "PyTorch ms", "faster", "GB/s", "GFLOP/s", "bound by", "of the limit", ""]
+    parts = [machine.table(header, cells)]
+    parts += ["\n".join(f"- {r['op']} {r['case']}: {r['error']}" for r in rows if "error" in r)]
+    if ratios:
+        lines = [[r["pair"], f"<= {r['limit']}", f"{r['ratio']:.2f}"] for r in ratios]
+        parts.append("Seconds an operation of a layer, times the even size's:")
+        parts.append(machine.table(["sizes", "wanted", "found"], lines))
+    parts.append("PyTorch's composition, the faster of two memory formats; bytes:")
+    parts.append("\n".join(f"- {op}: {text}; {FORMULAS[op]}" for op, text in COMPOSITIONS.items()))
+    return "\n\n".join(part for part in parts if part)
+
+
+def main():
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    description = machine.describe("cpu")
+    print(machine.heading(description) + "\n", flush=True)
+    cases = [case for case in choose_cases(args.quick) if case.net in args.nets]
+    rows = measure(cases, args, time.monotonic() + args.time_limit)
+    ratios = odd_ratios(rows)
+    measured = [r for r in rows if "error" not in r]
+    if measured:
+        best = {"flops": max(r["matrix_rate"] for r in measured), "bytes": max(r["copy_rate"] for r in measured)}
+        print(f"The machine at its best: {describe(best)}.\n")
+    print(markdown(rows, ratios))
+    if args.json:
+        machine.write_json(args.json, description, rows, odd=ratios)
+    if args.csv:
+        columns = dict.fromkeys(key for row in rows for key in row)
+        machine.write_csv(args.csv, description, [{key: row.get(key) for key in columns} for row in rows])
+
+
+if __name__ == "__main__":
+    main()
