@@ -137,7 +137,8 @@ def conditions(dataset, results):
     where = f"{environment['cpu']}, {environment['threads']} threads" if run["device"] == "cpu" else run["device"]
     what = (
         f"DenseNet-BC({run['depth']}, k={run['growth_rate']}), {run['epochs']} epochs, batch {run['batch_size']}, "
-        f"seed {run['seed']}; {where}, torch {run['torch']}. {MEMORY[run['device'] == 'cpu']}"
+        f"seed {run['seed']}, by paper_tables.py; {where}, torch {run['torch']}, densenet_ext {environment['densenet_ext'].split(',')[0]}. "
+        f"{MEMORY[run['device'] == 'cpu']}"
     )
     return f"{what} {NOTES[dataset]}"
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from training.files import replace_file
 
 QUANTITIES = {"loss": "cross entropy", "accuracy": "accuracy in percent"}
+SCALES = {"loss": "log", "accuracy": "linear"}  # the first epochs would hide the others
 
 
 def draw_run(folder: Path, rows: list[dict[str, float]], title: str) -> None:
@@ -30,7 +31,7 @@ def draw(path: Path, quantity: str, curves: dict[str, tuple[list[dict[str, float
     for label, (rows, split) in curves.items():
         points = [row["epoch"] for row in rows], [row[f"{split}_{quantity}"] for row in rows]
         axes.plot(*points, label=label, marker="." * (len(rows) < 50))
-    axes.set(xlabel="epoch", ylabel=QUANTITIES[quantity], title=title)
+    axes.set(xlabel="epoch", ylabel=QUANTITIES[quantity], title=title, yscale=SCALES[quantity])
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()
