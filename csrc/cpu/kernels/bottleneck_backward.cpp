@@ -7,9 +7,10 @@
 //   G += q*gamma*rstd * dv1,  dv1 = r*dz*[z > 0];   S1, S2 of BN1 on the way
 //
 // A tile of up to 512 pixels: db is formed once, in both orientations. Then for 12 channels at a
-// time: z (12 runs of pixels), dW (lanes are o), dz (lanes are pixels), whose epilogue masks, sums
-// and updates G from registers: dz never reaches memory. Threads own contiguous tiles and private
-// sums, merged in thread order. Bytes moved: dv, b, x and G once, G written once.
+// time: z (12 runs of pixels), dW (lanes are o) while the next 12 runs of x are fetched, dz (lanes
+// are pixels), and a sweep that masks, sums and updates G: z and dz never leave the cache. Threads
+// own contiguous tiles and private sums, merged in thread order. Bytes moved: dv, b, x and G once,
+// G written once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
@@ -20,38 +21,52 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-constexpr int kGroup = 12;  // input channels at a time
+constexpr int kGroup = 12;            // input channels at a time
+constexpr int64_t kMostPixels = 512;  // of a tile
+// From one run of z or dz to the next: constant, so that 12 runs need no 12 registers.
+constexpr int64_t kRun = padded_stride(kMostPixels);
+constexpr int64_t kSegment = 32;  // pixels of a run whose successors are fetched at once
 
 template <class S>
 struct Job {
   using T = Arithmetic<S>;
   const BottleneckBackward<S>& a;
-  int64_t pitch, stride;  // of db and dweight; of db_t and z
+  int64_t pitch, stride;  // of db and dweight; of db_t
   const T* weight;        // [groups, width, kGroup]
   const T* scaled;        // gamma*rstd [channels]
   // of one thread
-  T *db, *db_t, *z, *dweight;
+  T *db, *db_t, *z, *dz, *dweight;
   double* sums;
 
   void form_db(const Tile& tile) const {
     const int64_t first_row = tile.sample * a.features.pixels() + tile.pixel;
     const int64_t vectors = pitch / kVec<T>;
-    for (int64_t v = 0; v < vectors; ++v) {
-      T t[3][kVec<T>] = {};
-      for (int j = 0; j < 3; ++j) {
-        for (int64_t i = 0; i < kVec<T> && v * kVec<T> + i < a.width; ++i)
-          t[j][i] = a.db_table[j * a.width + v * kVec<T> + i];
+    for_vector_groups<kMaxVectors>(vectors, [&](int64_t first, auto group) {
+      constexpr int NV = decltype(group)::value;
+      Vec<T> t0[NV], t1[NV], t2[NV];
+      for (int v = 0; v < NV; ++v) {
+        const int64_t column = (first + v) * kVec<T>, left = std::max<int64_t>(a.width - column, 0);
+        t0[v] = load_first(a.db_table + column, left);
+        t1[v] = load_first(a.db_table + a.width + column, left);
+        t2[v] = load_first(a.db_table + 2 * a.width + column, left);
       }
-      const Vec<T> t0 = load(t[0]), t1 = load(t[1]), t2 = load(t[2]);
       for (int64_t s = 0; s < tile.samples; ++s) {
-        const int64_t row = (first_row + s * tile.count) * pitch + v * kVec<T>;
-        T* const out = db + s * tile.pitch * pitch + v * kVec<T>;
-        for (int64_t i = 0; i < tile.count; ++i)
-          store(out + i * pitch, t0 * load(a.dv + row + i * pitch) +
-                                     (t1 + t2 * load(a.bottleneck + row + i * pitch)));
-        for (int64_t i = tile.count; i < tile.pitch; ++i) store(out + i * pitch, Vec<T>{});
+        const int64_t row = (first_row + s * tile.count) * pitch + first * kVec<T>;
+        const auto* const dv = a.dv + row;
+        const S* const b = a.bottleneck + row;
+        T* const out = db + s * tile.pitch * pitch + first * kVec<T>;
+        for (int64_t i = 0; i < tile.count; ++i) {
+          DX_UNROLL
+          for (int v = 0; v < NV; ++v) {
+            const int64_t at = i * pitch + v * kVec<T>;
+            store(out + at, t0[v] * load(dv + at) + (t1[v] + t2[v] * load(b + at)));
+          }
+        }
+        for (int64_t i = tile.count; i < tile.pitch; ++i) {
+          for (int v = 0; v < NV; ++v) store(out + i * pitch + v * kVec<T>, Vec<T>{});
+        }
       }
-    }
+    });
     for (int64_t p = 0; p < tile.positions(); p += kVec<T>) {
       for (int64_t v = 0; v < vectors; ++v) {
         Vec<T> square[kVec<T>];
@@ -64,12 +79,26 @@ struct Job {
     }
   }
 
-  void weight_gradient(const Tile& tile, int64_t c0) const {
+  // `ahead`: x of the group of channels that follows, at the first pixel of the tile it is in.
+  void weight_gradient(const Tile& tile, int64_t c0, const S* ahead) const {
     for (int r0 = 0; r0 < kGroup; r0 += kChannelRows) {
       for_vector_groups<kPixelVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
         constexpr int NV = decltype(group)::value;
         Block<T, kChannelRows, NV> block;
-        block.product(tile.positions(), z + r0 * stride, stride, 1, db + first * kVec<T>, pitch);
+        for (int64_t s = 0; s < tile.samples; ++s) {
+          const S* const next = ahead + s * a.features.sample_stride;
+          for (int64_t p = 0; p < tile.pitch; p += kSegment) {
+            if (first == 0) {
+              for (int r = r0; r < r0 + kChannelRows; ++r) {
+                for (int64_t i = 0; i < kSegment; i += 64 / sizeof(S))
+                  __builtin_prefetch(next + r * a.features.plane_stride + p + i, 0, 2);
+              }
+            }
+            const int64_t position = s * tile.pitch + p;
+            block.product(std::min(kSegment, tile.pitch - p), z + r0 * kRun + position, kRun, 1,
+                          db + position * pitch + first * kVec<T>, pitch);
+          }
+        }
         T* const out = dweight + (c0 + r0) * pitch + first * kVec<T>;
         DX_UNROLL
         for (int r = 0; r < kChannelRows; ++r) {
@@ -83,79 +112,76 @@ struct Job {
     }
   }
 
-  // dz of channels [c0 + r0, + kChannelRows) and its epilogue.
-  template <bool FIRST>
-  void input_gradient(const Tile& tile, int64_t c0, int r0) const {
-    const int64_t valid = std::min<int64_t>(kChannelRows, a.channels - c0 - r0);
-    if (valid <= 0) return;
-    Vec<T> s1[kChannelRows] = {}, s2[kChannelRows] = {};
-    for (int64_t s = 0; s < tile.samples; ++s) {
-      const int64_t n = tile.sample + s, c = c0 + r0;
-      const T* const pre = a.pre_mask.data ? a.pre_mask.row(n) + c : nullptr;
-      const T* const post = a.post_mask.data ? a.post_mask.row(n) + c : nullptr;
-      const T* const means = a.norm.mean + c;
-      const T* const steps = scaled + c;
-      const T* const z_first = z + r0 * stride + s * tile.pitch;
-      const S* const x_first = a.features.plane(n, c) + tile.pixel;
-      const T* const before_first = FIRST ? nullptr : a.grad_in.plane(n, c) + tile.pixel;
-      T* const g_first = a.grad.plane(n, c) + tile.pixel;
-      const int64_t x_stride = a.features.plane_stride, g_stride = a.grad.plane_stride;
-      const int64_t before_stride = a.grad_in.plane_stride;
-      for_vector_groups<kPixelVectors>(
-          ceil_div(tile.count, kVec<T>), [&](int64_t first, auto group) {
-            constexpr int NV = decltype(group)::value;
-            const int64_t position = s * tile.pitch + first * kVec<T>;
-            Block<T, kChannelRows, NV> block;
-            block.product(a.width, weight + c0 * a.width + r0, 1, kGroup, db_t + position, stride);
-            DX_UNROLL
-            for (int r = 0; r < kChannelRows; ++r) {
-              if (r >= valid) continue;
-              const Vec<T> q = broadcast(pre ? pre[r] : T(1)), mean = broadcast(means[r]);
-              const Vec<T> step = q * broadcast(steps[r]);
-              DX_UNROLL
-              for (int v = 0; v < NV; ++v) {
-                const int64_t p = (first + v) * kVec<T>, left = tile.count - p;
-                const S* const x = x_first + r * x_stride + p;
-                T* const g = g_first + r * g_stride + p;
-                const Vec<T> value = load_first(x, left);
-                Vec<T> d = where_positive(load(z_first + r * stride + p), block.acc[r][v]);
-                if (post) d = d * broadcast(post[r]);
-                s1[r] += d;
-                s2[r] += d * (q * value - mean);
-                if constexpr (FIRST) {
-                  store_first(g, step * d, left);
-                } else {
-                  const T* const before = before_first + r * before_stride + p;
-                  store_first(g, step * d + load_first(before, left), left);
-                  __builtin_prefetch(before + kGroup * before_stride, 0, 2);
-                }
-                __builtin_prefetch(x + kGroup * x_stride, 0, 2);
-              }
-            }
-          });
-    }
-    for (int64_t r = 0; r < valid; ++r) {
-      sums[2 * (c0 + r0 + r)] += static_cast<double>(sum_lanes<T>(s1[r]));
-      sums[2 * (c0 + r0 + r) + 1] += static_cast<double>(sum_lanes<T>(s2[r]));
+  void input_gradient(const Tile& tile, int64_t c0) const {
+    for (int r0 = 0; r0 < kGroup; r0 += kChannelRows) {
+      for_vector_groups<kPixelVectors>(tile.positions() / kVec<T>, [&](int64_t first, auto group) {
+        constexpr int NV = decltype(group)::value;
+        Block<T, kChannelRows, NV> block;
+        block.product(a.width, weight + c0 * a.width + r0, 1, kGroup, db_t + first * kVec<T>,
+                      stride);
+        T* const out = dz + r0 * kRun + first * kVec<T>;
+        DX_UNROLL
+        for (int r = 0; r < kChannelRows; ++r) {
+          DX_UNROLL
+          for (int v = 0; v < NV; ++v) store(out + r * kRun + v * kVec<T>, block.acc[r][v]);
+        }
+      });
     }
   }
 
-  void run(const Tile& tile) const {
+  // Everything that follows from dz, for channel c, the r-th of its group.
+  template <bool FIRST>
+  void update_channel(const Tile& tile, int64_t c, int64_t r) const {
+    const Vec<T> mean = broadcast(a.norm.mean[c]);
+    Vec<T> s1 = {}, s2 = {};
+    for (int64_t s = 0; s < tile.samples; ++s) {
+      const int64_t n = tile.sample + s;
+      const Vec<T> q = broadcast(a.pre_mask.data ? a.pre_mask.row(n)[c] : T(1)),
+                   post = broadcast(a.post_mask.data ? a.post_mask.row(n)[c] : T(1)),
+                   step = q * broadcast(scaled[c]);
+      const T* const z_run = z + r * kRun + s * tile.pitch;
+      const T* const dz_run = dz + r * kRun + s * tile.pitch;
+      const S* const x = a.features.plane(n, c) + tile.pixel;
+      const T* const before = FIRST ? nullptr : a.grad_in.plane(n, c) + tile.pixel;
+      T* const g = a.grad.plane(n, c) + tile.pixel;
+      const int64_t count = tile.count, ahead = kGroup * a.grad_in.plane_stride;
+      const auto update = [&](int64_t p, int64_t left) {
+        const Vec<T> d = where_positive(load(z_run + p), load(dz_run + p)) * post;
+        s1 += d;
+        s2 += d * (q * load_first(x + p, left) - mean);
+        if constexpr (FIRST) {
+          store_first(g + p, step * d, left);
+        } else {
+          store_first(g + p, step * d + load_first(before + p, left), left);
+          __builtin_prefetch(before + ahead + p, 0, 2);
+        }
+      };
+      int64_t p = 0;
+      for (; p + kVec<T> <= count; p += kVec<T>) update(p, kVec<T>);
+      if (p < count) update(p, count - p);
+    }
+    sums[2 * c] += static_cast<double>(sum_lanes<T>(s1));
+    sums[2 * c + 1] += static_cast<double>(sum_lanes<T>(s2));
+  }
+
+  // `next`: the tile that comes after it.
+  void run(const Tile& tile, const Tile& next) const {
     form_db(tile);
     for (int64_t c0 = 0; c0 < a.channels; c0 += kGroup) {
-      for (int64_t r = 0; r < kGroup; ++r) {
-        if (c0 + r < a.channels) {
-          norm_relu_tile(a.features, a.table, tile, c0 + r, z + r * stride);
-        } else {
-          std::fill_n(z + r * stride, tile.positions(), T(0));
-        }
-      }
-      weight_gradient(tile, c0);
-      for (int r0 = 0; r0 < kGroup; r0 += kChannelRows) {
+      const int64_t count = std::min<int64_t>(kGroup, a.channels - c0);
+      for (int64_t r = 0; r < count; ++r)
+        norm_relu_tile(a.features, a.table, tile, c0 + r, z + r * kRun);
+      for (int64_t r = count; r < kGroup; ++r) std::fill_n(z + r * kRun, tile.positions(), T(0));
+      const bool last = c0 + kGroup >= a.channels;
+      weight_gradient(tile, c0,
+                      last ? a.features.plane(next.sample, 0) + next.pixel
+                           : a.features.plane(tile.sample, c0 + kGroup) + tile.pixel);
+      input_gradient(tile, c0);
+      for (int64_t r = 0; r < count; ++r) {
         if (a.grad_in.data) {
-          input_gradient<false>(tile, c0, r0);
+          update_channel<false>(tile, c0 + r, r);
         } else {
-          input_gradient<true>(tile, c0, r0);
+          update_channel<true>(tile, c0 + r, r);
         }
       }
     }
@@ -168,7 +194,7 @@ template <class S>
 void bottleneck_backward(const BottleneckBackward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t pitch = round_up(a.width, kLanes), channels = round_up(a.channels, kGroup);
-  const int64_t capacity = tile_capacity<T>(2 * pitch, 512);
+  const int64_t capacity = tile_capacity<T>(2 * pitch, kMostPixels);
   const Tiling tiling(a.features.samples, a.features.pixels(), capacity);
   const int64_t threads = thread_count(tiling.count);
 
@@ -184,7 +210,7 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
         static_cast<T>(static_cast<double>(a.norm.weight[c]) * reciprocal_std(a.norm, c));
 
   const int64_t stride = padded_stride(capacity),
-                tile_values = pitch * capacity + (pitch + kGroup) * stride;
+                tile_values = pitch * capacity + pitch * stride + 2 * kGroup * kRun;
   const Scratch tiles(sizeof(T) * threads * tile_values);
   const Scratch partials(sizeof(T) * threads * channels * pitch);
   const Scratch sums(sizeof(double) * threads * 2 * a.channels);
@@ -201,9 +227,10 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
                      tile,
                      tile + pitch * capacity,
                      tile + pitch * (capacity + stride),
+                     tile + pitch * (capacity + stride) + kGroup * kRun,
                      partials.as<T>() + thread * channels * pitch,
                      sums.as<double>() + thread * 2 * a.channels};
-    for (int64_t i = begin; i < end; ++i) job.run(tiling[i]);
+    for (int64_t i = begin; i < end; ++i) job.run(tiling[i], tiling[std::min(i + 1, end - 1)]);
   });
 
   for (int64_t o = 0; o < a.width; ++o) {

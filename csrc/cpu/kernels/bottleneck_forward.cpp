@@ -5,7 +5,8 @@
 //
 // A tile of up to 256 pixels of all input channels is normalized and rectified into z [C,
 // positions] in the second-level cache; a register block of 8 pixels by 3 vectors of outputs then
-// runs over all channels. Threads own contiguous tiles. Bytes moved: x once, b once.
+// runs over all channels, and meanwhile fetches the next tile of x. Threads own contiguous tiles.
+// Bytes moved: x once, b once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
@@ -50,8 +51,8 @@ void add_row_moments(const S* b, int64_t rows, int64_t pitch, double count, doub
 }
 
 template <class S, class T = Arithmetic<S>>
-void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const T* weight,
-                     int64_t pitch, T* z, int64_t stride) {
+void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const Tile& next,
+                     const T* weight, int64_t pitch, T* z, int64_t stride) {
   for (int64_t c = 0; c < a.channels; ++c)
     norm_relu_tile(a.features, a.norm, tile, c, z + c * stride);
   S* const rows = a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch;
@@ -59,11 +60,13 @@ void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const T* w
     for (int64_t p = 0; p < tile.count; p += kPixelRows) {
       const int64_t valid = std::min<int64_t>(kPixelRows, tile.count - p);
       S* const out = rows + (i * tile.count + p) * pitch;
+      const S* const ahead = a.features.plane(next.sample + i, 0) + next.pixel + p;
+      const int64_t ahead_step = p * sizeof(S) % 64 == 0 ? a.features.plane_stride : 0;
       for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
         constexpr int NV = decltype(group)::value;
         Block<T, kPixelRows, NV> block;
         block.product(a.channels, z + i * tile.pitch + p, 1, stride, weight + first * kVec<T>,
-                      pitch);
+                      pitch, ahead, first == 0 ? ahead_step : 0);
         DX_UNROLL
         for (int r = 0; r < kPixelRows; ++r) {
           if (r < valid) {
@@ -106,8 +109,9 @@ void bottleneck_forward(const BottleneckForward<S>& a) {
     double* const mean = sums.as<double>() + thread * 2 * pitch;
     double& count = counts.as<double>()[thread];
     for (int64_t i = begin; i < end; ++i) {
-      const Tile tile = tiling[i];
-      bottleneck_tile<S>(a, tile, weight, pitch, tiles.as<T>() + thread * tile_values, stride);
+      const Tile tile = tiling[i], next = tiling[std::min(i + 1, end - 1)];
+      bottleneck_tile<S>(a, tile, next, weight, pitch, tiles.as<T>() + thread * tile_values,
+                         stride);
       if (moments) {
         add_row_moments<S>(a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch,
                            tile.rows(), pitch, count, mean, mean + pitch);

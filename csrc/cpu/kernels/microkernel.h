@@ -49,6 +49,19 @@ struct Block {
       b += b_step;
     }
   }
+
+  // The same, and what lies at `ahead` is fetched, which advances, too.
+  template <class P>
+  DX_INLINE void product(int64_t count, const T* a, int64_t row_step, int64_t a_step, const T* b,
+                         int64_t b_step, const P* ahead, int64_t ahead_step) {
+    for (int64_t i = 0; i < count; ++i) {
+      __builtin_prefetch(ahead, 0, 2);
+      rank1(a, row_step, b);
+      a += a_step;
+      b += b_step;
+      ahead += ahead_step;
+    }
+  }
 };
 
 // Calls body(vector, std::integral_constant<int, NV>) over `vectors` vectors in the fewest, most
