@@ -60,6 +60,8 @@ def parse_arguments(arguments=None):
     add("--capability", choices=CAPABILITIES, help="as on a lesser processor: torch and our kernels; with -all, oneDNN and "
         "MKL too")  # fmt: skip
     add("--quick", action="store_true", help="tiny networks and no compiled peers: no figure means anything")
+    add("--compiled", metavar="FOLDER", type=Path, help="where compilers keep and find their results; first steps are "
+        "then no measure of compiling")  # fmt: skip
     add("--logs", metavar="FOLDER", type=Path, help="keep what the processes print, and their journals")
     add("--json", metavar="FILE")
     add("--csv", metavar="FILE")
@@ -124,7 +126,7 @@ def follow(worker):
 
 
 def measure(args, folder, compiled):
-    """Findings of each allocator. `compiled`: a new folder for the compiler, so that the times of the first are honest."""
+    """Findings of each allocator. `compiled`: a folder for the compiler, new unless one was named."""
     chosen = ALLOCATORS if args.keep_pages is None else ALLOCATORS[args.keep_pages : args.keep_pages + 1]
     end = time.monotonic() + args.time_limit
     return {
@@ -147,7 +149,7 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         for journal in folder.glob("*.jsonl"):  # of an earlier run: nothing of it is to be continued
             journal.unlink()
-        found = measure(args, folder, Path(scratch) / "compiled")
+        found = measure(args, folder, (args.compiled or Path(scratch) / "compiled").resolve())
     rows = speed_report.rows_of(found)
     if not rows:
         notes = [note for findings in found.values() for note in findings.notes]
