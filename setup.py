@@ -49,6 +49,9 @@ AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512v
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS}
+# Matrix products alone, for what is AVX-512 otherwise; left out where the compiler or its assembler is too old for it.
+AMX_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
+AMX_EXAMPLE = '#include <immintrin.h>\nvoid f() { asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }\n'
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-Icsrc"]
 
@@ -65,6 +68,12 @@ def cpp_sources():
 
 def cpu_kernels():
     return find_sources("cpu/kernels/*.cpp")
+
+
+def amx_kernels(compiler):
+    if "avx512" in INSTRUCTION_SETS and compiler.accepts(*AMX_FLAGS, source=AMX_EXAMPLE):
+        return find_sources("cpu/kernels/amx/*.cpp")
+    return []
 
 
 def cuda_sources():
@@ -123,7 +132,7 @@ def version_flag(version):
     return f'-DDENSENET_EXT_VERSION="{version}"'
 
 
-def module_flags(version, torch, toolkit):
+def module_flags(version, torch, toolkit, instruction_sets):
     """What module.cpp reports and nothing else needs, and the headers that it alone includes."""
     try:
         import pybind11
@@ -141,7 +150,7 @@ def module_flags(version, torch, toolkit):
         *(f"-isystem{path}" for path in [*pybind11_include, sysconfig.get_path("include")]),
         version_flag(version),
         f"-DDENSENET_EXT_TORCH={text(torch.version)}",
-        f"-DDENSENET_EXT_INSTRUCTION_SETS={', '.join(map(text, INSTRUCTION_SETS))}",
+        f"-DDENSENET_EXT_INSTRUCTION_SETS={', '.join(map(text, instruction_sets))}",
         f"-DDENSENET_EXT_SANITIZERS={text(SANITIZERS)}",
         f"-DDENSENET_EXT_CUDA_VERSION={text('' if missing else toolkit.version)}",
         f"-DDENSENET_EXT_CUDA_ARCHITECTURES={', '.join(map(text, architectures))}",
@@ -153,8 +162,13 @@ def describe_library(path, root, compiler, torch, version, toolkit):
     """_C. What depends on torch goes beside it."""
     flags, library = cpp_flags(compiler), native.Library(path, compiler)
     library.link_flags = link_flags(torch, "-ltorch_cpu", "-lc10")
+    amx = amx_kernels(compiler)
+    extras = {
+        os.path.join("csrc", "module.cpp"): module_flags(version, torch, toolkit, [*INSTRUCTION_SETS, *["amx"][: len(amx)]]),
+        os.path.join("csrc", "cpu", "dispatch.cpp"): ["-DDENSENET_EXT_AMX"] if amx else [],
+    }
     for source in cpp_sources():
-        extra = module_flags(version, torch, toolkit) if source == os.path.join("csrc", "module.cpp") else []
+        extra = extras.get(source, [])
         library.objects.append(native.Object(source, path.parent, compiler, [*extra, *torch_flags(torch), *flags]))
     # The kernels know nothing of torch: with another one, none of them is compiled again.
     # The linker keeps the first copy of an inline function, so the one that every machine can run has to come first.
@@ -163,6 +177,10 @@ def describe_library(path, root, compiler, torch, version, toolkit):
             library.objects.append(
                 native.Object(source, root / "kernels", compiler, [*extra, f"-DDENSENET_EXT_ISA={name}", *flags], name)
             )
+    for source in amx:
+        library.objects.append(
+            native.Object(source, root / "kernels", compiler, [*AMX_FLAGS, "-DDENSENET_EXT_ISA=amx", *flags], "amx")
+        )
     return library
 
 

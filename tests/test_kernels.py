@@ -5,6 +5,7 @@ import torch
 from kernel_cases import DEVICES, SHAPES, Problem, Shape, to_device
 
 from densenet_ext import reference
+from densenet_ext._load import load_extension
 from densenet_ext.reference.layout import is_channels_last, write_moments
 
 # Largest error by dtype of arithmetic, relative to the largest value of a tensor: sums of up to 20000 terms.
@@ -14,6 +15,7 @@ ARITHMETIC = {torch.float64: 1e-12, torch.float32: 1e-5}
 OPERANDS = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 PRODUCTS = ("bottleneck_forward", "bottleneck_backward", "conv3x3_forward", "conv3x3_backward")
 PRODUCTS += ("transition_forward", "transition_backward")
+TILE_UNIT = load_extension().cpu_capability() == "amx"  # rounds operands of bfloat16 alone
 # How much more that is for sums of products of both signs; coef also has mean and 1/deviation, here any, as factors.
 SUMS = {"coef": 8, "dnorm_weight": 3, "dnorm_bias": 3}
 # What storing adds, relative to each value: op and twin may round to neighbors, one unit in the last place apart.
@@ -77,8 +79,8 @@ def use_moments_of_stored_values(op, actual, expected):
 def check(op, args, dtype, device="cpu", **options):
     """Compare what was written with the twin's, and everything else with what it was."""
     actual, expected = run_both(op, args, dtype, device, **options)
-    products = op in PRODUCTS and is_channels_last(torch.empty(0, device=device))
-    operands = OPERANDS.get(torch.float16 if options else dtype, 0.0) if products else 0.0
+    units = is_channels_last(torch.empty(0, device=device)) or (TILE_UNIT and dtype == torch.bfloat16)
+    operands = OPERANDS.get(torch.float16 if options else dtype, 0.0) if units and op in PRODUCTS else 0.0
     schema = getattr(torch.ops.densenet_ext, op).default._schema
     for argument, got, want, before in zip(schema.arguments[: len(args)], actual, expected, args, strict=True):
         if not isinstance(got, torch.Tensor):

@@ -7,6 +7,12 @@
 #include <string>
 #include <vector>
 
+#if defined(DENSENET_EXT_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace densenet_ext {
 namespace {
 
@@ -14,6 +20,23 @@ struct Capability {
   const char* name;
   const KernelTable& (*table)();
 };
+
+#if defined(DENSENET_EXT_AMX)
+// Whether the processor has AMX and AVX-512 for bfloat16, and the system lets this process use
+// them: the registers are large, so that Linux wants to be asked. It answers for all threads.
+bool may_use_amx() {
+#if defined(__linux__)
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, avx512_bf16 = 1u << 5;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & amx_bf16) || !(d & amx_tile)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & avx512_bf16)) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<Capability> available() {
   std::vector<Capability> list = {{"baseline", &baseline::kernel_table}};
@@ -25,6 +48,9 @@ std::vector<Capability> available() {
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     list.push_back({"avx512", &avx512::kernel_table});
+#if defined(DENSENET_EXT_AMX)
+    if (may_use_amx()) list.push_back({"amx", &amx::kernel_table});
+#endif
   }
 #endif
   return list;

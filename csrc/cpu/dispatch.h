@@ -5,7 +5,7 @@
 
 namespace densenet_ext {
 
-// "baseline", "avx2" or "avx512".
+// "baseline", "avx2", "avx512" or "amx".
 const char* cpu_capability();
 
 const KernelTable& cpu_kernels();

@@ -215,5 +215,8 @@ const KernelTable& kernel_table();
 namespace avx512 {
 const KernelTable& kernel_table();
 }
+namespace amx {  // kernels/amx/table.cpp, where the compiler knows these instructions
+const KernelTable& kernel_table();
+}
 
 }  // namespace densenet_ext

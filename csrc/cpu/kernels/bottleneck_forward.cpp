@@ -10,45 +10,12 @@
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
-#include "moments.h"
+#include "row_moments.h"
 #include "tile.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
-
-// Moments of `rows` rows of b, merged into the thread's running (count, mean, m2).
-template <class S, class T = Arithmetic<S>>
-void add_row_moments(const S* b, int64_t rows, int64_t pitch, double count, double* mean,
-                     double* m2) {
-  for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
-    constexpr int NV = decltype(group)::value;
-    Vec<T> sums[NV] = {}, squares[NV] = {};
-    const S* column = b + first * kVec<T>;
-    for (int64_t m = 0; m < rows; ++m) {
-      DX_UNROLL
-      for (int v = 0; v < NV; ++v) sums[v] += load(column + m * pitch + v * kVec<T>);
-    }
-    DX_UNROLL
-    for (int v = 0; v < NV; ++v) sums[v] /= broadcast(static_cast<T>(rows));
-    for (int64_t m = 0; m < rows; ++m) {
-      DX_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        const Vec<T> d = load(column + m * pitch + v * kVec<T>) - sums[v];
-        squares[v] += d * d;
-      }
-    }
-    for (int v = 0; v < NV; ++v) {
-      T group_mean[kVec<T>], group_m2[kVec<T>];
-      store(group_mean, sums[v]);
-      store(group_m2, squares[v]);
-      for (int i = 0; i < kVec<T>; ++i) {
-        const int64_t o = (first + v) * kVec<T> + i;
-        merge_moments(count, mean[o], m2[o], static_cast<double>(rows), group_mean[i], group_m2[i]);
-      }
-    }
-  });
-}
 
 template <class S, class T = Arithmetic<S>>
 void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const Tile& next,
@@ -120,16 +87,7 @@ void bottleneck_forward(const BottleneckForward<S>& a) {
     }
   });
   if (!moments) return;
-  for (int64_t o = 0; o < a.width; ++o) {
-    double count = 0, mean = 0, m2 = 0;
-    for (int64_t t = 0; t < threads; ++t) {
-      const double* const part = sums.as<double>() + t * 2 * pitch;
-      merge_moments(count, mean, m2, counts.as<double>()[t], part[o], part[pitch + o]);
-      count += counts.as<double>()[t];
-    }
-    a.mean[o] = static_cast<T>(mean);
-    a.m2[o] = static_cast<T>(m2);
-  }
+  finish_row_moments(counts.as<double>(), sums.as<double>(), threads, pitch, a.width, a.mean, a.m2);
 }
 
 DENSENET_EXT_INSTANTIATE(bottleneck_forward, BottleneckForward)

@@ -1,0 +1,26 @@
+// The kernels of machines with AMX: products on the tile unit, all the rest as AVX-512 has it.
+#include "../../kernels.h"
+
+namespace densenet_ext {
+namespace amx {
+
+template <class S>
+void bottleneck_forward(const BottleneckForward<S>&);
+
+template <class S>
+static Kernels<S> kernels(Kernels<S> others) {
+  others.bottleneck_forward = &bottleneck_forward<S>;
+  return others;
+}
+
+const KernelTable& kernel_table() {
+  static const KernelTable table = [] {
+    const KernelTable& others = avx512::kernel_table();
+    return KernelTable{kernels(others.float32), others.float64, kernels(others.bfloat16),
+                       kernels(others.float16)};
+  }();
+  return table;
+}
+
+}  // namespace amx
+}  // namespace densenet_ext
