@@ -8,10 +8,9 @@
 // register block of up to 12 outputs by 2 vectors of pixels runs over all i and taps. Threads own
 // contiguous units. Bytes moved: b once (and the rows around a block of rows), y once.
 #include "../parallel.h"
+#include "conv3x3_output.h"
 #include "instantiate.h"
 #include "microkernel.h"
-#include "moments.h"
-#include "planes.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
@@ -93,29 +92,6 @@ struct Job {
       }
     });
   }
-
-  // From the padded plane of output j to its channel, with dropout; moments of the unit's part of
-  // each map to `moments` [samples of the unit, 2].
-  void write_channel(const Unit& u, int64_t j, double* moments) const {
-    for (int64_t s = 0; s < u.samples; ++s) {
-      const int64_t n = u.sample + s, first = u.row * units.width;
-      S* const channel = a.features.plane(n, a.offset + j) + first;
-      const bool* const mask =
-          a.dropout_mask ? a.dropout_mask + (n * a.growth + j) * units.height * units.width + first
-                         : nullptr;
-      const T keep_scale = static_cast<T>(a.dropout_scale);
-      for (int64_t y = 0; y < u.rows; ++y) {
-        T* const row = out + j * units.plane_size + units.position(u, s, y);
-        if (mask) {
-          for (int64_t x = 0; x < units.width; ++x)
-            row[x] = mask[y * units.width + x] ? row[x] * keep_scale : T(0);
-        }
-        for (int64_t x = 0; x < units.width; x += kVec<T>)
-          store_first(channel + y * units.width + x, load(row + x), units.width - x);
-      }
-      if (moments) run_moments(channel, u.rows * units.width, moments[2 * s], moments[2 * s + 1]);
-    }
-  }
 };
 
 }  // namespace
@@ -147,9 +123,7 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
 
   const int64_t thread_values = (a.width + a.growth) * units.plane_size;
   const Scratch planes(sizeof(T) * threads * thread_values);
-  const bool moments = a.moments.mean != nullptr;
-  const Scratch parts(sizeof(double) * 2 * a.growth * samples *
-                      units.blocks_per_map);  // [growth, blocks, samples, 2]
+  const Scratch parts(sizeof(double) * 2 * a.growth * samples * units.blocks_per_map);
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const own = planes.as<T>() + thread * thread_values;
@@ -174,30 +148,11 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
         convolution.dispatch(rows, units.span(u));
       }
       for (int64_t j = 0; j < a.growth; ++j) {
-        job.write_channel(
-            u, j,
-            moments ? parts.as<double>() +
-                          2 * ((j * units.blocks_per_map + units.block(u)) * samples + u.sample)
-                    : nullptr);
+        write_channel(a, units, u, j, job.out + j * units.plane_size, parts.as<double>());
       }
     }
   });
-  if (!moments || units.count == 0) return;
-  for (int64_t n = 0; n < samples; ++n) {
-    for (int64_t j = 0; j < a.growth; ++j) {
-      double count = 0, mean = 0, m2 = 0;
-      for (int64_t k = 0; k < units.blocks_per_map; ++k) {
-        const double* const part =
-            parts.as<double>() + 2 * ((j * units.blocks_per_map + k) * samples + n);
-        const double pixels = static_cast<double>(
-            std::min(units.rows_per_unit, units.height - k * units.rows_per_unit) * units.width);
-        merge_moments(count, mean, m2, pixels, part[0], part[1]);
-        count += pixels;
-      }
-      a.moments.mean[n * a.moments.channels + a.offset + j] = static_cast<T>(mean);
-      a.moments.m2[n * a.moments.channels + a.offset + j] = static_cast<T>(m2);
-    }
-  }
+  merge_block_moments(a, units, parts.as<double>());
 }
 
 DENSENET_EXT_INSTANTIATE(conv3x3_forward, Conv3x3Forward)

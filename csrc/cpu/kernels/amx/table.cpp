@@ -8,8 +8,12 @@ template <class S>
 void bottleneck_forward(const BottleneckForward<S>&);
 
 template <class S>
+void conv3x3_forward(const Conv3x3Forward<S>&);
+
+template <class S>
 static Kernels<S> kernels(Kernels<S> others) {
   others.bottleneck_forward = &bottleneck_forward<S>;
+  others.conv3x3_forward = &conv3x3_forward<S>;
   return others;
 }
 

@@ -126,10 +126,11 @@ struct TileBlock {
       tile_load<I>(in + I / NC * row_step + I % NC * column_step);
     });
   }
-  DX_INLINE void store(float* out, int64_t row_step, int64_t column_step) const {
+  DX_INLINE void store(float* out, int64_t row_step, int64_t column_step,
+                       int64_t row_bytes = 64) const {
     unrolled<NR * NC>([&](auto i) __attribute__((always_inline)) {
       constexpr int I = decltype(i)::value;
-      tile_store<I>(out + I / NC * row_step + I % NC * column_step);
+      tile_store<I>(out + I / NC * row_step + I % NC * column_step, row_bytes);
     });
   }
 

@@ -1,0 +1,62 @@
+// What follows the sums of a 3x3 convolution: dropout, the channel of the feature buffer, its
+// moments.
+#pragma once
+
+#include "moments.h"
+#include "planes.h"
+
+namespace densenet_ext {
+namespace DENSENET_EXT_ISA {
+
+// From the padded plane of output j to its channel. Moments of the unit's part of each map, where
+// they are wanted, to `parts` [growth, blocks, samples, 2].
+template <class S, class T>
+void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u, int64_t j,
+                   T* plane, double* parts) {
+  const int64_t samples = a.features.samples;
+  for (int64_t s = 0; s < u.samples; ++s) {
+    const int64_t n = u.sample + s, first = u.row * units.width;
+    S* const channel = a.features.plane(n, a.offset + j) + first;
+    const bool* const mask =
+        a.dropout_mask ? a.dropout_mask + (n * a.growth + j) * units.height * units.width + first
+                       : nullptr;
+    const T keep_scale = static_cast<T>(a.dropout_scale);
+    for (int64_t y = 0; y < u.rows; ++y) {
+      T* const row = plane + units.position(u, s, y);
+      if (mask) {
+        for (int64_t x = 0; x < units.width; ++x)
+          row[x] = mask[y * units.width + x] ? row[x] * keep_scale : T(0);
+      }
+      for (int64_t x = 0; x < units.width; x += kVec<T>)
+        store_first(channel + y * units.width + x, load(row + x), units.width - x);
+    }
+    if (!a.moments.mean) continue;
+    double* const part = parts + 2 * ((j * units.blocks_per_map + units.block(u)) * samples + n);
+    run_moments(channel, u.rows * units.width, part[0], part[1]);
+  }
+}
+
+// The moments of whole maps from those of their blocks.
+template <class S>
+void merge_block_moments(const Conv3x3Forward<S>& a, const Units& units, const double* parts) {
+  using T = Arithmetic<S>;
+  const int64_t samples = a.features.samples;
+  if (!a.moments.mean || units.count == 0) return;
+  for (int64_t n = 0; n < samples; ++n) {
+    for (int64_t j = 0; j < a.growth; ++j) {
+      double count = 0, mean = 0, m2 = 0;
+      for (int64_t k = 0; k < units.blocks_per_map; ++k) {
+        const double* const part = parts + 2 * ((j * units.blocks_per_map + k) * samples + n);
+        const double pixels = static_cast<double>(
+            std::min(units.rows_per_unit, units.height - k * units.rows_per_unit) * units.width);
+        merge_moments(count, mean, m2, pixels, part[0], part[1]);
+        count += pixels;
+      }
+      a.moments.mean[n * a.moments.channels + a.offset + j] = static_cast<T>(mean);
+      a.moments.m2[n * a.moments.channels + a.offset + j] = static_cast<T>(m2);
+    }
+  }
+}
+
+}  // namespace DENSENET_EXT_ISA
+}  // namespace densenet_ext
