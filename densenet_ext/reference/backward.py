@@ -311,5 +311,8 @@ def stem_backward(
     dnorm_weight.copy_(sum2)
     if dx is not None:
         count = values.numel() // values.size(1)
-        constant, factor = _statistics_terms(slope, batch_mean, rstd, sum1, sum2, count, training)
-        dx.copy_((slope[:, None, None] * dvalue) + constant[:, None, None] + factor[:, None, None] * values)
+        gradient = slope[:, None, None] * dvalue
+        if training:  # otherwise only neighbors have to do with each other, even where x is NaN
+            constant, factor = _statistics_terms(slope, batch_mean, rstd, sum1, sum2, count, training)
+            gradient = gradient + constant[:, None, None] + factor[:, None, None] * values
+        dx.copy_(gradient)

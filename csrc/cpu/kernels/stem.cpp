@@ -9,7 +9,8 @@
 // where none is there is no gradient: so maxima are sought among v, and backward finds them again
 // in x. Threads own whole channels, all samples of one after the other: a channel's maps are still
 // in cache when the second pass over them comes (moments, then values; sums and dv, then what
-// statistics add). Bytes moved: forward x and out once; backward x, dout and dx once.
+// statistics add). Maxima are found twice in backward, which
+// costs less than a map of dv. Bytes moved: forward x and out once; backward x, dout and dx once.
 #include <array>
 #include <cmath>
 
@@ -62,36 +63,59 @@ void pool_plane(const Maps<const S>& x, int64_t n, int64_t c, const ScaleShift<T
   }
 }
 
+// Adds a plane's sums of dv and of dv*(x - mean).
+template <class S, class T = Arithmetic<S>>
+void add_plane_sums(const StemBackward<S>& a, int64_t n, int64_t c, const ScaleShift<T>& norm,
+                    const WindowRows<T>& values, const WindowRows<T>& inputs, double* sums) {
+  const S* const x = a.x.plane(n, c);
+  const int64_t windows = a.grad_out.width;
+  const Vec<T> mean = broadcast(a.norm.mean[c]);
+  Vec<T> s1 = {}, s2 = {};
+  for (int64_t i = 0; i < a.grad_out.height; ++i) {
+    const auto value = values.read(x, a.x.height, a.x.width, i, norm.scale, norm.shift);
+    const auto input = inputs.read(x, a.x.height, a.x.width, i, T(1), T(0));
+    const S* const dout = a.grad_out.plane(n, c) + i * windows;
+    for (int64_t j = 0; j < windows; j += kVec<T>) {
+      Vec<T> maximum = {}, from = {};
+      for_window(value, j, [&](Vec<T> v, int place) {
+        const auto larger = exceeds(v, maximum);
+        maximum = larger ? v : maximum;
+        from = larger ? load_place(input, j, place) : from;
+      });
+      const Vec<T> dv = where_positive(maximum, load_first(dout + j, windows - j));
+      s1 += dv;
+      s2 += dv * (from - mean);
+    }
+  }
+  sums[0] += static_cast<double>(sum_lanes<T>(s1));
+  sums[1] += static_cast<double>(sum_lanes<T>(s2));
+}
+
 // Where the maximum of each window of a row is, and the gradient that goes there.
 template <class T>
 struct PickedRow {
-  T* place;  // 0 to 8, row by row; kNowhere where no gradient goes on, and beyond the last window
+  T* place;  // 0 to 8, row by row; kNowhere where none is positive, and beyond the last window
   T* grad;   // 0 beyond the last window
 };
 constexpr int kNowhere = -1;
 
 template <class T>
-DX_INLINE Vec<T> at(const PickedRow<T>& row, int64_t j, int place) {
+DX_INLINE Vec<T> gradient_at(const PickedRow<T>& row, int64_t j, int place) {
   const Vec<T> here = load(row.place + j);
   return here == broadcast(static_cast<T>(place)) ? load(row.grad + j) : Vec<T>{};
 }
 
-// What backward of one channel needs on one thread.
+// Writes dx, plane by plane.
 template <class S>
-class StemGradient {
+class GradientWriter {
   using T = Arithmetic<S>;
 
  public:
-  static int64_t bytes(int64_t windows) {
-    return sizeof(T) * (2 * WindowRows<T>::elements(windows) + 6 * picked_elements(windows));
-  }
+  static int64_t elements(int64_t windows) { return 6 * row_elements(windows); }
 
-  StemGradient(const StemBackward<S>& a, T* memory)
-      : a_(a),
-        values_(memory, a.grad_out.width),
-        raw_(memory + WindowRows<T>::elements(a.grad_out.width), a.grad_out.width) {
-    memory += 2 * WindowRows<T>::elements(a.grad_out.width);
-    const int64_t size = picked_elements(a.grad_out.width);
+  GradientWriter(const StemBackward<S>& a, const WindowRows<T>& values, T* memory)
+      : a_(a), values_(values) {
+    const int64_t size = row_elements(a.grad_out.width);
     for (PickedRow<T>& row : picked_) {
       row = {memory, memory + size};
       std::fill_n(row.place, size, T(kNowhere));
@@ -100,90 +124,85 @@ class StemGradient {
     }
   }
 
-  // Adds a plane's sums of dv and of dv*(x - mean), and writes gain*dv.
-  void plane(int64_t n, int64_t c, const ScaleShift<T>& norm, T gain, double* sums) {
-    Vec<T> s1 = {}, s2 = {};
+  // dx = gain*dv + constant + slope*x
+  void write_plane(int64_t n, int64_t c, const ScaleShift<T>& norm, T gain, T constant, T slope) {
+    const Affine affine = {broadcast(gain), broadcast(constant), broadcast(slope)};
     const int64_t rows = a_.grad_out.height;
     for (int64_t i = 0; i < rows; ++i) {
-      pick(n, c, i, norm, s1, s2);
-      if (!a_.dx.data) continue;
-      if (i > 0) write_odd_row(n, c, i - 1, picked_[(i - 1) & 1], picked_[i & 1], gain);
-      write_even_row(n, c, i, gain);
+      pick(n, c, i, norm);
+      if (i > 0) write_odd_row(n, c, i - 1, picked_[(i - 1) & 1], picked_[i & 1], affine);
+      write_even_row(n, c, i, affine);
     }
-    if (a_.dx.data && 2 * rows - 1 < a_.dx.height)
-      write_odd_row(n, c, rows - 1, picked_[(rows - 1) & 1], picked_[2], gain);
-    sums[0] += static_cast<double>(sum_lanes<T>(s1));
-    sums[1] += static_cast<double>(sum_lanes<T>(s2));
+    if (2 * rows - 1 < a_.dx.height)
+      write_odd_row(n, c, rows - 1, picked_[(rows - 1) & 1], picked_[2], affine);
   }
 
  private:
-  static int64_t picked_elements(int64_t windows) { return round_up(windows, kVec<T>) + kVec<T>; }
+  static int64_t row_elements(int64_t windows) { return round_up(windows, kVec<T>) + kVec<T>; }
 
-  void pick(int64_t n, int64_t c, int64_t i, const ScaleShift<T>& norm, Vec<T>& s1, Vec<T>& s2) {
-    const S* const x = a_.x.plane(n, c);
+  void pick(int64_t n, int64_t c, int64_t i, const ScaleShift<T>& norm) {
     const int64_t windows = a_.grad_out.width;
-    const auto values = values_.read(x, a_.x.height, a_.x.width, i, norm.scale, norm.shift);
-    const auto raw = raw_.read(x, a_.x.height, a_.x.width, i, T(1), T(0));
+    const auto value =
+        values_.read(a_.x.plane(n, c), a_.x.height, a_.x.width, i, norm.scale, norm.shift);
     const S* const dout = a_.grad_out.plane(n, c) + i * windows;
-    const Vec<T> mean = broadcast(a_.norm.mean[c]);
+    const PickedRow<T>& row = picked_[i & 1];
     for (int64_t j = 0; j < windows; j += kVec<T>) {
-      Vec<T> maximum = broadcast(-std::numeric_limits<T>::infinity()), place = maximum, from = {};
-      for_window(values, j, [&](Vec<T> v, int k) {
-        const SplitRow<T>& row = raw[k / 3];
-        const Vec<T> here = load(k % 3 == 1 ? row.even + j : row.odd + j - (k % 3 == 0));
+      Vec<T> maximum = {}, place = broadcast(T(kNowhere));
+      for_window(value, j, [&](Vec<T> v, int k) {
         const auto larger = exceeds(v, maximum);
         maximum = larger ? v : maximum;
         place = larger ? broadcast(static_cast<T>(k)) : place;
-        from = larger ? here : from;
       });
-      const Vec<T> grad = load_first(dout + j, windows - j), dv = where_positive(maximum, grad);
-      s1 += dv;
-      s2 += where_positive(maximum, grad * (from - mean));
-      const PickedRow<T>& row = picked_[i & 1];
-      store(row.place + j, (maximum <= Vec<T>{}) ? broadcast(T(kNowhere)) : place);
-      store(row.grad + j, grad);
+      store(row.place + j, place);
+      store(row.grad + j, load_first(dout + j, windows - j));
     }
   }
 
-  void write(int64_t n, int64_t c, int64_t y, int64_t j, Vec<T> even, Vec<T> odd, T gain) {
+  struct Affine {
+    Vec<T> gain, constant, slope;
+  };
+
+  void write(int64_t n, int64_t c, int64_t y, int64_t j, Vec<T> even, Vec<T> odd,
+             const Affine& affine) {
+    const S* const x = a_.x.plane(n, c) + y * a_.x.width + 2 * j;
     S* const to = a_.dx.plane(n, c) + y * a_.dx.width + 2 * j;
-    const int64_t left = a_.dx.width - 2 * j;
-    Vec<T> first, second;
-    interleave<T>(even * broadcast(gain), odd * broadcast(gain), first, second);
-    store_first(to, first, left);
-    if (left > kVec<T>) store_first(to + kVec<T>, second, left - kVec<T>);
+    Vec<T> dv[2];
+    interleave<T>(even, odd, dv[0], dv[1]);
+    for (int64_t i = 0; i < 2; ++i) {
+      const int64_t left = a_.dx.width - 2 * j - i * kVec<T>;
+      if (left <= 0) return;
+      // without statistics of the batch, dx has to do with x's neighbourhood alone, even if x is
+      // NaN
+      const Vec<T> rest = a_.norm.training
+                              ? affine.constant + affine.slope * load_first(x + i * kVec<T>, left)
+                              : Vec<T>{};
+      store_first(to + i * kVec<T>, affine.gain * dv[i] + rest, left);
+    }
   }
 
   // Pixels of row 2i are in the middle row of window row i alone.
-  void write_even_row(int64_t n, int64_t c, int64_t i, T gain) {
+  void write_even_row(int64_t n, int64_t c, int64_t i, const Affine& affine) {
     const PickedRow<T>& row = picked_[i & 1];
     for (int64_t j = 0; j < a_.grad_out.width; j += kVec<T>)
-      write(n, c, 2 * i, j, at(row, j, 4), at(row, j, 5) + at(row, j + 1, 3), gain);
+      write(n, c, 2 * i, j, gradient_at(row, j, 4),
+            gradient_at(row, j, 5) + gradient_at(row, j + 1, 3), affine);
   }
 
   // Those of row 2i+1 in the last row of window row i and in the first of the next.
   void write_odd_row(int64_t n, int64_t c, int64_t i, const PickedRow<T>& above,
-                     const PickedRow<T>& below, T gain) {
+                     const PickedRow<T>& below, const Affine& affine) {
     for (int64_t j = 0; j < a_.grad_out.width; j += kVec<T>) {
-      write(n, c, 2 * i + 1, j, at(above, j, 7) + at(below, j, 1),
-            at(above, j, 8) + at(above, j + 1, 6) + at(below, j, 2) + at(below, j + 1, 0), gain);
+      write(n, c, 2 * i + 1, j, gradient_at(above, j, 7) + gradient_at(below, j, 1),
+            gradient_at(above, j, 8) + gradient_at(above, j + 1, 6) + gradient_at(below, j, 2) +
+                gradient_at(below, j + 1, 0),
+            affine);
     }
   }
 
   const StemBackward<S>& a_;
-  WindowRows<T> values_, raw_;
+  const WindowRows<T>& values_;
   PickedRow<T> picked_[3];  // of even and odd window rows, and of none
 };
-
-// dx += constant + slope*x
-template <class S, class T>
-void add_affine(const S* x, int64_t count, T constant, T slope, S* dx) {
-  const Vec<T> c1 = broadcast(constant), c2 = broadcast(slope);
-  for (int64_t p = 0; p < count; p += kVec<T>) {
-    const int64_t left = count - p;
-    store_first(dx + p, load_first(dx + p, left) + (c1 + c2 * load_first(x + p, left)), left);
-  }
-}
 
 }  // namespace
 
@@ -207,26 +226,28 @@ template <class S>
 void stem_backward(const StemBackward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t channels = a.x.channels, samples = a.x.samples, pixels = a.x.pixels(),
-                threads = thread_count(channels),
-                size = StemGradient<S>::bytes(a.grad_out.width) / sizeof(T);
+                threads = thread_count(channels), lines = WindowRows<T>::elements(a.grad_out.width),
+                size = 2 * lines + GradientWriter<S>::elements(a.grad_out.width);
   const Scratch scratch(sizeof(T) * threads * size), sums(sizeof(double) * (2 * channels + 1)),
       coef(sizeof(T) * (3 * channels + 1));
   parallel(channels, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    StemGradient<S> gradient(a, scratch.as<T>() + thread * size);
+    T* const memory = scratch.as<T>() + thread * size;
+    const WindowRows<T> values(memory, a.grad_out.width), inputs(memory + lines, a.grad_out.width);
+    GradientWriter<S> writer(a, values, memory + 2 * lines);
     for (int64_t c = begin; c < end; ++c) {
       const ScaleShift<T> norm(a.norm.weight[c], a.bias[c], a.norm.mean[c], a.norm.var[c],
                                a.norm.eps);
       double* const sum = sums.as<double>() + 2 * c;
       sum[0] = sum[1] = 0;
-      for (int64_t n = 0; n < samples; ++n) gradient.plane(n, c, norm, norm.scale, sum);
+      for (int64_t n = 0; n < samples; ++n) add_plane_sums(a, n, c, norm, values, inputs, sum);
       T* const own = coef.as<T>() + 3 * c;
       const Norm<T> one = {a.norm.weight + c, a.norm.mean + c, a.norm.var + c, a.norm.eps,
                            a.norm.training};
       finish_norm_backward(one, sum, 1, static_cast<double>(samples * pixels), PerChannel<T>{},
                            Coefficients<T>{own, 1, 1}, false, a.dnorm_weight + c, a.dnorm_bias + c);
-      if (!a.norm.training || !a.dx.data) continue;
+      if (!a.dx.data) continue;
       for (int64_t n = 0; n < samples; ++n)
-        add_affine(a.x.plane(n, c), pixels, own[1], own[2], a.dx.plane(n, c));
+        writer.write_plane(n, c, norm, norm.scale, own[1], own[2]);
     }
   });
 }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <limits>
 
 #include "vec.h"
@@ -82,15 +83,18 @@ class WindowRows {
   SplitRow<T> rows_[kRows];
 };
 
-// Calls take(values, place) for the nine places of the windows from j on, row by row.
+// The values at one of the nine places of the windows from j on; places are counted row by row.
+template <class T>
+DX_INLINE Vec<T> load_place(const std::array<SplitRow<T>, 3>& rows, int64_t j, int place) {
+  const SplitRow<T>& row = rows[place / 3];
+  return load(place % 3 == 1 ? row.even + j : row.odd + j - (place % 3 == 0));
+}
+
+// Calls take(values, place) for the nine of them in turn.
 template <class T, class F>
 DX_INLINE void for_window(const std::array<SplitRow<T>, 3>& rows, int64_t j, const F& take) {
   DX_UNROLL
-  for (int r = 0; r < 3; ++r) {
-    take(load(rows[r].odd + j - 1), 3 * r);
-    take(load(rows[r].even + j), 3 * r + 1);
-    take(load(rows[r].odd + j), 3 * r + 2);
-  }
+  for (int place = 0; place < 9; ++place) take(load_place(rows, j, place), place);
 }
 
 }  // namespace DENSENET_EXT_ISA
