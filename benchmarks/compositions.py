@@ -26,6 +26,8 @@ COMPOSITIONS = {
     "head_forward": "batch_norm, relu_, adaptive_avg_pool2d",
     "head_backward": "autograd of batch_norm, relu_, adaptive_avg_pool2d",
     "finish_gradient": "mul, add, mul, add, copy_",
+    "stem_forward": "batch_norm, relu_, max_pool2d 3x3",
+    "stem_backward": "autograd of batch_norm, relu_, max_pool2d 3x3",
 }
 
 
@@ -95,6 +97,10 @@ class Composition:
     def head(self):
         c = self.size.channels
         return [*self.norm(c), self.maps(c)], lambda w, b, x: F.adaptive_avg_pool2d(norm_relu(x, w, b), 1)
+
+    def stem(self):
+        c = self.size.channels
+        return [*self.norm(c), self.maps(c)], lambda w, b, x: F.max_pool2d(norm_relu(x, w, b), 3, stride=2, padding=1)
 
 
 def norm_relu(x, weight, bias):

@@ -195,6 +195,22 @@ class Arguments:
         gradients = [torch.empty_like(w) for w in weights]
         return self.gradient(), self.coefficients(), *gradients, self.normal(c), self.normal(c)
 
+    def _stem(self):
+        s, c = self.size, self.size.channels
+        weight, mean, var, eps, training = self.norm(c)
+        x = new_maps(self.like, c, s.height, s.width).normal_()
+        pooled = new_maps(self.like, c, (s.height + 1) // 2, (s.width + 1) // 2).normal_()
+        return x, (weight, self.normal(c)), (mean, var), eps, training, pooled
+
+    def stem_forward(self):
+        x, parameters, statistics, eps, training, pooled = self._stem()
+        return x, *parameters, eps, not training, *statistics, pooled
+
+    def stem_backward(self):
+        x, parameters, statistics, *rest = self._stem()
+        c = self.size.channels
+        return x, *parameters, *statistics, *rest, torch.empty_like(x), self.normal(c), self.normal(c)
+
     def finish_gradient(self):
         s = self.size
         out = new_maps(self.like, s.channels, s.height, s.width)

@@ -17,9 +17,10 @@ import torch
 from compositions import COMPOSITIONS, Composition
 from gpu_kernels import EXCITE, HEAD, LAYER, TRANSITION, Arguments, Case, layer_cases
 from limits import Limits, describe, floor
-from roofline import FORMULAS, STORAGE_BYTES, Size, op_bytes, op_flops
+from roofline import CPU_FORMULAS, STORAGE_BYTES, Size, op_bytes, op_flops
 from tqdm import tqdm
 
+STEM = ("stem_forward", "stem_backward")
 HALF = 0.5  # of the limit: an op below it wants a reason
 ODD_LIMIT = 1.5  # times an even size's seconds an operation
 # (odd, even, samples, height and width of each, channels, growth of each): what is held against what
@@ -35,7 +36,9 @@ PAIRS = (
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ops", type=machine.names(FORMULAS), default=tuple(FORMULAS), help="some of " + ",".join(FORMULAS))
+    add(
+        "--ops", type=machine.names(CPU_FORMULAS), default=tuple(CPU_FORMULAS), help="some of " + ",".join(CPU_FORMULAS)
+    )
     add("--nets", type=machine.names(NETS), default=NETS, help=",".join(NETS))
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--rounds", type=int, default=9)
@@ -55,6 +58,7 @@ def choose_cases(tiny=False):
         return [
             *layer_cases("cifar", 2, 8, 24, (8, 20), 16, 4, excite=EXCITE, consumer=TRANSITION, outputs=12),
             *layer_cases("densenet121", 2, 4, 40, (32,), 32, 8, consumer=HEAD),
+            Case("densenet121", Size(2, 8, 8, 16), STEM),
             *odd_cases(tiny),
         ]
     cifar, imagenet = {"width": 48, "growth": 12}, {"width": 128, "growth": 32}
@@ -63,6 +67,7 @@ def choose_cases(tiny=False):
         *layer_cases("cifar", 64, 32, 216, (24, 120, 204), **cifar, excite=EXCITE, consumer=TRANSITION, outputs=108),
         *layer_cases("cifar", 64, 16, 300, (204,), **cifar, consumer=TRANSITION, outputs=150),
         *layer_cases("cifar", 64, 8, 342, (246,), **cifar, consumer=HEAD),
+        Case("densenet121", Size(8, 112, 112, 64), STEM),
         *layer_cases("densenet121", 8, 56, 256, (64, 128, 224), **imagenet, consumer=TRANSITION, outputs=128),
         *layer_cases("densenet121", 8, 28, 512, (320,), **imagenet, consumer=TRANSITION, outputs=256),
         *layer_cases("densenet121", 8, 14, 1024, (640,), **imagenet, consumer=TRANSITION, outputs=512),
@@ -203,7 +208,7 @@ def markdown(rows, ratios):
         parts.append("Seconds an operation of a layer, times the even size's:")
         parts.append(machine.table(["sizes", "wanted", "found"], lines))
     parts.append("PyTorch's composition, the faster of two memory formats; bytes:")
-    parts.append("\n".join(f"- {op}: {text}; {FORMULAS[op]}" for op, text in COMPOSITIONS.items()))
+    parts.append("\n".join(f"- {op}: {text}; {CPU_FORMULAS[op]}" for op, text in COMPOSITIONS.items()))
     return "\n\n".join(part for part in parts if part)
 
 

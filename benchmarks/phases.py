@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 PARTS = ("forward", "backward", "optimizer")
 STAGE = "stages, outside of kernels"
+FUSED = ("dense_stage", "dense_stem")
 # by words in the names of torch's operators and of autograd's nodes; the first that fits
 OTHERS = {
     "gradients handed over": ("AccumulateGrad",),
@@ -75,7 +76,7 @@ def profiled(step):
         rest = root.cpu_time_total
         for event in root.cpu_children:
             rest -= event.cpu_time_total
-            if "dense_stage" in event.name:
+            if any(op in event.name for op in FUSED):
                 kernels = list(_kernels(event))
                 for kernel in kernels:
                     count(part, kernel.name.split("::")[1], _side(kernel, step.spec), kernel.cpu_time_total / 1e3)
@@ -90,7 +91,7 @@ def profiled(step):
 def _kernels(event):
     """Kernel ops below an event, whatever lies between."""
     for child in event.cpu_children:
-        if child.name.startswith("densenet_ext::") and "dense_stage" not in child.name:
+        if child.name.startswith("densenet_ext::") and not any(op in child.name for op in FUSED):
             yield child
         else:
             yield from _kernels(child)
@@ -116,15 +117,15 @@ def floors(spec, keep, rates):
     """{(part, phase, size): seconds} that no version takes less than."""
     net, n, e = spec.architecture(), spec.batch_size, STORAGE_BYTES[spec.dtype]
     found = defaultdict(float)
-    forward = list(step_ops(net, n, keep, training=False))
-    both = list(step_ops(net, n, keep))
+    forward = list(step_ops(net, n, keep, training=False, fused_stem=True))
+    both = list(step_ops(net, n, keep, fused_stem=True))
     for op, size in forward:
         both.remove((op, size))
     for part, ops in (("forward", forward), ("backward", both)):
         for op, size in ops:
             found[part, op, size.height] += floor(op_bytes(op, size, e), op_flops(op, size), rates)
-        moved = roofline.stem_bytes(net, n, e, training=False)
-        moved = moved if part == "forward" else roofline.stem_bytes(net, n, e) - moved
+        moved = roofline.stem_bytes(net, n, e, training=False, fused_stem=True)
+        moved = moved if part == "forward" else roofline.stem_bytes(net, n, e, fused_stem=True) - moved
         found[part, "stem", 0] = floor(moved, roofline.stem_flops(net, n), rates)
     parameters = roofline.parameters(net)
     found["optimizer", "optimizer", 0] = 5 * parameters * roofline.ARITHMETIC_BYTES / rates["bytes"]

@@ -26,6 +26,11 @@ FORMULAS = {
     "head_backward": "2 M C e + N C e",
     "finish_gradient": "3 M C e",
 }
+# with the ops that are PyTorch's own operators elsewhere
+CPU_FORMULAS = FORMULAS | {
+    "stem_forward": "M C e + M C e / 4",
+    "stem_backward": "2 M C e + M C e / 4",
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,10 @@ class Size:
 
 
 def op_bytes(op, s, e, a=ARITHMETIC_BYTES):
-    """Bytes of one kernel op at size `s`, as FORMULAS says."""
+    """Bytes of one kernel op at size `s`, as CPU_FORMULAS says."""
     m, n, c, k2, k, o = s.rows, s.samples, s.channels, s.pitch, s.growth, s.outputs
     pooled = s.samples * (s.height // 2) * (s.width // 2)
+    stem_pooled = s.samples * ((s.height + 1) // 2) * ((s.width + 1) // 2)
     weight1, weight3, weight_out = s.bottleneck * c * a, 9 * s.bottleneck * k * a, o * c * a
     return {
         "append": 2 * m * c * e,
@@ -69,6 +75,8 @@ def op_bytes(op, s, e, a=ARITHMETIC_BYTES):
         "head_forward": m * c * e + n * c * e,
         "head_backward": 2 * m * c * e + n * c * e,
         "finish_gradient": 3 * m * c * e,
+        "stem_forward": (m + stem_pooled) * c * e,
+        "stem_backward": (2 * m + stem_pooled) * c * e,
     }[op]
 
 
@@ -107,9 +115,15 @@ class Architecture:
     classes: int = 100
 
 
-def step_ops(net, samples, keep_bottleneck=False, training=True):
-    """(op, Size) of every kernel op in a fused step, block for block; of inference where not training."""
+def step_ops(net, samples, keep_bottleneck=False, training=True, fused_stem=False):
+    """(op, Size) of every kernel op in a fused step, block for block; of inference where not training.
+
+    fused_stem: as on a CPU, where what follows the convolution of an ImageNet stem is one op; elsewhere PyTorch's own.
+    """
     size, channels, width = net.size, net.stem_channels, net.bottleneck * net.growth
+    if fused_stem and not net.small_inputs:
+        stem = Size(samples, size // 2, size // 2, channels)
+        yield from ((f"stem_{direction}", stem) for direction in ("forward", "backward")[: 1 + training])
     if not net.small_inputs:
         size //= 4
     ops = ["bottleneck_forward", "conv3x3_forward"] + ["squeeze_excite_forward"] * net.squeeze_excite
@@ -133,14 +147,15 @@ def step_ops(net, samples, keep_bottleneck=False, training=True):
             size, channels = size // 2, s.outputs
 
 
-def step_bytes(net, samples, e, keep_bottleneck=False, training=True):
+def step_bytes(net, samples, e, keep_bottleneck=False, training=True, fused_stem=False):
     """Bytes of a fused training step: forward, backward with the bottlenecks computed again unless kept, optimizer; or
     of inference.
 
-    The stem is counted as PyTorch's own operators compute it, everything else by the formulas above.
+    The stem is counted as PyTorch's own operators compute it, with fused_stem only its convolution; everything else by
+    the formulas above.
     """
-    ops = list(step_ops(net, samples, keep_bottleneck, training))
-    total = stem_bytes(net, samples, e, training) + sum(op_bytes(op, s, e) for op, s in ops)
+    ops = list(step_ops(net, samples, keep_bottleneck, training, fused_stem))
+    total = stem_bytes(net, samples, e, training, fused_stem) + sum(op_bytes(op, s, e) for op, s in ops)
     # SGD: weight, gradient and momentum read, two of them written
     return total + (5 * parameters(net) * ARITHMETIC_BYTES if training else 0)
 
@@ -181,11 +196,12 @@ def stem_flops(net, samples):
     return 2 * samples * side**2 * kernel**2 * 3 * net.stem_channels
 
 
-def stem_bytes(net, samples, e, training=True):
-    """conv0 alone; or with norm0 (statistics, then the values), relu0 in place and pool0 (with its 8-byte indices)."""
+def stem_bytes(net, samples, e, training=True, fused_stem=False):
+    """conv0 alone, where the rest is an op of its own or there is none; or with norm0 (statistics, then the values), relu0
+    in place and pool0 (with its 8-byte indices)."""
     image, c = samples * net.size**2 * 3, net.stem_channels
-    if net.small_inputs:
-        out = samples * net.size**2 * c
+    if net.small_inputs or fused_stem:
+        out = samples * (net.size if net.small_inputs else net.size // 2) ** 2 * c
         return (image + out) * e * (1 + training)  # forward; gradient of the weight
     out, pooled = samples * (net.size // 2) ** 2 * c, samples * (net.size // 4) ** 2 * c
     forward = (image + out) * e + 3 * out * e + 2 * out * e + (out + pooled) * e + pooled * 8

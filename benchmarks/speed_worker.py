@@ -160,7 +160,8 @@ class WorkloadRun:
             harness.quantiles(list(map(sum, times)))[0],
         )
         flops = roofline.step_flops(net, spec.batch_size, training)
-        moved = roofline.step_bytes(net, spec.batch_size, roofline.STORAGE_BYTES[spec.dtype], False, training)
+        e = roofline.STORAGE_BYTES[spec.dtype]
+        moved = roofline.step_bytes(net, spec.batch_size, e, training=training, fused_stem=True)
         return {
             "flops": flops,
             "bytes": moved,

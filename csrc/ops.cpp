@@ -57,6 +57,13 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
       "Tensor grad_out, Tensor(a!) grad, Tensor(b!) coef, Tensor(c!) dnorm_weight, Tensor(d!) "
       "dnorm_bias) -> ()");
   m.def(
+      "stem_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool use_given, "
+      "Tensor(a!) batch_mean, Tensor(b!) batch_var, Tensor(c!) out) -> ()");
+  m.def(
+      "stem_backward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor batch_mean, Tensor "
+      "batch_var, float eps, bool training, Tensor grad_out, Tensor(a!)? dx, Tensor(b!) "
+      "dnorm_weight, Tensor(c!) dnorm_bias) -> ()");
+  m.def(
       "finish_gradient(Tensor features, Tensor grad, Tensor coef, int offset, Tensor(a!) out) -> "
       "()");
 
@@ -93,4 +100,11 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
       "int mask_kind, float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite, "
       "bool allow_tf32, int group) -> "
       "(Tensor[] dinputs, Tensor[] dparams)");
+  m.def(
+      "dense_stem(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor[] frozen_stats, float "
+      "eps) -> (Tensor output, Tensor stats)");
+  m.def(
+      "dense_stem_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor "
+      "stats, float eps, bool frozen, bool need_dx) -> (Tensor dx, Tensor dnorm_weight, Tensor "
+      "dnorm_bias)");
 }

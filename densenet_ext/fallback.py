@@ -27,6 +27,7 @@ from .synchronization import group_of
 _CONV_KEYS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
 _CONV3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+_POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "return_indices": False, "ceil_mode": False}
 _NORMS = ("norm1", "norm2")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -160,6 +161,29 @@ def transition_reason(transition: nn.Module, name: str, transition_type: type) -
         or norm_reason(parts["norm"], name + ".norm")
         or conv_reason(parts["conv"], name + ".conv", _POINTWISE, False)
     )
+
+
+def stem_reason(modules: list[tuple[str, nn.Module]], x: Tensor) -> str | None:
+    """About norm, ReLU and max pool of the stem, with their names, and x, which is what enters the norm."""
+    if [name.rpartition(".")[2] for name, _ in modules] != ["norm0", "relu0", "pool0"]:
+        return f"{modules[0][0]} is not followed by relu0 and pool0"
+    (norm_name, norm), (relu_name, relu), (pool_name, pool) = modules
+    reason = (
+        input_reason([x])
+        or global_reason()
+        or norm_reason(norm, norm_name)
+        or module_reason(relu, relu_name, nn.ReLU)
+        or module_reason(pool, pool_name, nn.MaxPool2d)
+    )
+    if reason is not None:
+        return reason
+    for key, wanted in _POOL.items():
+        value = pool.__dict__[key]
+        if value not in (wanted, (wanted, wanted)):
+            return f"{pool_name}.{key} is {value}, not {wanted}"
+    if group_of(norm) >= 0:
+        return f"{norm_name} shares its batch statistics with other processes"
+    return None
 
 
 def norm_reason(norm: nn.Module, name: str) -> str | None:

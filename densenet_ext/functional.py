@@ -1,4 +1,4 @@
-"""The fused dense layer and stage as functions of a tensor and the modules that hold the parameters.
+"""The fused stem, dense layer and stage as functions of a tensor and the modules that hold the parameters.
 
 Everything around the compiled op is here: checks, autocast, casts, masks, and the running statistics, which change
 exactly once a call whatever backward recomputes.
@@ -122,21 +122,44 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
     return output
 
 
-class _Arguments:
-    """The flat lists that the ops take, gathered from modules."""
+def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """What follows the convolution of an ImageNet stem, as one differentiable op that stores no map between.
 
-    def __init__(self, x: Tensor, layers: Sequence[nn.Module]):
+        max_pool2d(relu(norm(x)), kernel_size=3, stride=2, padding=1)
+
+    Args:
+        x: [N, C, H, W], as in dense_stage; on a type of device in ops.STEM_DEVICES.
+        norm: batch normalization of C channels, of this process's samples alone.
+
+    Returns:
+        [N, C, (H + 1) // 2, (W + 1) // 2]. Running statistics are updated as in dense_stage. Saves the normalized and the
+        rectified map and the pool's indices, which backward makes again from x.
+
+    Raises:
+        TypeError, ValueError, torch.OutOfMemoryError: as in dense_stage.
+
+    Source: He et al., Deep Residual Learning, CVPR 2016, table 1; Huang et al., CVPR 2017, table 1.
+    """
+    x = _input(x, "x")
+    arguments = _Norms(x)
+    arguments.add_norm(norm, x.shape[1], "norm")
+    if arguments.shared_by >= 0:
+        raise ValueError("norm shares its batch statistics with other processes; the fused stem takes its own alone")
+    with _no_autocast(x), ops.memory_errors():
+        output, stats = ops.dense_stem(x.contiguous(), *arguments.params, arguments.frozen_stats, norm.eps)
+    arguments.update_running_statistics(stats)
+    return output
+
+
+class _Norms:
+    """Parameters and statistics of batch normalizations, as the ops take them."""
+
+    def __init__(self, x: Tensor):
         self.x, self.dtype = x, arithmetic_dtype(x.dtype)
         self.values = x.shape[0] * x.shape[2] * x.shape[3]
-        first = layers[0]
-        self.growth, self.width = first.conv2.out_channels, first.conv1.out_channels
-        self.squeeze_excite = getattr(first, "se", None) is not None
-        self.dropout = active_dropout(first)
         self.params: list[Tensor] = []
         self.norms: list[nn.BatchNorm2d] = []
         self.frozen_stats: list[Tensor] = []
-        self.masks: list[Masks] = []
-        self.channels: list[int] = []
         self.group: int | None = None  # of the norms that take batch statistics, once there is one
 
     def add_parameter(self, value: Tensor, name: str) -> None:
@@ -184,6 +207,19 @@ class _Arguments:
             update_running_statistics(self.norms, stats[:, :-1], stats[0, -1])
         else:
             update_running_statistics(self.norms, stats, self.values)
+
+
+class _Arguments(_Norms):
+    """The flat lists that the ops of stage and layer take, gathered from modules."""
+
+    def __init__(self, x: Tensor, layers: Sequence[nn.Module]):
+        super().__init__(x)
+        first = layers[0]
+        self.growth, self.width = first.conv2.out_channels, first.conv1.out_channels
+        self.squeeze_excite = getattr(first, "se", None) is not None
+        self.dropout = active_dropout(first)
+        self.masks: list[Masks] = []
+        self.channels: list[int] = []
 
     def add_layer(self, layer: nn.Module, index: int, channels: int, masks: Masks) -> None:
         conv1, conv2, se, name = layer.conv1, layer.conv2, getattr(layer, "se", None), f"layers[{index}]"

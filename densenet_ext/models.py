@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import fallback, functional
+from . import fallback, functional, ops
 from .layers import EfficientDenseBlock, EfficientDenseLayer, Transition, check_efficient
 from .squeeze_excitation import check_positive
 
@@ -162,6 +162,10 @@ class DenseNetBC(nn.Module):
         modules = list(self.features._modules.items())
         while modules:
             name, module = modules.pop(0)
+            if name == "norm0" and self._fuses_stem(module, modules, x):
+                del modules[:2]
+                x = functional.dense_stem(x, module)
+                continue
             tail = self._tail_of(module, name, modules, x)
             if tail is None:
                 x = module(x)
@@ -169,6 +173,15 @@ class DenseNetBC(nn.Module):
                 modules.pop(0)
                 x = functional.dense_stage(x, module.layers, *tail, keep_bottleneck=module.keep_bottleneck)
         return self._classify(x)
+
+    def _fuses_stem(self, norm: nn.Module, rest: list, x: Tensor) -> bool:
+        """Whether norm0, and relu0 and pool0 after it, are computed by one op: on a CPU, where nothing hinders that."""
+        if x.device.type not in ops.STEM_DEVICES:
+            return False
+        reason = fallback.stem_reason([(f"features.{n}", m) for n, m in [("norm0", norm), *rest[:2]]], x)
+        if reason is not None:
+            fallback.report(reason)
+        return reason is None
 
     def _tail_of(self, block: nn.Module, name: str, rest: list, x: Tensor) -> tuple[nn.Module, ...] | None:
         """The norm, and the convolution if any, of what follows a block; None where both cannot be fused into a stage."""

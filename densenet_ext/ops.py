@@ -34,9 +34,12 @@ dense_stage = torch.ops.densenet_ext.dense_stage.default
 dense_stage_backward = torch.ops.densenet_ext.dense_stage_backward.default
 dense_layer = torch.ops.densenet_ext.dense_layer.default
 dense_layer_backward = torch.ops.densenet_ext.dense_layer_backward.default
+dense_stem = torch.ops.densenet_ext.dense_stem.default
+dense_stem_backward = torch.ops.densenet_ext.dense_stem_backward.default
 
 __all__ = [
     "DEVICES",
+    "STEM_DEVICES",
     "MASK_DROPOUT",
     "MASK_PRE_CONV1",
     "MASK_PRE_CONV2",
@@ -48,16 +51,22 @@ __all__ = [
     "dense_layer_backward",
     "dense_stage",
     "dense_stage_backward",
+    "dense_stem",
+    "dense_stem_backward",
     "memory_errors",
     "require_kernels",
 ]
 
-# Types of device that the loaded library has kernels for.
-DEVICES = frozenset(
-    device
-    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-    if torch._C._dispatch_has_kernel_for_dispatch_key("densenet_ext::append", key)
-)
+
+def _devices_of(op: str) -> frozenset[str]:
+    keys = (("cpu", "CPU"), ("cuda", "CUDA"))
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(device for device, key in keys if has_kernel(f"densenet_ext::{op}", key))
+
+
+# Types of device that the loaded library has kernels for; those of the stem alone where the stem is one op too.
+DEVICES = _devices_of("append")
+STEM_DEVICES = _devices_of("dense_stem")
 
 
 def require_kernels(x: Tensor) -> None:
@@ -135,6 +144,19 @@ def _(grad, output, inputs, params, masks, stats, gates, bottlenecks, *options):
     return [new_maps(x, *x.shape[1:]) for x in inputs], [p.new_empty(p.shape) for p in params]
 
 
+@torch.library.register_fake("densenet_ext::dense_stem")
+def _(x, norm_weight, norm_bias, frozen_stats, eps):
+    count, channels, height, width = x.shape
+    stats = x.new_empty((2, channels), dtype=arithmetic_dtype(x.dtype))
+    return x.new_empty((count, channels, (height + 1) // 2, (width + 1) // 2)), stats
+
+
+@torch.library.register_fake("densenet_ext::dense_stem_backward")
+def _(grad, x, norm_weight, norm_bias, stats, eps, frozen, need_dx):
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    return dx, norm_weight.new_empty(norm_weight.shape), norm_bias.new_empty(norm_bias.shape)
+
+
 # ---- autograd ----------------------------------------------------------------------------------------------------------
 
 
@@ -192,14 +214,35 @@ def _layer_backward(ctx, grad, *_):
     return dxs, dparams, [None] * masks, [None] * frozen_stats, *[None] * 8
 
 
+def _stem_setup(ctx, inputs, output):
+    x, weight, bias, frozen_stats, ctx.eps = inputs
+    _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.frozen = len(frozen_stats)
+    ctx.save_for_backward(x, weight, bias, stats)
+
+
+def _stem_backward(ctx, grad, *_):
+    gradients = [None] * 3
+    needed = ctx.needs_input_grad[:3]
+    if grad is not None:
+        with memory_errors():
+            options = (ctx.eps, ctx.frozen > 0, needed[0])
+            gradients = _wanted(dense_stem_backward(grad, *ctx.saved_tensors, *options), needed)
+    return *gradients, [None] * ctx.frozen, None
+
+
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError(
-        "densenet_ext: a fused dense layer or stage has no second derivative; "
+        "densenet_ext: a fused stem, dense layer or stage has no second derivative; "
         "build the model with efficient=False to differentiate its gradients"
     )
 
 
 torch.library.register_autograd("densenet_ext::dense_stage", _stage_backward, setup_context=_stage_setup)
 torch.library.register_autograd("densenet_ext::dense_layer", _layer_backward, setup_context=_layer_setup)
+torch.library.register_autograd("densenet_ext::dense_stem", _stem_backward, setup_context=_stem_setup)
+torch.library.register_autograd("densenet_ext::dense_stem_backward", _no_second_derivative)
 torch.library.register_autograd("densenet_ext::dense_stage_backward", _no_second_derivative)
 torch.library.register_autograd("densenet_ext::dense_layer_backward", _no_second_derivative)

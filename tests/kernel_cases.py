@@ -20,6 +20,11 @@ DEVICES = [
 ]
 
 
+def serves(op, device):
+    """Whether the op has a kernel on that device: the stem's have none but on a CPU."""
+    return device in (ops.STEM_DEVICES if op.startswith("stem") else ops.DEVICES)
+
+
 @dataclass(frozen=True)
 class Shape:
     """N samples of H x W pixels, c of them read, width K2 of the bottleneck, growth k; `why` it is tested."""
@@ -48,6 +53,7 @@ SHAPES = [
     Shape("14x14", height=14, width=14, channels=33, bottleneck=128, growth=32, outputs=16),
     Shape("bottleneck of more than 128", height=5, width=5, channels=24, bottleneck=160, growth=40),
     Shape("more than 128 channels", height=7, width=6, channels=150, bottleneck=48, growth=12, outputs=75),
+    Shape("two columns and many rows", height=41, width=2, channels=4),
     Shape("33x31", height=33, width=31, channels=24, bottleneck=48, growth=12, outputs=12),
     Shape("32x32 of more pixels than a tile", samples=3, height=32, width=32, channels=60, bottleneck=48, growth=12),
     Shape("56x56 in blocks of rows", height=56, width=56, channels=32, bottleneck=128, growth=32, outputs=40),
@@ -262,6 +268,28 @@ class Problem:
         s = self.shape
         grad, coef = self._whole(False, self.gradient), self.new(3, s.samples, s.channels)
         return grad, coef, *[torch.full_like(w, torch.nan) for w in weights], self.new(s.channels), self.new(s.channels)
+
+    def _stem_norm(self):
+        """norm weight and bias, mean and variance, eps: so that scale and shift are exact and shift is no multiple of x."""
+        c = self.shape.channels
+        weight, bias = (table[0] for table in self.table(c))
+        return weight, bias, self.grid(c).to(self.arithmetic), torch.full((c,), 0.75, dtype=self.arithmetic), 0.25
+
+    def stem_forward(self, use_given=False):
+        s = self.shape
+        weight, bias, mean, var, eps = self._stem_norm()
+        given = (mean, var) if use_given else (self.new(s.channels), self.new(s.channels))
+        return self._whole(), weight, bias, eps, use_given, *given, self._stem_maps()
+
+    def _stem_maps(self):
+        return self.maps(self.shape.channels, (self.shape.height + 1) // 2, (self.shape.width + 1) // 2)
+
+    def stem_backward(self, training=True, need_dx=True):
+        s = self.shape
+        out = self._stem_maps()
+        grad_out = self.grid(*out.shape).to(self.dtype)
+        dx = self._whole(False) if need_dx else None
+        return self._whole(), *self._stem_norm(), training, grad_out, dx, self.new(s.channels), self.new(s.channels)
 
     def finish_gradient(self):
         s = self.shape

@@ -102,6 +102,16 @@ def test_bytes_of_inference():
     assert ops.count("append") == 3 and ops.count("transition_forward") == 2 and ops.count("head_forward") == 1
 
 
+def test_fused_stem_moves_less():
+    """DenseNet-121, batch 8, float32: x and the pooled map of 8x64x112x112 in place of a dozen passes and indices."""
+    net, x = workloads.find("densenet121").spec.architecture(), 8 * 64 * 112**2 * 4
+    parts = [roofline.op_bytes(op, s, 4) for op, s in roofline.step_ops(net, 8, fused_stem=True) if "stem" in op]
+    assert parts == [1.25 * x, 2.25 * x]
+    convolution = roofline.stem_bytes(net, 8, 4, fused_stem=True)
+    saved = roofline.step_bytes(net, 8, 4) - roofline.step_bytes(net, 8, 4, fused_stem=True)
+    assert saved == roofline.stem_bytes(net, 8, 4) - convolution - sum(parts) > 10 * x
+
+
 def test_parameters_are_the_networks():
     """All but the stem, the norms and the classifier's bias."""
     spec = Spec("plain", "", depth=22)
@@ -297,9 +307,9 @@ def test_largest_where_memory_ends():
 
 
 def test_every_op_has_a_composition_and_cases():
-    assert COMPOSITIONS.keys() == roofline.FORMULAS.keys()
+    assert COMPOSITIONS.keys() == roofline.CPU_FORMULAS.keys()
     for tiny in (True, False):
-        assert {op for case in kernels.choose_cases(tiny) for op in case.ops} == set(roofline.FORMULAS)
+        assert {op for case in kernels.choose_cases(tiny) for op in case.ops} == set(roofline.CPU_FORMULAS)
     assert {(p[3], p[6]) for p in kernels.PAIRS} >= {((7, 7), 12), ((14, 14), 12), ((33, 31), 12), ((32, 32), 5)}
 
 
@@ -390,7 +400,7 @@ def test_kernels(run, tmp_path):
     file = tmp_path / "kernels.json"
     run("kernels.py", "--quick", "--rounds", 2, "--threads", 1, "--json", file, "--csv", tmp_path / "kernels.csv")
     results = json.loads(file.read_text())
-    assert {r["op"] for r in results["rows"]} == set(roofline.FORMULAS)
+    assert {r["op"] for r in results["rows"]} == set(roofline.CPU_FORMULAS)
     for r in results["rows"]:
         assert "error" not in r, r
         assert r["faster"] == pytest.approx(r["composition_seconds"] / r["seconds"])
@@ -402,21 +412,22 @@ def test_kernels(run, tmp_path):
     assert results["odd"] == [{"pair": "7x7 against 8x8", "ratio": pytest.approx(rates[0] / rates[1]), "limit": 1.5}]
 
 
-def test_phases(run, tmp_path):
+@pytest.mark.parametrize("workload", ["cifar-ab", "densenet121"])
+def test_phases(run, tmp_path, workload):
     """Every kernel call of the step is in a phase, as often as roofline.py says; the phases are the step."""
     file = tmp_path / "phases.json"
-    run("phases.py", "--quick", "--rounds", 2, "--threads", 1, "--workloads", "cifar-ab", "--json", file)
+    run("phases.py", "--quick", "--rounds", 2, "--threads", 1, "--workloads", workload, "--json", file)
     results = json.loads(file.read_text())
     for name, facts in zip(("fused", "fused-kept"), results["steps"], strict=True):
         rows = [r for r in results["rows"] if r["implementation"] == name]
         assert sum(r["milliseconds"] for r in rows) == pytest.approx(facts["profiled_milliseconds"], rel=0.5)
-        spec = workloads.find("cifar-ab", tiny=True).spec
+        spec = workloads.find(workload, tiny=True).spec
         calls = {}
-        for op, size in roofline.step_ops(spec.architecture(), spec.batch_size, name == "fused-kept"):
+        for op, size in roofline.step_ops(spec.architecture(), spec.batch_size, name == "fused-kept", fused_stem=True):
             calls[op, size.height] = calls.get((op, size.height), 0) + 1
         found = {}
         for r in rows:
-            if r["phase"] in roofline.FORMULAS and r["phase"] != "fold_norm":
+            if r["phase"] in roofline.CPU_FORMULAS and r["phase"] != "fold_norm":
                 found[r["phase"], r["size"]] = found.get((r["phase"], r["size"]), 0) + r["calls"]
                 assert r["floor_milliseconds"] > 0
         assert found == calls

@@ -46,11 +46,11 @@ def device():
 # ---- formulas ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", roofline.FORMULAS)
+@pytest.mark.parametrize("op", roofline.CPU_FORMULAS)
 def test_printed_formula_is_the_one_computed(op):
     size = roofline.Size(2, 6, 4, channels=24, bottleneck=32, growth=8, outputs=12)
     names = {"M": 48, "N": 2, "C": 24, "K2": 32, "k": 8, "O": 12, "e": 2, "a": 4}
-    text = re.sub(r"(?<=[\w)])\s+(?=[\w(])", "*", roofline.FORMULAS[op])
+    text = re.sub(r"(?<=[\w)])\s+(?=[\w(])", "*", roofline.CPU_FORMULAS[op])
     assert roofline.op_bytes(op, size, 2) == eval(text, names)
 
 

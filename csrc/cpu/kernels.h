@@ -175,6 +175,28 @@ struct HeadBackward {
   T* dnorm_bias;
 };
 
+template <class S>
+struct StemForward {
+  using T = Arithmetic<S>;
+  Maps<const S> x;
+  const T *weight, *bias;
+  double eps;
+  bool use_given;
+  T *mean, *var;  // [channels], written unless use_given
+  Maps<S> out;    // of half the height and width, rounded up
+};
+
+template <class S>
+struct StemBackward {
+  using T = Arithmetic<S>;
+  Maps<const S> x;
+  const T* bias;
+  Norm<T> norm;
+  Maps<const S> grad_out;
+  Maps<S> dx;  // data null: not wanted
+  T *dnorm_weight, *dnorm_bias;
+};
+
 // X(function, arguments)
 #define DENSENET_EXT_KERNELS(X)                     \
   X(append, Append)                                 \
@@ -188,7 +210,9 @@ struct HeadBackward {
   X(transition_forward, TransitionForward)          \
   X(transition_backward, TransitionBackward)        \
   X(head_forward, HeadForward)                      \
-  X(head_backward, HeadBackward)
+  X(head_backward, HeadBackward)                    \
+  X(stem_forward, StemForward)                      \
+  X(stem_backward, StemBackward)
 
 // The kernels of one instruction set for one storage type.
 template <class S>

@@ -21,6 +21,7 @@ from .backward import (
     finish_gradient,
     head_backward,
     squeeze_excite_backward,
+    stem_backward,
     transition_backward,
 )
 from .forward import (
@@ -30,6 +31,7 @@ from .forward import (
     fold_norm,
     head_forward,
     squeeze_excite_forward,
+    stem_forward,
     transition_forward,
 )
 from .layout import arithmetic_dtype, feature_pitch, new_features, padded_width
@@ -55,6 +57,8 @@ __all__ = [
     "padded_width",
     "squeeze_excite_backward",
     "squeeze_excite_forward",
+    "stem_backward",
+    "stem_forward",
     "transition_backward",
     "transition_forward",
 ]

@@ -277,3 +277,42 @@ def head_backward(
     _consumer_backward(
         x, dvalue, norm_weight, batch_mean, batch_var, eps, training, grad, coef, dnorm_weight, dnorm_bias
     )
+
+
+def stem_backward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    batch_mean: Tensor,
+    batch_var: Tensor,
+    eps: float,
+    training: bool,
+    grad_out: Tensor,
+    dx: Tensor | None,
+    dnorm_weight: Tensor,
+    dnorm_bias: Tensor,
+) -> None:
+    """Backward of the stem from what entered it.
+
+    dv = [z > 0] times the sum of grad_out over the windows whose first maximum the pixel is (NaN counts as one);
+    dx = norm_weight rstd (dv - S1 / M - xhat S2 / M), of the sums only where training.
+    x [N, C, H, W] S; norm_weight, norm_bias, batch_mean, batch_var [C] A; grad_out [N, C, (H+1)//2, (W+1)//2] S. Written:
+    dx like x, unless None; dnorm_weight, dnorm_bias [C] A.
+    """
+    values = read(x, slice(None))
+    rstd = (batch_var + eps).rsqrt()
+    slope = norm_weight * rstd
+    z = F.relu(slope[:, None, None] * values + (norm_bias - slope * batch_mean)[:, None, None])
+    _, places = F.max_pool2d(z, 3, stride=2, padding=1, return_indices=True)
+    dvalue = torch.zeros_like(z).flatten(2).scatter_add_(2, places.flatten(2), grad_out.to(z.dtype).flatten(2))
+    dvalue = torch.where(z <= 0, 0.0, dvalue.view_as(z))
+    sum1, sum2 = _norm_sums(values, dvalue, batch_mean, rstd)
+    dnorm_bias.copy_(sum1)
+    dnorm_weight.copy_(sum2)
+    if dx is not None:
+        count = values.numel() // values.size(1)
+        gradient = slope[:, None, None] * dvalue
+        if training:  # otherwise only neighbors have to do with each other, even where x is NaN
+            constant, factor = _statistics_terms(slope, batch_mean, rstd, sum1, sum2, count, training)
+            gradient = gradient + constant[:, None, None] + factor[:, None, None] * values
+        dx.copy_(gradient)

@@ -155,3 +155,29 @@ def head_forward(features: Tensor, scale: Tensor, shift: Tensor, out: Tensor) ->
     """
     z = F.relu(spread(scale) * read(features, slice(None)) + spread(shift))
     out.copy_(z.mean((2, 3)))
+
+
+def stem_forward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    use_given: bool,
+    batch_mean: Tensor,
+    batch_var: Tensor,
+    out: Tensor,
+) -> None:
+    """out = max_pool2d(relu(norm(x)), 3, stride 2, padding 1), with the batch's own statistics or given ones.
+
+    x [N, C, H, W] S; norm_weight, norm_bias [C] A; batch_mean, batch_var (biased) [C] A, written unless use_given;
+    out [N, C, (H+1)//2, (W+1)//2] S, written. The statistics of no values at all are 0.
+    """
+    values = read(x, slice(None))
+    if not use_given:
+        count = max(values.numel() // values.size(1), 1)
+        batch_mean.copy_(values.sum((0, 2, 3)) / count)
+        batch_var.copy_((values - batch_mean[:, None, None]).square().sum((0, 2, 3)) / count)
+    scale = norm_weight * (batch_var + eps).rsqrt()
+    shift = norm_bias - scale * batch_mean
+    z = F.relu(scale[:, None, None] * values + shift[:, None, None])
+    out.copy_(F.max_pool2d(z, 3, stride=2, padding=1))

@@ -266,5 +266,30 @@ DX_INLINE void transpose(Vec<T> (&v)[kVec<T>]) {
   transpose_round<T, kVec<T> / 2>(v);
 }
 
+// Of the elements of a followed by those of b every second one, from the first or the second on;
+// and, back again, the first and the second half of a's and b's elements in turn.
+template <class V, int... I>
+DX_INLINE V even_lanes(V a, V b, std::integer_sequence<int, I...>) {
+  return shuffle<(2 * I)...>(a, b);
+}
+template <class V, int... I>
+DX_INLINE V odd_lanes(V a, V b, std::integer_sequence<int, I...>) {
+  return shuffle<(2 * I + 1)...>(a, b);
+}
+template <int First, class V, int... I>
+DX_INLINE V alternate(V a, V b, std::integer_sequence<int, I...>) {
+  return shuffle<(First + I / 2 + (I % 2) * static_cast<int>(sizeof...(I)))...>(a, b);
+}
+template <class T>
+DX_INLINE void separate(Vec<T> a, Vec<T> b, Vec<T>& even, Vec<T>& odd) {
+  even = even_lanes(a, b, std::make_integer_sequence<int, kVec<T>>{});
+  odd = odd_lanes(a, b, std::make_integer_sequence<int, kVec<T>>{});
+}
+template <class T>
+DX_INLINE void interleave(Vec<T> even, Vec<T> odd, Vec<T>& a, Vec<T>& b) {
+  a = alternate<0>(even, odd, std::make_integer_sequence<int, kVec<T>>{});
+  b = alternate<kVec<T> / 2>(even, odd, std::make_integer_sequence<int, kVec<T>>{});
+}
+
 }  // namespace DENSENET_EXT_ISA
 }  // namespace densenet_ext

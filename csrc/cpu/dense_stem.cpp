@@ -1,0 +1,57 @@
+// The stem after its convolution as an operator of its own: batch normalization, ReLU and the 3x3
+// max pool of stride 2, from x and the parameters to new tensors. Only on CPU: elsewhere the
+// network calls PyTorch's operators. What is large comes from the workspace, since it lives within
+// a step.
+#include <tuple>
+
+#include "../stage.h"
+
+namespace densenet_ext {
+namespace {
+
+std::tuple<Tensor, Tensor> dense_stem(const Tensor& x, const Tensor& norm_weight,
+                                      const Tensor& norm_bias, const Tensors& frozen_stats,
+                                      double eps) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions, got ", x.dim());
+  STD_TORCH_CHECK(frozen_stats.empty() || frozen_stats.size() == 2,
+                  "frozen_stats must hold a mean and a variance or nothing, got ",
+                  frozen_stats.size(), " tensors");
+  const Sizes channels = {x.size(1)};
+  const Tensor stats = empty(x, {2, x.size(1)}, arithmetic_type(x.scalar_type()));
+  for (size_t i = 0; i < frozen_stats.size(); ++i) {
+    check_shape("frozen_stats", frozen_stats[i], channels);
+    Tensor all = stats, row = select(all, 0, static_cast<int64_t>(i));
+    torch::stable::copy_(row, frozen_stats[i]);
+  }
+  Tensor all = stats;
+  const Tensor mean = select(all, 0, 0), var = select(all, 0, 1);
+  const Tensor output = workspace(
+      x, {x.size(0), x.size(1), (x.size(2) + 1) / 2, (x.size(3) + 1) / 2}, x.scalar_type());
+  call("densenet_ext::stem_forward", readable(x), norm_weight, norm_bias, eps,
+       !frozen_stats.empty(), mean, var, output);
+  return {output, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> dense_stem_backward(const Tensor& grad, const Tensor& x,
+                                                       const Tensor& norm_weight,
+                                                       const Tensor& norm_bias, const Tensor& stats,
+                                                       double eps, bool frozen, bool need_dx) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions, got ", x.dim());
+  const ScalarType type = arithmetic_type(x.scalar_type());
+  const Tensor dx = need_dx ? workspace(x, sizes_of(x), x.scalar_type())
+                            : empty(x, {0}, x.scalar_type()),
+               dweight = empty(x, {x.size(1)}, type), dbias = empty(x, {x.size(1)}, type);
+  Tensor all = stats;
+  const Tensor mean = select(all, 0, 0), var = select(all, 0, 1);
+  call("densenet_ext::stem_backward", readable(x), norm_weight, norm_bias, mean, var, eps, !frozen,
+       readable(grad), need_dx ? Optional(dx) : std::nullopt, dweight, dbias);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace densenet_ext
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CPU, m) {
+  m.impl("dense_stem", TORCH_BOX(&densenet_ext::dense_stem));
+  m.impl("dense_stem_backward", TORCH_BOX(&densenet_ext::dense_stem_backward));
+}
