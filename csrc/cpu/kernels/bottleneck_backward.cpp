@@ -15,6 +15,7 @@
 #include "instantiate.h"
 #include "microkernel.h"
 #include "norm_backward.h"
+#include "pack.h"
 #include "tile.h"
 
 namespace densenet_ext {
@@ -200,11 +201,7 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
 
   const Scratch packed(sizeof(T) * channels * a.width);
   const Scratch scaled(sizeof(T) * a.channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    T* const column = packed.as<T>() + (c / kGroup) * kGroup * a.width + c % kGroup;
-    for (int64_t o = 0; o < a.width; ++o)
-      column[o * kGroup] = c < a.channels ? a.weight[o * a.channels + c] : T(0);
-  }
+  pack_column_groups<kGroup>(a.weight, a.width, a.channels, packed.as<T>());
   for (int64_t c = 0; c < a.channels; ++c)
     scaled.as<T>()[c] =
         static_cast<T>(static_cast<double>(a.norm.weight[c]) * reciprocal_std(a.norm, c));
@@ -214,11 +211,17 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
   const Scratch tiles(sizeof(T) * threads * tile_values);
   const Scratch partials(sizeof(T) * threads * channels * pitch);
   const Scratch sums(sizeof(double) * threads * 2 * a.channels);
-  std::fill_n(partials.as<T>(), threads * channels * pitch, T(0));
-  std::fill_n(sums.as<double>(), threads * 2 * a.channels, 0.0);
+  if (tiling.count == 0) {
+    std::fill_n(partials.as<T>(), channels * pitch, T(0));
+    std::fill_n(sums.as<double>(), 2 * a.channels, 0.0);
+  }
 
   parallel(tiling.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const tile = tiles.as<T>() + thread * tile_values;
+    T* const dweight = partials.as<T>() + thread * channels * pitch;
+    double* const own_sums = sums.as<double>() + thread * 2 * a.channels;
+    std::fill_n(dweight, channels * pitch, T(0));
+    std::fill_n(own_sums, 2 * a.channels, 0.0);
     const Job<S> job{a,
                      pitch,
                      stride,
@@ -228,22 +231,15 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
                      tile + pitch * capacity,
                      tile + pitch * (capacity + stride),
                      tile + pitch * (capacity + stride) + kGroup * kRun,
-                     partials.as<T>() + thread * channels * pitch,
-                     sums.as<double>() + thread * 2 * a.channels};
+                     dweight,
+                     own_sums};
     for (int64_t i = begin; i < end; ++i) job.run(tiling[i], tiling[std::min(i + 1, end - 1)]);
   });
 
-  for (int64_t o = 0; o < a.width; ++o) {
-    for (int64_t c = 0; c < a.channels; ++c) {
-      T sum = 0;
-      for (int64_t t = 0; t < threads; ++t) sum += partials.as<T>()[(t * channels + c) * pitch + o];
-      a.dweight[o * a.channels + c] = sum;
-    }
-  }
+  merge_transposed(partials.as<T>(), threads, channels * pitch, pitch, a.width, a.channels,
+                   a.dweight);
   double* const total = sums.as<double>();
-  for (int64_t t = 1; t < threads; ++t) {
-    for (int64_t i = 0; i < 2 * a.channels; ++i) total[i] += total[t * 2 * a.channels + i];
-  }
+  add_partials(total, threads, 2 * a.channels, 2 * a.channels);
   const double rows =
       static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
   finish_norm_backward(a.norm, total, a.channels, rows, a.pre_mask, a.coef, true, a.dnorm_weight,

@@ -11,6 +11,7 @@
 #include "instantiate.h"
 #include "microkernel.h"
 #include "moments.h"
+#include "pack.h"
 #include "tile.h"
 
 namespace densenet_ext {
@@ -94,10 +95,7 @@ void bottleneck_forward(const BottleneckForward<S>& a) {
   const Scratch packed(sizeof(T) * a.channels *
                        pitch);  // W transposed to [channels, pitch], zeros beyond width
   T* const weight = packed.as<T>();
-  for (int64_t c = 0; c < a.channels; ++c) {
-    for (int64_t o = 0; o < pitch; ++o)
-      weight[c * pitch + o] = o < a.width ? a.weight[o * a.channels + c] : T(0);
-  }
+  pack_transposed(a.weight, a.width, a.channels, pitch, weight);
   const int64_t stride = padded_stride(capacity), tile_values = a.channels * stride;
   const Scratch tiles(sizeof(T) * threads * tile_values);
   const Scratch sums(sizeof(double) * threads * 2 * pitch);

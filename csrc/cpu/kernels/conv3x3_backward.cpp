@@ -14,6 +14,7 @@
 #include "instantiate.h"
 #include "microkernel.h"
 #include "norm_backward.h"
+#include "pack.h"
 #include "planes.h"
 
 namespace densenet_ext {
@@ -167,13 +168,11 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   const int64_t threads = thread_count(units.count);
 
   const Scratch packed(sizeof(T) * a.growth * 9 * pitch);
-  for (int64_t j = 0; j < a.growth; ++j) {
-    for (int64_t t = 0; t < 9; ++t) {
-      for (int64_t i = 0; i < pitch; ++i)
-        packed.as<T>()[(j * 9 + t) * pitch + i] =
-            i < a.width ? a.weight[(j * a.width + i) * 9 + t] : T(0);
-    }
-  }
+  parallel_items(a.growth, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j)
+      copy_transposed(a.weight + j * a.width * 9, 9, a.width, 9, packed.as<T>() + j * 9 * pitch,
+                      pitch, pitch);
+  });
   const int64_t scale_rows = a.table.scale.sample_stride ? samples : 1,
                 shift_rows = a.table.shift.sample_stride ? samples : 1;
   const int64_t post_rows = a.post_mask.data ? samples : 0;
@@ -196,11 +195,12 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   const auto dweight_of = [&](int64_t thread) {
     return work.as<T>() + thread * thread_values + plane_values + h_values + 2 * pitch;
   };
-  for (int64_t t = 0; t < threads; ++t) std::fill_n(dweight_of(t), a.growth * 9 * pitch, T(0));
+  if (units.count == 0) std::fill_n(dweight_of(0), a.growth * 9 * pitch, T(0));
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const own = work.as<T>() + thread * thread_values;
     std::fill_n(own, plane_values, T(0));
+    std::fill_n(dweight_of(thread), a.growth * 9 * pitch, T(0));
     const Job<S> job{a,
                      units,
                      pitch,
@@ -219,16 +219,13 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
     for (int64_t i = begin; i < end; ++i) job.run(units[i]);
   });
 
-  for (int64_t j = 0; j < a.growth; ++j) {
-    for (int64_t i = 0; i < a.width; ++i) {
-      for (int64_t t = 0; t < 9; ++t) {
-        T sum = 0;
-        for (int64_t thread = 0; thread < threads; ++thread)
-          sum += dweight_of(thread)[(j * 9 + t) * pitch + i];
-        a.dweight[(j * a.width + i) * 9 + t] = sum;
-      }
+  parallel_items(a.growth, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      T* const total = dweight_of(0) + j * 9 * pitch;
+      add_partials(total, threads, thread_values, 9 * pitch);
+      copy_transposed(total, pitch, 9, a.width, a.dweight + j * a.width * 9, 9, 9);
     }
-  }
+  });
   const double rows =
       static_cast<double>(samples) * static_cast<double>(units.height * units.width);
   for (int64_t i = 0; i < a.width; ++i) {

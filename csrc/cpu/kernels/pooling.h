@@ -63,19 +63,5 @@ inline void pool_tile(const Maps<const S>& features, const NormTable<T>& norm, c
   }
 }
 
-// W [outputs, channels] by groups of kChannelRows columns or rows: out[group][i][r].
-template <class T>
-inline void pack_groups(const T* w, int64_t rows, int64_t row_stride, int64_t inner,
-                        int64_t inner_stride, T* out) {
-  for (int64_t g = 0; g < ceil_div(rows, kChannelRows); ++g) {
-    for (int64_t i = 0; i < inner; ++i) {
-      for (int64_t r = 0; r < kChannelRows; ++r) {
-        const int64_t row = g * kChannelRows + r;
-        *out++ = row < rows ? w[row * row_stride + i * inner_stride] : T(0);
-      }
-    }
-  }
-}
-
 }  // namespace DENSENET_EXT_ISA
 }  // namespace densenet_ext

@@ -11,6 +11,7 @@
 #include "../parallel.h"
 #include "instantiate.h"
 #include "norm_backward.h"
+#include "pack.h"
 #include "pooling.h"
 
 namespace densenet_ext {
@@ -156,15 +157,15 @@ void transition_backward(const TransitionBackward<S>& a) {
   const int64_t groups = ceil_div(channels, kChannelRows), padded = groups * kChannelRows,
                 line = round_up(a.features.width, kLanes) + kLanes;
   const Scratch packed(sizeof(T) * (padded * outputs + 1));
-  pack_groups(a.weight, channels, int64_t{1}, outputs, channels, packed.as<T>());
+  pack_column_groups<kChannelRows>(a.weight, outputs, channels, packed.as<T>());
 
   const int64_t thread_values = round_up((2 * pitch + 2 * kChannelRows) * capacity + line, kLanes);
   const Scratch tiles(sizeof(T) * threads * thread_values);
   const Scratch partials(sizeof(T) * (threads * padded * pitch + 1));
   const Scratch sums(sizeof(double) * (threads * 2 * channels + 1));
-  std::fill_n(partials.as<T>(), threads * padded * pitch, T(0));
-  std::fill_n(sums.as<double>(), threads * 2 * channels, 0.0);
   if (rows.count == 0) {  // a map of one row or column pools to nothing
+    std::fill_n(partials.as<T>(), threads * padded * pitch, T(0));
+    std::fill_n(sums.as<double>(), threads * 2 * channels, 0.0);
     for (int64_t n = 0; n < samples; ++n) {
       for (int64_t c = 0; c < channels; ++c)
         std::fill_n(a.grad.plane(n, c), a.features.pixels(), T(0));
@@ -173,6 +174,10 @@ void transition_backward(const TransitionBackward<S>& a) {
 
   parallel(rows.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const own = tiles.as<T>() + thread * thread_values;
+    T* const dweight = partials.as<T>() + thread * padded * pitch;
+    double* const own_sums = sums.as<double>() + thread * 2 * channels;
+    std::fill_n(dweight, padded * pitch, T(0));
+    std::fill_n(own_sums, 2 * channels, 0.0);
     const BackwardJob<S> job{a,
                              rows,
                              outputs,
@@ -184,22 +189,14 @@ void transition_backward(const TransitionBackward<S>& a) {
                              own + 2 * pitch * capacity,
                              own + (2 * pitch + kChannelRows) * capacity,
                              own + (2 * pitch + 2 * kChannelRows) * capacity,
-                             partials.as<T>() + thread * padded * pitch,
-                             sums.as<double>() + thread * 2 * channels};
+                             dweight,
+                             own_sums};
     for (int64_t i = begin; i < end; ++i) job.run(rows[i]);
   });
 
-  for (int64_t o = 0; o < outputs; ++o) {
-    for (int64_t c = 0; c < channels; ++c) {
-      T sum = 0;
-      for (int64_t t = 0; t < threads; ++t) sum += partials.as<T>()[(t * padded + c) * pitch + o];
-      a.dweight[o * channels + c] = sum;
-    }
-  }
+  merge_transposed(partials.as<T>(), threads, padded * pitch, pitch, outputs, channels, a.dweight);
   double* const total = sums.as<double>();
-  for (int64_t t = 1; t < threads; ++t) {
-    for (int64_t i = 0; i < 2 * channels; ++i) total[i] += total[t * 2 * channels + i];
-  }
+  add_partials(total, threads, 2 * channels, 2 * channels);
   finish_norm_backward(a.norm, total, channels, static_cast<double>(samples * a.features.pixels()),
                        PerChannel<T>{}, a.coef, false, a.dnorm_weight, a.dnorm_bias);
 }

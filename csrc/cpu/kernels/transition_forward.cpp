@@ -8,6 +8,7 @@
 // Threads own contiguous tiles. Bytes moved: x once, out once.
 #include "../parallel.h"
 #include "instantiate.h"
+#include "pack.h"
 #include "pooling.h"
 
 namespace densenet_ext {
@@ -23,7 +24,7 @@ void transition_forward(const TransitionForward<S>& a) {
   const int64_t groups = ceil_div(outputs, kChannelRows),
                 line = round_up(a.features.width, kLanes) + kLanes;
   const Scratch packed(sizeof(T) * (groups * kChannelRows * channels + 1));
-  pack_groups(a.weight, outputs, channels, channels, int64_t{1}, packed.as<T>());
+  pack_row_groups<kChannelRows>(a.weight, outputs, channels, packed.as<T>());
   const int64_t thread_values = round_up(channels * capacity + line, kLanes);
   const Scratch tiles(sizeof(T) * threads * thread_values);
 
