@@ -1,6 +1,5 @@
 // Tiles of pixels for the kernels that treat pixels as rows of a matrix, whatever the map size: a
-// tile is a run of pixels of one large map, or several whole small maps. Inside a tile every sample
-// starts at a multiple of kLanes, so that no vector ever straddles two samples.
+// tile is a run of pixels of one large map, or several whole small maps.
 #pragma once
 
 #include <algorithm>
@@ -13,13 +12,18 @@ namespace DENSENET_EXT_ISA {
 struct Tile {
   int64_t sample, samples;  // samples > 1 only with whole maps
   int64_t pixel, count;     // pixels of each sample
-  int64_t pitch;            // positions of each sample, count rounded up to kLanes
+  int64_t pitch;            // positions of each sample: count, or count rounded up to kLanes
 
-  int64_t positions() const { return samples * pitch; }
+  int64_t positions() const { return round_up(samples * pitch, kLanes); }
   int64_t rows() const {
     return samples * count;
   }  // contiguous rows of a [M, width] matrix, from sample * P + pixel
 };
+
+// The most even share of `items` items, at least one and at most `most` in each.
+inline int64_t even_share(int64_t items, int64_t most) {
+  return items > 0 ? ceil_div(items, ceil_div(items, most)) : 1;
+}
 
 struct Tiling {
   int64_t samples, pixels, capacity;

@@ -18,41 +18,39 @@ template <class S>
 void transition_forward(const TransitionForward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t channels = a.features.channels, outputs = a.out.channels;
-  const Rows rows(a.features.samples, a.out.height, a.out.width, tile_capacity<T>(channels, 256));
+  const Rows rows(a.features.samples, a.out.height, a.out.width, pooled_capacity<T>(channels));
   const int64_t threads = thread_count(rows.count),
                 capacity = padded_stride(rows.positions() + kPixelVectors * kLanes);
-  const int64_t groups = ceil_div(outputs, kChannelRows),
-                line = round_up(a.features.width, kLanes) + kLanes;
+  const int64_t groups = ceil_div(outputs, kChannelRows);
   const Scratch packed(sizeof(T) * (groups * kChannelRows * channels + 1));
   pack_row_groups<kChannelRows>(a.weight, outputs, channels, packed.as<T>());
-  const int64_t thread_values = round_up(channels * capacity + line, kLanes);
+  const int64_t thread_values = (channels + kChannelRows) * capacity;
   const Scratch tiles(sizeof(T) * threads * thread_values);
 
   parallel(rows.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const zp = tiles.as<T>() + thread * thread_values;
+    T* const products = zp + channels * capacity;
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile = rows[i];
       for (int64_t c = 0; c < channels; ++c)
-        pool_tile(a.features, a.norm, rows, tile, c, zp + channels * capacity, zp + c * capacity);
+        pool_tile(a.features, a.norm, rows, tile, c, zp + c * capacity);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t valid = std::min<int64_t>(kChannelRows, outputs - g * kChannelRows);
-        for (int64_t s = 0; s < tile.samples; ++s) {
-          for_vector_groups<kPixelVectors>(
-              ceil_div(tile.count, kVec<T>), [&](int64_t first, auto group) {
-                constexpr int NV = decltype(group)::value;
-                Block<T, kChannelRows, NV> block;
-                block.product(channels, packed.as<T>() + g * kChannelRows * channels, 1,
-                              kChannelRows, zp + s * tile.pitch + first * kVec<T>, capacity);
-                DX_UNROLL
-                for (int r = 0; r < kChannelRows; ++r) {
-                  if (r >= valid) continue;
-                  S* const out = a.out.plane(tile.sample + s, g * kChannelRows + r) + tile.pixel;
-                  DX_UNROLL
-                  for (int v = 0; v < NV; ++v)
-                    store_first(out + (first + v) * kVec<T>, block.acc[r][v],
-                                tile.count - (first + v) * kVec<T>);
-                }
-              });
+        for_vector_groups<kPixelVectors>(
+            tile.positions() / kVec<T>, [&](int64_t first, auto group) {
+              constexpr int NV = decltype(group)::value;
+              Block<T, kChannelRows, NV> block;
+              block.product(channels, packed.as<T>() + g * kChannelRows * channels, 1, kChannelRows,
+                            zp + first * kVec<T>, capacity);
+              block.store_rows(products + first * kVec<T>, capacity);
+            });
+        for (int64_t r = 0; r < valid; ++r) {
+          const T* product = products + r * capacity;
+          for (int64_t s = 0; s < tile.samples; ++s, product += tile.pitch) {
+            S* const out = a.out.plane(tile.sample + s, g * kChannelRows + r) + tile.pixel;
+            for (int64_t p = 0; p < tile.count; p += kVec<T>)
+              store_first(out + p, load(product + p), tile.count - p);
+          }
         }
       }
     }

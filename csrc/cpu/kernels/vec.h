@@ -226,8 +226,6 @@ DX_INLINE T sum_lanes(Vec<T> v) {
   return lanes[0];
 }
 
-// Transpose kVec x kVec elements in registers: log2(kVec) rounds, round d exchanges the d-blocks
-// off the diagonal.
 #if defined(__clang__) || __GNUC__ >= 12
 template <int... I, class V>
 DX_INLINE V shuffle(V a, V b) {
@@ -239,6 +237,28 @@ DX_INLINE V shuffle(V a, V b) {
   return __builtin_shuffle(a, b, decltype(a < b){I...});
 }
 #endif
+
+// a[0]+a[1], a[2]+a[3], ..., then the pairs of b.
+template <class V, int... I>
+DX_INLINE V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
+  return shuffle<(2 * I)...>(a, b) + shuffle<(2 * I + 1)...>(a, b);
+}
+template <class T>
+DX_INLINE Vec<T> add_pairs(Vec<T> a, Vec<T> b) {
+  return add_pairs(a, b, std::make_integer_sequence<int, kVec<T>>{});
+}
+// Each of the lanes from FIRST on twice.
+template <int FIRST, class V, int... I>
+DX_INLINE V double_lanes(V v, std::integer_sequence<int, I...>) {
+  return shuffle<(FIRST + I / 2)...>(v, v);
+}
+template <class T, int FIRST>
+DX_INLINE Vec<T> double_lanes(Vec<T> v) {
+  return double_lanes<FIRST>(v, std::make_integer_sequence<int, kVec<T>>{});
+}
+
+// Transpose kVec x kVec elements in registers: log2(kVec) rounds, round d exchanges the d-blocks
+// off the diagonal.
 template <int D, int N, class V, int... I>
 DX_INLINE V exchange_low(V a, V b, std::integer_sequence<int, I...>) {
   return shuffle<((I & D) ? N + I - D : I)...>(a, b);
