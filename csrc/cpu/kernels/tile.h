@@ -26,17 +26,21 @@ inline int64_t even_share(int64_t items, int64_t most) {
 }
 
 struct Tiling {
-  int64_t samples, pixels, capacity;
+  int64_t samples, pixels, alignment;
   int64_t tiles_per_map = 1, tile_pixels, maps_per_tile = 1, count;
 
-  // Tiles of at most `capacity` positions (a multiple of kLanes).
-  Tiling(int64_t samples, int64_t pixels, int64_t capacity)
-      : samples(samples), pixels(pixels), capacity(capacity) {
+  // Tiles of at most `capacity` positions (a multiple of kLanes). Every sample of a tile starts at
+  // a multiple of `alignment`: kLanes where no vector may straddle two samples, or 1.
+  Tiling(int64_t samples, int64_t pixels, int64_t capacity, int64_t alignment = kLanes)
+      : samples(samples), pixels(pixels), alignment(alignment) {
     const int64_t pitch = round_up(std::max<int64_t>(pixels, 1), kLanes);
     tiles_per_map = ceil_div(pitch, capacity);
     tile_pixels = round_up(ceil_div(pitch, tiles_per_map), kLanes);
     tiles_per_map = ceil_div(pitch, tile_pixels);
-    if (tiles_per_map == 1) maps_per_tile = std::max<int64_t>(1, capacity / pitch);
+    if (tiles_per_map == 1) {
+      maps_per_tile =
+          even_share(samples, capacity / round_up(std::max<int64_t>(pixels, 1), alignment));
+    }
     count = pixels == 0         ? 0
             : tiles_per_map > 1 ? samples * tiles_per_map
                                 : ceil_div(samples, maps_per_tile);
@@ -55,7 +59,7 @@ struct Tiling {
       t.pixel = 0;
       t.count = pixels;
     }
-    t.pitch = round_up(t.count, kLanes);
+    t.pitch = round_up(t.count, alignment);
     return t;
   }
 };

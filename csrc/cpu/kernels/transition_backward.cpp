@@ -168,7 +168,7 @@ void transition_backward(const TransitionBackward<S>& a) {
     double* const own_sums = sums.as<double>() + share.tile_part * 2 * channels;
     const int64_t first = share.first_group * kChannelRows,
                   last = std::min(share.last_group * kChannelRows, channels);
-    std::fill_n(dweight + first * pitch, (last - first) * pitch, T(0));
+    std::fill_n(dweight + first * pitch, (share.last_group * kChannelRows - first) * pitch, T(0));
     std::fill_n(own_sums + 2 * first, 2 * (last - first), 0.0);
     const BackwardJob<S> job{a,
                              rows,
