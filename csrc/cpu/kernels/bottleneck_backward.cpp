@@ -40,7 +40,7 @@ struct Job {
   T *db, *db_t, *z, *dz, *dweight;
   double* sums;
 
-  void form_db(const Tile& tile) const {
+  DX_NOINLINE void form_db(const Tile& tile) const {
     const int64_t first_row = tile.sample * a.features.pixels() + tile.pixel;
     const int64_t vectors = pitch / kVec<T>;
     for_vector_groups<kMaxVectors>(vectors, [&](int64_t first, auto group) {

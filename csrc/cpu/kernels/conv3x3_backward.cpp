@@ -64,11 +64,11 @@ struct Job {
     }
   }
 
-  // dh of up to kPixelRows pixels from (s, y, x) and everything that follows from it, for the
+  // dh of up to R pixels from (s, y, x) and everything that follows from it, for the
   // vectors first .. first + NV.
-  template <int NV>
+  template <int R, int NV>
   void pixels(const Unit& u, int64_t s, int64_t y, int64_t x, int64_t first) const {
-    Block<T, kPixelRows, NV> block;
+    Block<T, R, NV> block;
     const T* dy = planes + units.position(u, s, y) + x;
     const T* w = weight + first * kVec<T>;
     for (int64_t j = 0; j < a.growth; ++j) {
@@ -77,7 +77,7 @@ struct Job {
       dy += units.plane_size;
       w += 9 * pitch;
     }
-    const int64_t n = u.sample + s, valid = std::min<int64_t>(kPixelRows, units.width - x),
+    const int64_t n = u.sample + s, valid = std::min<int64_t>(R, units.width - x),
                   column = first * kVec<T>;
     const int64_t row = ((n * units.height + u.row + y) * units.width + x) * pitch + column;
     T* const h_row = h + ((s * u.rows + y) * units.width + x) * pitch + column;
@@ -89,7 +89,7 @@ struct Job {
                    center = load(mean + column + i);
       Vec<T> s1 = load(unit_sums + column + i), s2 = load(unit_sums + pitch + column + i);
       DX_UNROLL
-      for (int r = 0; r < kPixelRows; ++r) {
+      for (int r = 0; r < R; ++r) {
         if (r >= valid) continue;
         const Vec<T> b = load(a.bottleneck + row + r * pitch + i);
         const Vec<T> value = relu(sc * b + sh);
@@ -102,6 +102,19 @@ struct Job {
       }
       store(unit_sums + column + i, s1);
       store(unit_sums + pitch + column + i, s2);
+    }
+  }
+
+  template <int R>
+  void input_gradient(const Unit& u) const {
+    for (int64_t s = 0; s < u.samples; ++s) {
+      for (int64_t y = 0; y < u.rows; ++y) {
+        for (int64_t x = 0; x < units.width; x += R) {
+          for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
+            pixels<R, decltype(group)::value>(u, s, y, x, first);
+          });
+        }
+      }
     }
   }
 
@@ -144,14 +157,12 @@ struct Job {
   void run(const Unit& u) const {
     load_planes(u);
     std::fill_n(unit_sums, 2 * pitch, T(0));
-    for (int64_t s = 0; s < u.samples; ++s) {
-      for (int64_t y = 0; y < u.rows; ++y) {
-        for (int64_t x = 0; x < units.width; x += kPixelRows) {
-          for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
-            pixels<decltype(group)::value>(u, s, y, x, first);
-          });
-        }
-      }
+    // widths of 7, 14 and 28 would leave an eighth of the larger block idle
+    constexpr int fewer = kRegisters == 32 ? kPixelRows - 1 : kPixelRows;
+    if (round_up(units.width, fewer) < round_up(units.width, kPixelRows)) {
+      input_gradient<fewer>(u);
+    } else {
+      input_gradient<kPixelRows>(u);
     }
     for (int64_t i = 0; i < 2 * pitch; ++i) sums[i] += static_cast<double>(unit_sums[i]);
     weight_gradient(u);

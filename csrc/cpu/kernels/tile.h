@@ -64,14 +64,6 @@ struct Tiling {
   }
 };
 
-template <class T>
-DX_INLINE Vec<T> keep_first(Vec<T> v, int64_t n) {
-  T lanes[kVec<T>];
-  store(lanes, v);
-  for (int64_t i = std::max<int64_t>(n, 0); i < kVec<T>; ++i) lanes[i] = T(0);
-  return load(lanes);
-}
-
 // out[0:count] = relu(scale*x + shift), out[count:pitch] = 0.
 template <class S, class T = Arithmetic<S>>
 DX_INLINE void norm_relu_run(const S* x, int64_t count, int64_t pitch, T scale, T shift, T* out) {

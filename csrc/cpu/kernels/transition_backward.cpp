@@ -32,7 +32,7 @@ struct BackwardJob {
 
   // dout in both orientations: dout_t [outputs, position] as it comes, dout [position, outputs]
   // transposed.
-  void load_dout(const Tile& tile) const {
+  DX_NOINLINE void load_dout(const Tile& tile) const {
     for (int64_t o = 0; o < pitch; ++o) {
       T* const run = dout_t + o * capacity;
       if (o >= outputs) {
@@ -59,11 +59,30 @@ struct BackwardJob {
     }
   }
 
+  // Fetches x and G of the group of channels that follows.
   void weight_gradient(const Tile& tile, int64_t c) const {
-    for_vector_groups<kPixelVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
+    const int64_t vectors = pitch / kVec<T>, channels = a.features.channels;
+    for_vector_groups<kPixelVectors>(vectors, [&](int64_t first, auto group) {
       constexpr int NV = decltype(group)::value;
+      constexpr int64_t segment = 32;
+      const int64_t next = c + kChannelRows, from = next + first * kChannelRows / vectors,
+                    to = std::min(channels, next + (first + NV) * kChannelRows / vectors);
       Block<T, kChannelRows, NV> block;
-      block.product(tile.rows(), zp, capacity, 1, dout + first * kVec<T>, pitch);
+      for (int64_t s = 0; s < tile.samples; ++s) {
+        for (int64_t p = 0; p < tile.count; p += segment) {
+          for (int64_t i = from; i < to; ++i) {
+            const S* const x = a.features.plane(tile.sample + s, i) + 4 * (tile.pixel + p);
+            const T* const g = a.grad.plane(tile.sample + s, i) + 4 * (tile.pixel + p);
+            for (int64_t j = 0; j < 4 * segment; j += 64 / sizeof(S))
+              __builtin_prefetch(x + j, 0, 2);
+            for (int64_t j = 0; j < 4 * segment; j += 64 / sizeof(T))
+              __builtin_prefetch(g + j, 1, 2);
+          }
+          const int64_t position = s * tile.pitch + p;
+          block.product(std::min(segment, tile.count - p), zp + position, capacity, 1,
+                        dout + position * pitch + first * kVec<T>, pitch);
+        }
+      }
       block.add_to_rows(dweight + c * pitch + first * kVec<T>, pitch);
     });
   }
@@ -79,7 +98,7 @@ struct BackwardJob {
   }
 
   // Spreads dzp over the pixels of channel c, through ReLU and the direct part of BN, into G.
-  void spread(const Tile& tile, int64_t c, const T* d) const {
+  DX_NOINLINE void spread(const Tile& tile, int64_t c, const T* d) const {
     const int64_t width = a.features.width, first = tile.pixel / rows.width,
                   last = (tile.pixel + tile.count) / rows.width;
     const Vec<T> mean = broadcast(a.norm.mean[c]),
