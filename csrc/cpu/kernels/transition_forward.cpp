@@ -5,7 +5,8 @@
 //   out[o, p'] = sum_c W[o, c] zp[c, p']
 //
 // A tile is whole rows of the pooled map, or several whole pooled maps; lanes are pooled pixels.
-// Threads own contiguous tiles. Bytes moved: x once, out once.
+// Meanwhile the next tile of x is fetched. Threads own contiguous tiles. Bytes moved: x once, out
+// once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "pack.h"
@@ -13,6 +14,54 @@
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
+
+namespace {
+
+// What a group of outputs multiplies: zp of a tile; and what it fetches meanwhile: line after line
+// of the next tile of x, all channels of one line at a time, `lines` in all.
+template <class S>
+struct Operand {
+  using T = Arithmetic<S>;
+  const T* zp;
+  int64_t channels, stride, positions;
+  const Maps<const S>& features;
+  Tile next;
+  int64_t lines, lines_per_map;
+
+  Operand(const Maps<const S>& features, const T* zp, int64_t stride, const Tile& tile,
+          const Tile& next)
+      : zp(zp),
+        channels(features.channels),
+        stride(stride),
+        positions(tile.positions()),
+        features(features),
+        next(next) {
+    constexpr int64_t budget = 1024 * 1024;  // of the second-level cache
+    lines_per_map = ceil_div(4 * next.count * static_cast<int64_t>(sizeof(S)), 64);
+    lines = std::min(next.samples * lines_per_map, budget / (64 * std::max<int64_t>(1, channels)));
+  }
+
+  // Products of the g-th group of outputs.
+  DX_NOINLINE void multiply(int64_t g, const T* weight, T* out) const {
+    const int64_t vectors = positions / kVec<T>, blocks = ceil_div(vectors, kPixelVectors);
+    int64_t line = g * blocks;
+    for_vector_groups<kPixelVectors>(vectors, [&](int64_t first, auto group) {
+      constexpr int NV = decltype(group)::value;
+      const bool fetch = line < lines;
+      const S* const ahead = fetch ? features.plane(next.sample + line / lines_per_map, 0) +
+                                         4 * next.pixel +
+                                         line % lines_per_map * static_cast<int64_t>(64 / sizeof(S))
+                                   : features.data;
+      ++line;
+      Block<T, kChannelRows, NV> block;
+      block.product(channels, weight + g * kChannelRows * channels, 1, kChannelRows,
+                    zp + first * kVec<T>, stride, ahead, fetch ? features.plane_stride : 0);
+      block.store_rows(out + first * kVec<T>, stride);
+    });
+  }
+};
+
+}  // namespace
 
 template <class S>
 void transition_forward(const TransitionForward<S>& a) {
@@ -32,18 +81,12 @@ void transition_forward(const TransitionForward<S>& a) {
     T* const products = zp + channels * capacity;
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile = rows[i];
+      const Operand<S> operand(a.features, zp, capacity, tile, rows[std::min(i + 1, end - 1)]);
       for (int64_t c = 0; c < channels; ++c)
         pool_tile(a.features, a.norm, rows, tile, c, zp + c * capacity);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t valid = std::min<int64_t>(kChannelRows, outputs - g * kChannelRows);
-        for_vector_groups<kPixelVectors>(
-            tile.positions() / kVec<T>, [&](int64_t first, auto group) {
-              constexpr int NV = decltype(group)::value;
-              Block<T, kChannelRows, NV> block;
-              block.product(channels, packed.as<T>() + g * kChannelRows * channels, 1, kChannelRows,
-                            zp + first * kVec<T>, capacity);
-              block.store_rows(products + first * kVec<T>, capacity);
-            });
+        operand.multiply(g, packed.as<T>(), products);
         for (int64_t r = 0; r < valid; ++r) {
           const T* product = products + r * capacity;
           for (int64_t s = 0; s < tile.samples; ++s, product += tile.pitch) {
