@@ -9,12 +9,14 @@
 // A tile of up to 512 pixels: db is formed once, in both orientations. Then for 12 channels at a
 // time: z (12 runs of pixels), dW (lanes are o) while the next 12 runs of x are fetched, dz (lanes
 // are pixels), and a sweep that masks, sums and updates G: z and dz never leave the cache. Threads
-// own contiguous tiles and private sums, merged in thread order. Bytes moved: dv, b, x and G once,
-// G written once.
+// own shares of tiles and channels; the sums of the shares of tiles are merged in order. Bytes
+// moved: dv, b, x and G once, G written once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
 #include "norm_backward.h"
+#include "pack.h"
+#include "shares.h"
 #include "tile.h"
 
 namespace densenet_ext {
@@ -38,7 +40,7 @@ struct Job {
   T *db, *db_t, *z, *dz, *dweight;
   double* sums;
 
-  void form_db(const Tile& tile) const {
+  DX_NOINLINE void form_db(const Tile& tile) const {
     const int64_t first_row = tile.sample * a.features.pixels() + tile.pixel;
     const int64_t vectors = pitch / kVec<T>;
     for_vector_groups<kMaxVectors>(vectors, [&](int64_t first, auto group) {
@@ -50,23 +52,22 @@ struct Job {
         t1[v] = load_first(a.db_table + a.width + column, left);
         t2[v] = load_first(a.db_table + 2 * a.width + column, left);
       }
-      for (int64_t s = 0; s < tile.samples; ++s) {
-        const int64_t row = (first_row + s * tile.count) * pitch + first * kVec<T>;
-        const auto* const dv = a.dv + row;
-        const S* const b = a.bottleneck + row;
-        T* const out = db + s * tile.pitch * pitch + first * kVec<T>;
-        for (int64_t i = 0; i < tile.count; ++i) {
-          DX_UNROLL
-          for (int v = 0; v < NV; ++v) {
-            const int64_t at = i * pitch + v * kVec<T>;
-            store(out + at, t0[v] * load(dv + at) + (t1[v] + t2[v] * load(b + at)));
-          }
+      const int64_t at = first_row * pitch + first * kVec<T>;
+      const auto* dv = a.dv + at;
+      const S* b = a.bottleneck + at;
+      T* out = db + first * kVec<T>;
+      for (int64_t i = 0; i < tile.rows(); ++i) {
+        DX_UNROLL
+        for (int v = 0; v < NV; ++v) {
+          const int64_t lane = v * kVec<T>;
+          store(out + lane, t0[v] * load(dv + lane) + (t1[v] + t2[v] * load(b + lane)));
         }
-        for (int64_t i = tile.count; i < tile.pitch; ++i) {
-          for (int v = 0; v < NV; ++v) store(out + i * pitch + v * kVec<T>, Vec<T>{});
-        }
+        dv += pitch;
+        b += pitch;
+        out += pitch;
       }
     });
+    std::fill_n(db + tile.rows() * pitch, (tile.positions() - tile.rows()) * pitch, T(0));
     for (int64_t p = 0; p < tile.positions(); p += kVec<T>) {
       for (int64_t v = 0; v < vectors; ++v) {
         Vec<T> square[kVec<T>];
@@ -87,7 +88,7 @@ struct Job {
         Block<T, kChannelRows, NV> block;
         for (int64_t s = 0; s < tile.samples; ++s) {
           const S* const next = ahead + s * a.features.sample_stride;
-          for (int64_t p = 0; p < tile.pitch; p += kSegment) {
+          for (int64_t p = 0; p < tile.count; p += kSegment) {
             if (first == 0) {
               for (int r = r0; r < r0 + kChannelRows; ++r) {
                 for (int64_t i = 0; i < kSegment; i += 64 / sizeof(S))
@@ -95,19 +96,11 @@ struct Job {
               }
             }
             const int64_t position = s * tile.pitch + p;
-            block.product(std::min(kSegment, tile.pitch - p), z + r0 * kRun + position, kRun, 1,
+            block.product(std::min(kSegment, tile.count - p), z + r0 * kRun + position, kRun, 1,
                           db + position * pitch + first * kVec<T>, pitch);
           }
         }
-        T* const out = dweight + (c0 + r0) * pitch + first * kVec<T>;
-        DX_UNROLL
-        for (int r = 0; r < kChannelRows; ++r) {
-          DX_UNROLL
-          for (int v = 0; v < NV; ++v) {
-            T* const sum = out + r * pitch + v * kVec<T>;
-            store(sum, load(sum) + block.acc[r][v]);
-          }
-        }
+        block.add_to_rows(dweight + (c0 + r0) * pitch + first * kVec<T>, pitch);
       });
     }
   }
@@ -119,12 +112,7 @@ struct Job {
         Block<T, kChannelRows, NV> block;
         block.product(a.width, weight + c0 * a.width + r0, 1, kGroup, db_t + first * kVec<T>,
                       stride);
-        T* const out = dz + r0 * kRun + first * kVec<T>;
-        DX_UNROLL
-        for (int r = 0; r < kChannelRows; ++r) {
-          DX_UNROLL
-          for (int v = 0; v < NV; ++v) store(out + r * kRun + v * kVec<T>, block.acc[r][v]);
-        }
+        block.store_rows(dz + r0 * kRun + first * kVec<T>, kRun);
       });
     }
   }
@@ -146,7 +134,7 @@ struct Job {
       T* const g = a.grad.plane(n, c) + tile.pixel;
       const int64_t count = tile.count, ahead = kGroup * a.grad_in.plane_stride;
       const auto update = [&](int64_t p, int64_t left) {
-        const Vec<T> d = where_positive(load(z_run + p), load(dz_run + p)) * post;
+        const Vec<T> d = where_positive(load(z_run + p), load_first(dz_run + p, left)) * post;
         s1 += d;
         s2 += d * (q * load_first(x + p, left) - mean);
         if constexpr (FIRST) {
@@ -164,18 +152,17 @@ struct Job {
     sums[2 * c + 1] += static_cast<double>(sum_lanes<T>(s2));
   }
 
-  // `next`: the tile that comes after it.
-  void run(const Tile& tile, const Tile& next) const {
+  // The groups of channels first .. last. `next`: the tile that comes after it.
+  void run(const Tile& tile, const Tile& next, int64_t first, int64_t last) const {
     form_db(tile);
-    for (int64_t c0 = 0; c0 < a.channels; c0 += kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, a.channels - c0);
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t c0 = g * kGroup, count = std::min<int64_t>(kGroup, a.channels - c0);
       for (int64_t r = 0; r < count; ++r)
         norm_relu_tile(a.features, a.table, tile, c0 + r, z + r * kRun);
       for (int64_t r = count; r < kGroup; ++r) std::fill_n(z + r * kRun, tile.positions(), T(0));
-      const bool last = c0 + kGroup >= a.channels;
       weight_gradient(tile, c0,
-                      last ? a.features.plane(next.sample, 0) + next.pixel
-                           : a.features.plane(tile.sample, c0 + kGroup) + tile.pixel);
+                      g + 1 == last ? a.features.plane(next.sample, first * kGroup) + next.pixel
+                                    : a.features.plane(tile.sample, c0 + kGroup) + tile.pixel);
       input_gradient(tile, c0);
       for (int64_t r = 0; r < count; ++r) {
         if (a.grad_in.data) {
@@ -195,30 +182,35 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t pitch = round_up(a.width, kLanes), channels = round_up(a.channels, kGroup);
   const int64_t capacity = tile_capacity<T>(2 * pitch, kMostPixels);
-  const Tiling tiling(a.features.samples, a.features.pixels(), capacity);
-  const int64_t threads = thread_count(tiling.count);
+  const Tiling tiling(a.features.samples, a.features.pixels(), capacity, 1);
+  const Shares shares(tiling.count, channels / kGroup,
+                      thread_count(tiling.count * channels / kGroup));
 
   const Scratch packed(sizeof(T) * channels * a.width);
   const Scratch scaled(sizeof(T) * a.channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    T* const column = packed.as<T>() + (c / kGroup) * kGroup * a.width + c % kGroup;
-    for (int64_t o = 0; o < a.width; ++o)
-      column[o * kGroup] = c < a.channels ? a.weight[o * a.channels + c] : T(0);
-  }
+  pack_column_groups<kGroup>(a.weight, a.width, a.channels, packed.as<T>());
   for (int64_t c = 0; c < a.channels; ++c)
     scaled.as<T>()[c] =
         static_cast<T>(static_cast<double>(a.norm.weight[c]) * reciprocal_std(a.norm, c));
 
   const int64_t stride = padded_stride(capacity),
                 tile_values = pitch * capacity + pitch * stride + 2 * kGroup * kRun;
-  const Scratch tiles(sizeof(T) * threads * tile_values);
-  const Scratch partials(sizeof(T) * threads * channels * pitch);
-  const Scratch sums(sizeof(double) * threads * 2 * a.channels);
-  std::fill_n(partials.as<T>(), threads * channels * pitch, T(0));
-  std::fill_n(sums.as<double>(), threads * 2 * a.channels, 0.0);
+  const Scratch tiles(sizeof(T) * shares.threads() * tile_values);
+  const Scratch partials(sizeof(T) * shares.tile_parts * channels * pitch);
+  const Scratch sums(sizeof(double) * shares.tile_parts * 2 * a.channels);
+  if (tiling.count == 0) {
+    std::fill_n(partials.as<T>(), channels * pitch, T(0));
+    std::fill_n(sums.as<double>(), 2 * a.channels, 0.0);
+  }
 
-  parallel(tiling.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    T* const tile = tiles.as<T>() + thread * tile_values;
+  parallel_shares(shares, [&](const Share& share) {
+    T* const tile = tiles.as<T>() + share.thread * tile_values;
+    T* const dweight = partials.as<T>() + share.tile_part * channels * pitch;
+    double* const own_sums = sums.as<double>() + share.tile_part * 2 * a.channels;
+    const int64_t first = share.first_group * kGroup,
+                  last = std::min(share.last_group * kGroup, a.channels);
+    std::fill_n(dweight + first * pitch, (share.last_group * kGroup - first) * pitch, T(0));
+    std::fill_n(own_sums + 2 * first, 2 * (last - first), 0.0);
     const Job<S> job{a,
                      pitch,
                      stride,
@@ -228,22 +220,17 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
                      tile + pitch * capacity,
                      tile + pitch * (capacity + stride),
                      tile + pitch * (capacity + stride) + kGroup * kRun,
-                     partials.as<T>() + thread * channels * pitch,
-                     sums.as<double>() + thread * 2 * a.channels};
-    for (int64_t i = begin; i < end; ++i) job.run(tiling[i], tiling[std::min(i + 1, end - 1)]);
+                     dweight,
+                     own_sums};
+    for (int64_t i = share.first_tile; i < share.last_tile; ++i)
+      job.run(tiling[i], tiling[std::min(i + 1, share.last_tile - 1)], share.first_group,
+              share.last_group);
   });
 
-  for (int64_t o = 0; o < a.width; ++o) {
-    for (int64_t c = 0; c < a.channels; ++c) {
-      T sum = 0;
-      for (int64_t t = 0; t < threads; ++t) sum += partials.as<T>()[(t * channels + c) * pitch + o];
-      a.dweight[o * a.channels + c] = sum;
-    }
-  }
+  merge_transposed(partials.as<T>(), shares.tile_parts, channels * pitch, pitch, a.width,
+                   a.channels, a.dweight);
   double* const total = sums.as<double>();
-  for (int64_t t = 1; t < threads; ++t) {
-    for (int64_t i = 0; i < 2 * a.channels; ++i) total[i] += total[t * 2 * a.channels + i];
-  }
+  add_partials(total, shares.tile_parts, 2 * a.channels, 2 * a.channels);
   const double rows =
       static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
   finish_norm_backward(a.norm, total, a.channels, rows, a.pre_mask, a.coef, true, a.dnorm_weight,

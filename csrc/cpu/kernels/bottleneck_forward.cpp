@@ -10,6 +10,7 @@
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
+#include "pack.h"
 #include "row_moments.h"
 #include "tile.h"
 
@@ -23,28 +24,27 @@ void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const Tile
   for (int64_t c = 0; c < a.channels; ++c)
     norm_relu_tile(a.features, a.norm, tile, c, z + c * stride);
   S* const rows = a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch;
-  for (int64_t i = 0; i < tile.samples; ++i) {
-    for (int64_t p = 0; p < tile.count; p += kPixelRows) {
-      const int64_t valid = std::min<int64_t>(kPixelRows, tile.count - p);
-      S* const out = rows + (i * tile.count + p) * pitch;
-      const S* const ahead = a.features.plane(next.sample + i, 0) + next.pixel + p;
-      const int64_t ahead_step = p * sizeof(S) % 64 == 0 ? a.features.plane_stride : 0;
-      for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
-        constexpr int NV = decltype(group)::value;
-        Block<T, kPixelRows, NV> block;
-        block.product(a.channels, z + i * tile.pitch + p, 1, stride, weight + first * kVec<T>,
-                      pitch, ahead, first == 0 ? ahead_step : 0);
-        DX_UNROLL
-        for (int r = 0; r < kPixelRows; ++r) {
-          if (r < valid) {
-            DX_UNROLL
-            for (int v = 0; v < NV; ++v)
-              store(out + r * pitch + (first + v) * kVec<T>, block.acc[r][v]);
-          }
+  for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
+    constexpr int NV = decltype(group)::value;
+    const T* const panel = weight + first * kVec<T> * a.channels;
+    for (int64_t m = 0; m < tile.rows(); m += kPixelRows) {
+      const S* const ahead =
+          a.features.plane(next.sample + m / tile.count, 0) + next.pixel + m % tile.count;
+      const bool fetch = first == 0 && m * sizeof(S) % 64 == 0;
+      Block<T, kPixelRows, NV> block;
+      block.product(a.channels, z + m, 1, stride, panel, NV * kVec<T>, ahead,
+                    fetch ? a.features.plane_stride : 0);
+      const int64_t valid = std::min<int64_t>(kPixelRows, tile.rows() - m);
+      S* const out = rows + m * pitch + first * kVec<T>;
+      DX_UNROLL
+      for (int r = 0; r < kPixelRows; ++r) {
+        if (r < valid) {
+          DX_UNROLL
+          for (int v = 0; v < NV; ++v) store(out + r * pitch + v * kVec<T>, block.acc[r][v]);
         }
-      });
+      }
     }
-  }
+  });
 }
 
 }  // namespace
@@ -53,18 +53,20 @@ template <class S>
 void bottleneck_forward(const BottleneckForward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t pitch = round_up(a.width, kLanes);
-  const int64_t capacity = tile_capacity<T>(a.channels, 256);
-  const Tiling tiling(a.features.samples, a.features.pixels(), capacity);
+  // with fewer than 64 positions, reading W costs more than a z that spills
+  const int64_t capacity = std::max<int64_t>(64, tile_capacity<T>(a.channels, 256));
+  const Tiling tiling(a.features.samples, a.features.pixels(), capacity, 1);
   const int64_t threads = thread_count(tiling.count);
   const bool moments = a.mean != nullptr;
 
-  const Scratch packed(sizeof(T) * a.channels *
-                       pitch);  // W transposed to [channels, pitch], zeros beyond width
+  const Scratch packed(sizeof(T) * a.channels * pitch);
   T* const weight = packed.as<T>();
-  for (int64_t c = 0; c < a.channels; ++c) {
-    for (int64_t o = 0; o < pitch; ++o)
-      weight[c * pitch + o] = o < a.width ? a.weight[o * a.channels + c] : T(0);
-  }
+  for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
+    constexpr int64_t columns = decltype(group)::value * kVec<T>;
+    const int64_t o = first * kVec<T>;
+    pack_transposed(a.weight + o * a.channels, std::min(columns, a.width - o), a.channels, columns,
+                    weight + o * a.channels);
+  });
   const int64_t stride = padded_stride(capacity), tile_values = a.channels * stride;
   const Scratch tiles(sizeof(T) * threads * tile_values);
   const Scratch sums(sizeof(double) * threads * 2 * pitch);

@@ -14,6 +14,7 @@
 #include "instantiate.h"
 #include "microkernel.h"
 #include "norm_backward.h"
+#include "pack.h"
 #include "planes.h"
 
 namespace densenet_ext {
@@ -63,11 +64,11 @@ struct Job {
     }
   }
 
-  // dh of up to kPixelRows pixels from (s, y, x) and everything that follows from it, for the
+  // dh of up to R pixels from (s, y, x) and everything that follows from it, for the
   // vectors first .. first + NV.
-  template <int NV>
+  template <int R, int NV>
   void pixels(const Unit& u, int64_t s, int64_t y, int64_t x, int64_t first) const {
-    Block<T, kPixelRows, NV> block;
+    Block<T, R, NV> block;
     const T* dy = planes + units.position(u, s, y) + x;
     const T* w = weight + first * kVec<T>;
     for (int64_t j = 0; j < a.growth; ++j) {
@@ -76,7 +77,7 @@ struct Job {
       dy += units.plane_size;
       w += 9 * pitch;
     }
-    const int64_t n = u.sample + s, valid = std::min<int64_t>(kPixelRows, units.width - x),
+    const int64_t n = u.sample + s, valid = std::min<int64_t>(R, units.width - x),
                   column = first * kVec<T>;
     const int64_t row = ((n * units.height + u.row + y) * units.width + x) * pitch + column;
     T* const h_row = h + ((s * u.rows + y) * units.width + x) * pitch + column;
@@ -88,7 +89,7 @@ struct Job {
                    center = load(mean + column + i);
       Vec<T> s1 = load(unit_sums + column + i), s2 = load(unit_sums + pitch + column + i);
       DX_UNROLL
-      for (int r = 0; r < kPixelRows; ++r) {
+      for (int r = 0; r < R; ++r) {
         if (r >= valid) continue;
         const Vec<T> b = load(a.bottleneck + row + r * pitch + i);
         const Vec<T> value = relu(sc * b + sh);
@@ -101,6 +102,19 @@ struct Job {
       }
       store(unit_sums + column + i, s1);
       store(unit_sums + pitch + column + i, s2);
+    }
+  }
+
+  template <int R>
+  void input_gradient(const Unit& u) const {
+    for (int64_t s = 0; s < u.samples; ++s) {
+      for (int64_t y = 0; y < u.rows; ++y) {
+        for (int64_t x = 0; x < units.width; x += R) {
+          for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
+            pixels<R, decltype(group)::value>(u, s, y, x, first);
+          });
+        }
+      }
     }
   }
 
@@ -143,14 +157,12 @@ struct Job {
   void run(const Unit& u) const {
     load_planes(u);
     std::fill_n(unit_sums, 2 * pitch, T(0));
-    for (int64_t s = 0; s < u.samples; ++s) {
-      for (int64_t y = 0; y < u.rows; ++y) {
-        for (int64_t x = 0; x < units.width; x += kPixelRows) {
-          for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
-            pixels<decltype(group)::value>(u, s, y, x, first);
-          });
-        }
-      }
+    // widths of 7, 14 and 28 would leave an eighth of the larger block idle
+    constexpr int fewer = kRegisters == 32 ? kPixelRows - 1 : kPixelRows;
+    if (round_up(units.width, fewer) < round_up(units.width, kPixelRows)) {
+      input_gradient<fewer>(u);
+    } else {
+      input_gradient<kPixelRows>(u);
     }
     for (int64_t i = 0; i < 2 * pitch; ++i) sums[i] += static_cast<double>(unit_sums[i]);
     weight_gradient(u);
@@ -167,13 +179,11 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   const int64_t threads = thread_count(units.count);
 
   const Scratch packed(sizeof(T) * a.growth * 9 * pitch);
-  for (int64_t j = 0; j < a.growth; ++j) {
-    for (int64_t t = 0; t < 9; ++t) {
-      for (int64_t i = 0; i < pitch; ++i)
-        packed.as<T>()[(j * 9 + t) * pitch + i] =
-            i < a.width ? a.weight[(j * a.width + i) * 9 + t] : T(0);
-    }
-  }
+  parallel_items(a.growth, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j)
+      copy_transposed(a.weight + j * a.width * 9, 9, a.width, 9, packed.as<T>() + j * 9 * pitch,
+                      pitch, pitch);
+  });
   const int64_t scale_rows = a.table.scale.sample_stride ? samples : 1,
                 shift_rows = a.table.shift.sample_stride ? samples : 1;
   const int64_t post_rows = a.post_mask.data ? samples : 0;
@@ -196,11 +206,12 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   const auto dweight_of = [&](int64_t thread) {
     return work.as<T>() + thread * thread_values + plane_values + h_values + 2 * pitch;
   };
-  for (int64_t t = 0; t < threads; ++t) std::fill_n(dweight_of(t), a.growth * 9 * pitch, T(0));
+  if (units.count == 0) std::fill_n(dweight_of(0), a.growth * 9 * pitch, T(0));
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const own = work.as<T>() + thread * thread_values;
     std::fill_n(own, plane_values, T(0));
+    std::fill_n(dweight_of(thread), a.growth * 9 * pitch, T(0));
     const Job<S> job{a,
                      units,
                      pitch,
@@ -219,16 +230,13 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
     for (int64_t i = begin; i < end; ++i) job.run(units[i]);
   });
 
-  for (int64_t j = 0; j < a.growth; ++j) {
-    for (int64_t i = 0; i < a.width; ++i) {
-      for (int64_t t = 0; t < 9; ++t) {
-        T sum = 0;
-        for (int64_t thread = 0; thread < threads; ++thread)
-          sum += dweight_of(thread)[(j * 9 + t) * pitch + i];
-        a.dweight[(j * a.width + i) * 9 + t] = sum;
-      }
+  parallel_items(a.growth, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      T* const total = dweight_of(0) + j * 9 * pitch;
+      add_partials(total, threads, thread_values, 9 * pitch);
+      copy_transposed(total, pitch, 9, a.width, a.dweight + j * a.width * 9, 9, 9);
     }
-  }
+  });
   const double rows =
       static_cast<double>(samples) * static_cast<double>(units.height * units.width);
   for (int64_t i = 0; i < a.width; ++i) {

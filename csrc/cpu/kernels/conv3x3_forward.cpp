@@ -11,6 +11,7 @@
 #include "conv3x3_output.h"
 #include "instantiate.h"
 #include "microkernel.h"
+#include "pack.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
@@ -106,15 +107,13 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
   // outputs in even groups of at most kChannelRows; weights [group][i][tap][row]
   const int64_t groups = ceil_div(a.growth, kChannelRows);
   const Scratch packed(sizeof(T) * a.growth * a.width * 9);
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t first = a.growth * g / groups, rows = a.growth * (g + 1) / groups - first;
-    T* w = packed.as<T>() + first * a.width * 9;
-    for (int64_t i = 0; i < a.width; ++i) {
-      for (int64_t t = 0; t < 9; ++t) {
-        for (int64_t r = 0; r < rows; ++r) *w++ = a.weight[((first + r) * a.width + i) * 9 + t];
-      }
+  parallel_items(groups, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t first = a.growth * g / groups, rows = a.growth * (g + 1) / groups - first;
+      copy_transposed(a.weight + first * a.width * 9, a.width * 9, rows, a.width * 9,
+                      packed.as<T>() + first * a.width * 9, rows, rows);
     }
-  }
+  });
   const int64_t scale_rows = a.norm.scale.sample_stride ? samples : 1,
                 shift_rows = a.norm.shift.sample_stride ? samples : 1;
   const Scratch scale(sizeof(T) * scale_rows * pitch), shift(sizeof(T) * shift_rows * pitch);

@@ -27,6 +27,24 @@ struct Block {
     }
   }
 
+  DX_INLINE void store_rows(T* out, int64_t row_step) const {
+    DX_UNROLL
+    for (int r = 0; r < R; ++r) {
+      DX_UNROLL
+      for (int v = 0; v < NV; ++v) store(out + r * row_step + v * kVec<T>, acc[r][v]);
+    }
+  }
+  DX_INLINE void add_to_rows(T* out, int64_t row_step) const {
+    DX_UNROLL
+    for (int r = 0; r < R; ++r) {
+      DX_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        T* const to = out + r * row_step + v * kVec<T>;
+        store(to, load(to) + acc[r][v]);
+      }
+    }
+  }
+
   // acc[r][v] += a[r*row_step] * b[v]
   DX_INLINE void rank1(const T* a, int64_t row_step, const T* b) {
     Vec<T> bv[NV];

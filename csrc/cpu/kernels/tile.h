@@ -1,6 +1,5 @@
 // Tiles of pixels for the kernels that treat pixels as rows of a matrix, whatever the map size: a
-// tile is a run of pixels of one large map, or several whole small maps. Inside a tile every sample
-// starts at a multiple of kLanes, so that no vector ever straddles two samples.
+// tile is a run of pixels of one large map, or several whole small maps.
 #pragma once
 
 #include <algorithm>
@@ -13,26 +12,35 @@ namespace DENSENET_EXT_ISA {
 struct Tile {
   int64_t sample, samples;  // samples > 1 only with whole maps
   int64_t pixel, count;     // pixels of each sample
-  int64_t pitch;            // positions of each sample, count rounded up to kLanes
+  int64_t pitch;            // positions of each sample: count, or count rounded up to kLanes
 
-  int64_t positions() const { return samples * pitch; }
+  int64_t positions() const { return round_up(samples * pitch, kLanes); }
   int64_t rows() const {
     return samples * count;
   }  // contiguous rows of a [M, width] matrix, from sample * P + pixel
 };
 
+// The most even share of `items` items, at least one and at most `most` in each.
+inline int64_t even_share(int64_t items, int64_t most) {
+  return items > 0 ? ceil_div(items, ceil_div(items, most)) : 1;
+}
+
 struct Tiling {
-  int64_t samples, pixels, capacity;
+  int64_t samples, pixels, alignment;
   int64_t tiles_per_map = 1, tile_pixels, maps_per_tile = 1, count;
 
-  // Tiles of at most `capacity` positions (a multiple of kLanes).
-  Tiling(int64_t samples, int64_t pixels, int64_t capacity)
-      : samples(samples), pixels(pixels), capacity(capacity) {
+  // Tiles of at most `capacity` positions (a multiple of kLanes). Every sample of a tile starts at
+  // a multiple of `alignment`: kLanes where no vector may straddle two samples, or 1.
+  Tiling(int64_t samples, int64_t pixels, int64_t capacity, int64_t alignment = kLanes)
+      : samples(samples), pixels(pixels), alignment(alignment) {
     const int64_t pitch = round_up(std::max<int64_t>(pixels, 1), kLanes);
     tiles_per_map = ceil_div(pitch, capacity);
     tile_pixels = round_up(ceil_div(pitch, tiles_per_map), kLanes);
     tiles_per_map = ceil_div(pitch, tile_pixels);
-    if (tiles_per_map == 1) maps_per_tile = std::max<int64_t>(1, capacity / pitch);
+    if (tiles_per_map == 1) {
+      maps_per_tile =
+          even_share(samples, capacity / round_up(std::max<int64_t>(pixels, 1), alignment));
+    }
     count = pixels == 0         ? 0
             : tiles_per_map > 1 ? samples * tiles_per_map
                                 : ceil_div(samples, maps_per_tile);
@@ -51,18 +59,10 @@ struct Tiling {
       t.pixel = 0;
       t.count = pixels;
     }
-    t.pitch = round_up(t.count, kLanes);
+    t.pitch = round_up(t.count, alignment);
     return t;
   }
 };
-
-template <class T>
-DX_INLINE Vec<T> keep_first(Vec<T> v, int64_t n) {
-  T lanes[kVec<T>];
-  store(lanes, v);
-  for (int64_t i = std::max<int64_t>(n, 0); i < kVec<T>; ++i) lanes[i] = T(0);
-  return load(lanes);
-}
 
 // out[0:count] = relu(scale*x + shift), out[count:pitch] = 0.
 template <class S, class T = Arithmetic<S>>

@@ -6,12 +6,14 @@
 //
 // and the sums S1, S2 of the batch normalization on the way.
 // Tiles as in the forward; dout is laid out in both orientations, then 12 channels at a time.
-// Threads own contiguous tiles and private sums, merged in thread order. Bytes moved: dout and x
-// once, G once.
+// Threads own shares of tiles and channels; the sums of the shares of tiles are merged in order.
+// Bytes moved: dout and x once, G once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "norm_backward.h"
+#include "pack.h"
 #include "pooling.h"
+#include "shares.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
@@ -25,25 +27,25 @@ struct BackwardJob {
   int64_t outputs, pitch, capacity;  // output channels, and rounded up to kLanes
   const T* weight;                   // [groups, outputs, kChannelRows]
   // of one thread
-  T *dout, *dout_t, *zp, *dzp, *line, *dweight;
+  T *dout, *dout_t, *zp, *dzp, *dweight;
   double* sums;
 
   // dout in both orientations: dout_t [outputs, position] as it comes, dout [position, outputs]
   // transposed.
-  void load_dout(const Tile& tile) const {
+  DX_NOINLINE void load_dout(const Tile& tile) const {
     for (int64_t o = 0; o < pitch; ++o) {
       T* const run = dout_t + o * capacity;
       if (o >= outputs) {
         std::fill_n(run, tile.positions(), T(0));
         continue;
       }
-      for (int64_t s = 0; s < tile.samples; ++s) {
+      T* to = run;
+      for (int64_t s = 0; s < tile.samples; ++s, to += tile.pitch) {
         const S* const source = a.grad_out.plane(tile.sample + s, o) + tile.pixel;
-        for (int64_t p = 0; p < tile.pitch; p += kVec<T>) {
-          store(run + s * tile.pitch + p,
-                p < tile.count ? load_first(source + p, tile.count - p) : Vec<T>{});
-        }
+        for (int64_t p = 0; p < tile.count; p += kVec<T>)
+          store(to + p, load_first(source + p, tile.count - p));
       }
+      for (; to < run + tile.positions(); to += kVec<T>) store(to, Vec<T>{});
     }
     for (int64_t p = 0; p < tile.positions(); p += kVec<T>) {
       for (int64_t o = 0; o < pitch; o += kVec<T>) {
@@ -57,23 +59,32 @@ struct BackwardJob {
     }
   }
 
-  void weight_gradient(const Tile& tile, int64_t c, int64_t valid) const {
-    for (int64_t r0 = 0; r0 < valid; r0 += kPixelRows / 2) {
-      for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
-        constexpr int NV = decltype(group)::value, R = kPixelRows / 2;
-        Block<T, R, NV> block;
-        block.product(tile.positions(), zp + r0 * capacity, capacity, 1, dout + first * kVec<T>,
-                      pitch);
-        T* const out = dweight + (c + r0) * pitch + first * kVec<T>;
-        DX_UNROLL
-        for (int r = 0; r < R; ++r) {
-          DX_UNROLL
-          for (int v = 0; v < NV; ++v)
-            store(out + r * pitch + v * kVec<T>,
-                  load(out + r * pitch + v * kVec<T>) + block.acc[r][v]);
+  // Fetches x and G of the group of channels that follows.
+  void weight_gradient(const Tile& tile, int64_t c) const {
+    const int64_t vectors = pitch / kVec<T>, channels = a.features.channels;
+    for_vector_groups<kPixelVectors>(vectors, [&](int64_t first, auto group) {
+      constexpr int NV = decltype(group)::value;
+      constexpr int64_t segment = 32;
+      const int64_t next = c + kChannelRows, from = next + first * kChannelRows / vectors,
+                    to = std::min(channels, next + (first + NV) * kChannelRows / vectors);
+      Block<T, kChannelRows, NV> block;
+      for (int64_t s = 0; s < tile.samples; ++s) {
+        for (int64_t p = 0; p < tile.count; p += segment) {
+          for (int64_t i = from; i < to; ++i) {
+            const S* const x = a.features.plane(tile.sample + s, i) + 4 * (tile.pixel + p);
+            const T* const g = a.grad.plane(tile.sample + s, i) + 4 * (tile.pixel + p);
+            for (int64_t j = 0; j < 4 * segment; j += 64 / sizeof(S))
+              __builtin_prefetch(x + j, 0, 2);
+            for (int64_t j = 0; j < 4 * segment; j += 64 / sizeof(T))
+              __builtin_prefetch(g + j, 1, 2);
+          }
+          const int64_t position = s * tile.pitch + p;
+          block.product(std::min(segment, tile.count - p), zp + position, capacity, 1,
+                        dout + position * pitch + first * kVec<T>, pitch);
         }
-      });
-    }
+      }
+      block.add_to_rows(dweight + c * pitch + first * kVec<T>, pitch);
+    });
   }
 
   void pooled_gradient(const Tile& tile, int64_t group_index) const {
@@ -82,43 +93,42 @@ struct BackwardJob {
       Block<T, kChannelRows, NV> block;
       block.product(outputs, weight + group_index * outputs * kChannelRows, 1, kChannelRows,
                     dout_t + first * kVec<T>, capacity);
-      DX_UNROLL
-      for (int r = 0; r < kChannelRows; ++r) {
-        DX_UNROLL
-        for (int v = 0; v < NV; ++v)
-          store(dzp + r * capacity + (first + v) * kVec<T>, block.acc[r][v]);
-      }
+      block.store_rows(dzp + first * kVec<T>, capacity);
     });
   }
 
   // Spreads dzp over the pixels of channel c, through ReLU and the direct part of BN, into G.
-  void spread(const Tile& tile, int64_t c, const T* dzp_channel) const {
-    const int64_t width = a.features.width, used = 2 * rows.width;
+  DX_NOINLINE void spread(const Tile& tile, int64_t c, const T* d) const {
+    const int64_t width = a.features.width, first = tile.pixel / rows.width,
+                  last = (tile.pixel + tile.count) / rows.width;
     const Vec<T> mean = broadcast(a.norm.mean[c]),
                  step = broadcast(static_cast<T>(static_cast<double>(a.norm.weight[c]) *
                                                  reciprocal_std(a.norm, c)));
     Vec<T> s1 = {}, s2 = {};
     for (int64_t s = 0; s < tile.samples; ++s) {
-      const int64_t n = tile.sample + s, first = tile.pixel / rows.width,
-                    last = (tile.pixel + tile.count) / rows.width;
+      const int64_t n = tile.sample + s;
       const Vec<T> scale = broadcast(a.table.scale.row(n)[c]),
                    shift = broadcast(a.table.shift.row(n)[c]);
-      const T* d = dzp_channel + s * tile.pitch;
-      for (int64_t y = first; y < last; ++y) {
-        for (int64_t x = 0; x < rows.width; ++x) line[2 * x] = line[2 * x + 1] = d[x] * T(0.25);
-        d += rows.width;
-        for (int64_t i = 2 * y; i < 2 * y + 2; ++i) {
-          const S* const source = a.features.plane(n, c) + i * width;
-          T* const g = a.grad.plane(n, c) + i * width;
-          for (int64_t x = 0; x < width; x += kVec<T>) {  // `line` is 0 from `used` on
-            const int64_t left = width - x;
-            const Vec<T> value = load_first(source + x, left);
-            const Vec<T> dv = where_positive(scale * value + shift,
-                                             load_first(line + x, used - x > 0 ? used - x : 0));
+      for (int64_t y = first; y < last; ++y, d += rows.width) {
+        const S* const source = a.features.plane(n, c) + 2 * y * width;
+        T* const g = a.grad.plane(n, c) + 2 * y * width;
+        const auto update = [&](int64_t x, Vec<T> dz) {
+          const int64_t left = width - x;
+          if (left <= 0) return;
+          DX_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const Vec<T> value = load_first(source + i * width + x, left);
+            const Vec<T> dv = where_positive(scale * value + shift, dz);
             s1 += dv;
             s2 += dv * (value - mean);
-            store_first(g + x, step * dv, left);
+            store_first(g + i * width + x, step * dv, left);
           }
+        };
+        for (int64_t x = 0; 2 * x < width; x += kVec<T>) {  // dz is 0 in the last of odd columns
+          const Vec<T> dz =
+              load_first(d + x, std::max<int64_t>(0, rows.width - x)) * broadcast(T(0.25));
+          update(2 * x, double_lanes<T, 0>(dz));
+          update(2 * x + kVec<T>, double_lanes<T, kVec<T> / 2>(dz));
         }
       }
       if (last == rows.height && a.features.height > 2 * rows.height)
@@ -128,18 +138,18 @@ struct BackwardJob {
     sums[2 * c + 1] += static_cast<double>(sum_lanes<T>(s2));
   }
 
-  void run(const Tile& tile) const {
+  void run(const Tile& tile, int64_t first_group, int64_t last_group) const {
     load_dout(tile);
     const int64_t channels = a.features.channels;
-    for (int64_t c0 = 0; c0 < channels; c0 += kChannelRows) {
-      const int64_t valid = std::min<int64_t>(kChannelRows, channels - c0);
+    for (int64_t g = first_group; g < last_group; ++g) {
+      const int64_t c = g * kChannelRows, valid = std::min<int64_t>(kChannelRows, channels - c);
       for (int64_t r = 0; r < valid; ++r)
-        pool_tile(a.features, a.table, rows, tile, c0 + r, line, zp + r * capacity);
+        pool_tile(a.features, a.table, rows, tile, c + r, zp + r * capacity);
       for (int64_t r = valid; r < kChannelRows; ++r)
         std::fill_n(zp + r * capacity, tile.positions(), T(0));
-      weight_gradient(tile, c0, valid);
-      pooled_gradient(tile, c0 / kChannelRows);
-      for (int64_t r = 0; r < valid; ++r) spread(tile, c0 + r, dzp + r * capacity);
+      weight_gradient(tile, c);
+      pooled_gradient(tile, g);
+      for (int64_t r = 0; r < valid; ++r) spread(tile, c + r, dzp + r * capacity);
     }
   }
 };
@@ -151,28 +161,34 @@ void transition_backward(const TransitionBackward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t samples = a.features.samples, channels = a.features.channels,
                 outputs = a.grad_out.channels, pitch = round_up(outputs, kLanes);
-  const Rows rows(samples, a.grad_out.height, a.grad_out.width, tile_capacity<T>(2 * pitch, 256));
-  const int64_t threads = thread_count(rows.count), capacity = padded_stride(rows.positions());
-  const int64_t groups = ceil_div(channels, kChannelRows), padded = groups * kChannelRows,
-                line = round_up(a.features.width, kLanes) + kLanes;
+  const Rows rows(samples, a.grad_out.height, a.grad_out.width, pooled_capacity<T>(2 * pitch));
+  const int64_t capacity = padded_stride(rows.positions() + kLanes),
+                groups = ceil_div(channels, kChannelRows), padded = groups * kChannelRows;
+  const Shares shares(rows.count, groups, thread_count(rows.count * groups));
   const Scratch packed(sizeof(T) * (padded * outputs + 1));
-  pack_groups(a.weight, channels, int64_t{1}, outputs, channels, packed.as<T>());
+  pack_column_groups<kChannelRows>(a.weight, outputs, channels, packed.as<T>());
 
-  const int64_t thread_values = round_up((2 * pitch + 2 * kChannelRows) * capacity + line, kLanes);
-  const Scratch tiles(sizeof(T) * threads * thread_values);
-  const Scratch partials(sizeof(T) * (threads * padded * pitch + 1));
-  const Scratch sums(sizeof(double) * (threads * 2 * channels + 1));
-  std::fill_n(partials.as<T>(), threads * padded * pitch, T(0));
-  std::fill_n(sums.as<double>(), threads * 2 * channels, 0.0);
+  const int64_t thread_values = (2 * pitch + 2 * kChannelRows) * capacity;
+  const Scratch tiles(sizeof(T) * shares.threads() * thread_values);
+  const Scratch partials(sizeof(T) * (shares.tile_parts * padded * pitch + 1));
+  const Scratch sums(sizeof(double) * (shares.tile_parts * 2 * channels + 1));
   if (rows.count == 0) {  // a map of one row or column pools to nothing
+    std::fill_n(partials.as<T>(), padded * pitch, T(0));
+    std::fill_n(sums.as<double>(), 2 * channels, 0.0);
     for (int64_t n = 0; n < samples; ++n) {
       for (int64_t c = 0; c < channels; ++c)
         std::fill_n(a.grad.plane(n, c), a.features.pixels(), T(0));
     }
   }
 
-  parallel(rows.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    T* const own = tiles.as<T>() + thread * thread_values;
+  parallel_shares(shares, [&](const Share& share) {
+    T* const own = tiles.as<T>() + share.thread * thread_values;
+    T* const dweight = partials.as<T>() + share.tile_part * padded * pitch;
+    double* const own_sums = sums.as<double>() + share.tile_part * 2 * channels;
+    const int64_t first = share.first_group * kChannelRows,
+                  last = std::min(share.last_group * kChannelRows, channels);
+    std::fill_n(dweight + first * pitch, (share.last_group * kChannelRows - first) * pitch, T(0));
+    std::fill_n(own_sums + 2 * first, 2 * (last - first), 0.0);
     const BackwardJob<S> job{a,
                              rows,
                              outputs,
@@ -183,23 +199,16 @@ void transition_backward(const TransitionBackward<S>& a) {
                              own + pitch * capacity,
                              own + 2 * pitch * capacity,
                              own + (2 * pitch + kChannelRows) * capacity,
-                             own + (2 * pitch + 2 * kChannelRows) * capacity,
-                             partials.as<T>() + thread * padded * pitch,
-                             sums.as<double>() + thread * 2 * channels};
-    for (int64_t i = begin; i < end; ++i) job.run(rows[i]);
+                             dweight,
+                             own_sums};
+    for (int64_t i = share.first_tile; i < share.last_tile; ++i)
+      job.run(rows[i], share.first_group, share.last_group);
   });
 
-  for (int64_t o = 0; o < outputs; ++o) {
-    for (int64_t c = 0; c < channels; ++c) {
-      T sum = 0;
-      for (int64_t t = 0; t < threads; ++t) sum += partials.as<T>()[(t * padded + c) * pitch + o];
-      a.dweight[o * channels + c] = sum;
-    }
-  }
+  merge_transposed(partials.as<T>(), shares.tile_parts, padded * pitch, pitch, outputs, channels,
+                   a.dweight);
   double* const total = sums.as<double>();
-  for (int64_t t = 1; t < threads; ++t) {
-    for (int64_t i = 0; i < 2 * channels; ++i) total[i] += total[t * 2 * channels + i];
-  }
+  add_partials(total, shares.tile_parts, 2 * channels, 2 * channels);
   finish_norm_backward(a.norm, total, channels, static_cast<double>(samples * a.features.pixels()),
                        PerChannel<T>{}, a.coef, false, a.dnorm_weight, a.dnorm_bias);
 }

@@ -5,53 +5,95 @@
 //   out[o, p'] = sum_c W[o, c] zp[c, p']
 //
 // A tile is whole rows of the pooled map, or several whole pooled maps; lanes are pooled pixels.
-// Threads own contiguous tiles. Bytes moved: x once, out once.
+// Meanwhile the next tile of x is fetched. Threads own contiguous tiles. Bytes moved: x once, out
+// once.
 #include "../parallel.h"
 #include "instantiate.h"
+#include "pack.h"
 #include "pooling.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
+namespace {
+
+// What a group of outputs multiplies: zp of a tile; and what it fetches meanwhile: line after line
+// of the next tile of x, all channels of one line at a time, `lines` in all.
+template <class S>
+struct Operand {
+  using T = Arithmetic<S>;
+  const T* zp;
+  int64_t channels, stride, positions;
+  const Maps<const S>& features;
+  Tile next;
+  int64_t lines, lines_per_map;
+
+  Operand(const Maps<const S>& features, const T* zp, int64_t stride, const Tile& tile,
+          const Tile& next)
+      : zp(zp),
+        channels(features.channels),
+        stride(stride),
+        positions(tile.positions()),
+        features(features),
+        next(next) {
+    constexpr int64_t budget = 1024 * 1024;  // of the second-level cache
+    lines_per_map = ceil_div(4 * next.count * static_cast<int64_t>(sizeof(S)), 64);
+    lines = std::min(next.samples * lines_per_map, budget / (64 * std::max<int64_t>(1, channels)));
+  }
+
+  // Products of the g-th group of outputs.
+  DX_NOINLINE void multiply(int64_t g, const T* weight, T* out) const {
+    const int64_t vectors = positions / kVec<T>, blocks = ceil_div(vectors, kPixelVectors);
+    int64_t line = g * blocks;
+    for_vector_groups<kPixelVectors>(vectors, [&](int64_t first, auto group) {
+      constexpr int NV = decltype(group)::value;
+      const bool fetch = line < lines;
+      const S* const ahead = fetch ? features.plane(next.sample + line / lines_per_map, 0) +
+                                         4 * next.pixel +
+                                         line % lines_per_map * static_cast<int64_t>(64 / sizeof(S))
+                                   : features.data;
+      ++line;
+      Block<T, kChannelRows, NV> block;
+      block.product(channels, weight + g * kChannelRows * channels, 1, kChannelRows,
+                    zp + first * kVec<T>, stride, ahead, fetch ? features.plane_stride : 0);
+      block.store_rows(out + first * kVec<T>, stride);
+    });
+  }
+};
+
+}  // namespace
+
 template <class S>
 void transition_forward(const TransitionForward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t channels = a.features.channels, outputs = a.out.channels;
-  const Rows rows(a.features.samples, a.out.height, a.out.width, tile_capacity<T>(channels, 256));
+  const Rows rows(a.features.samples, a.out.height, a.out.width, pooled_capacity<T>(channels));
   const int64_t threads = thread_count(rows.count),
                 capacity = padded_stride(rows.positions() + kPixelVectors * kLanes);
-  const int64_t groups = ceil_div(outputs, kChannelRows),
-                line = round_up(a.features.width, kLanes) + kLanes;
+  const int64_t groups = ceil_div(outputs, kChannelRows);
   const Scratch packed(sizeof(T) * (groups * kChannelRows * channels + 1));
-  pack_groups(a.weight, outputs, channels, channels, int64_t{1}, packed.as<T>());
-  const int64_t thread_values = round_up(channels * capacity + line, kLanes);
+  pack_row_groups<kChannelRows>(a.weight, outputs, channels, packed.as<T>());
+  const int64_t thread_values = (channels + kChannelRows) * capacity;
   const Scratch tiles(sizeof(T) * threads * thread_values);
 
   parallel(rows.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const zp = tiles.as<T>() + thread * thread_values;
+    T* const products = zp + channels * capacity;
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile = rows[i];
+      const Operand<S> operand(a.features, zp, capacity, tile, rows[std::min(i + 1, end - 1)]);
       for (int64_t c = 0; c < channels; ++c)
-        pool_tile(a.features, a.norm, rows, tile, c, zp + channels * capacity, zp + c * capacity);
+        pool_tile(a.features, a.norm, rows, tile, c, zp + c * capacity);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t valid = std::min<int64_t>(kChannelRows, outputs - g * kChannelRows);
-        for (int64_t s = 0; s < tile.samples; ++s) {
-          for_vector_groups<kPixelVectors>(
-              ceil_div(tile.count, kVec<T>), [&](int64_t first, auto group) {
-                constexpr int NV = decltype(group)::value;
-                Block<T, kChannelRows, NV> block;
-                block.product(channels, packed.as<T>() + g * kChannelRows * channels, 1,
-                              kChannelRows, zp + s * tile.pitch + first * kVec<T>, capacity);
-                DX_UNROLL
-                for (int r = 0; r < kChannelRows; ++r) {
-                  if (r >= valid) continue;
-                  S* const out = a.out.plane(tile.sample + s, g * kChannelRows + r) + tile.pixel;
-                  DX_UNROLL
-                  for (int v = 0; v < NV; ++v)
-                    store_first(out + (first + v) * kVec<T>, block.acc[r][v],
-                                tile.count - (first + v) * kVec<T>);
-                }
-              });
+        operand.multiply(g, packed.as<T>(), products);
+        for (int64_t r = 0; r < valid; ++r) {
+          const T* product = products + r * capacity;
+          for (int64_t s = 0; s < tile.samples; ++s, product += tile.pitch) {
+            S* const out = a.out.plane(tile.sample + s, g * kChannelRows + r) + tile.pixel;
+            for (int64_t p = 0; p < tile.count; p += kVec<T>)
+              store_first(out + p, load(product + p), tile.count - p);
+          }
         }
       }
     }

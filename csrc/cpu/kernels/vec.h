@@ -18,6 +18,9 @@
 #endif
 
 #define DX_INLINE inline __attribute__((always_inline))
+// For a step of a kernel whose registers must not be kept for the steps around it: inlined
+// together, the constants of one push the sums of another to the stack.
+#define DX_NOINLINE __attribute__((noinline))
 #define DX_UNROLL _Pragma("GCC unroll 32")
 
 namespace densenet_ext {
@@ -149,6 +152,26 @@ DX_INLINE void store(Float16* p, Vec<float> v) {
 }
 #endif
 
+template <class T>
+struct LaneIndices {
+  T values[kVec<T>];
+  constexpr LaneIndices() : values() {
+    for (int i = 0; i < kVec<T>; ++i) values[i] = T(i);
+  }
+};
+template <class T>
+inline constexpr LaneIndices<T> kLaneIndices;
+
+// All ones in the first n lanes, 0 in the rest.
+template <class T>
+DX_INLINE auto first_lanes(int64_t n) {
+  return load(kLaneIndices<T>.values) < broadcast(static_cast<T>(n));
+}
+template <class T>
+DX_INLINE Vec<T> keep_first(Vec<T> v, int64_t n) {
+  return first_lanes<T>(n) ? v : Vec<T>{};
+}
+
 // --- the first n elements, 0 <= n <= kVec; the rest load as 0 and are not stored
 // -----------------------------------------------------------------------------
 
@@ -161,6 +184,9 @@ DX_INLINE Vec<Arithmetic<S>> load_first(const S* p, int64_t n) {
     return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
   if constexpr (sizeof(S) == 8)
     return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) return (Vec<T>)_mm256_maskload_ps(p, (__m256i)first_lanes<T>(n));
+  if constexpr (sizeof(S) == 8) return (Vec<T>)_mm256_maskload_pd(p, (__m256i)first_lanes<T>(n));
 #endif
   S lanes[kVec<T>] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
@@ -175,6 +201,11 @@ DX_INLINE void store_first(S* p, Vec<Arithmetic<S>> v, int64_t n) {
     return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
   if constexpr (sizeof(S) == 8)
     return _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4)
+    return _mm256_maskstore_ps(p, (__m256i)first_lanes<T>(n), (__m256)v);
+  if constexpr (sizeof(S) == 8)
+    return _mm256_maskstore_pd(p, (__m256i)first_lanes<T>(n), (__m256d)v);
 #endif
   S lanes[kVec<T>];
   store(lanes, v);
@@ -226,8 +257,6 @@ DX_INLINE T sum_lanes(Vec<T> v) {
   return lanes[0];
 }
 
-// Transpose kVec x kVec elements in registers: log2(kVec) rounds, round d exchanges the d-blocks
-// off the diagonal.
 #if defined(__clang__) || __GNUC__ >= 12
 template <int... I, class V>
 DX_INLINE V shuffle(V a, V b) {
@@ -239,6 +268,28 @@ DX_INLINE V shuffle(V a, V b) {
   return __builtin_shuffle(a, b, decltype(a < b){I...});
 }
 #endif
+
+// a[0]+a[1], a[2]+a[3], ..., then the pairs of b.
+template <class V, int... I>
+DX_INLINE V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
+  return shuffle<(2 * I)...>(a, b) + shuffle<(2 * I + 1)...>(a, b);
+}
+template <class T>
+DX_INLINE Vec<T> add_pairs(Vec<T> a, Vec<T> b) {
+  return add_pairs(a, b, std::make_integer_sequence<int, kVec<T>>{});
+}
+// Each of the lanes from FIRST on twice.
+template <int FIRST, class V, int... I>
+DX_INLINE V double_lanes(V v, std::integer_sequence<int, I...>) {
+  return shuffle<(FIRST + I / 2)...>(v, v);
+}
+template <class T, int FIRST>
+DX_INLINE Vec<T> double_lanes(Vec<T> v) {
+  return double_lanes<FIRST>(v, std::make_integer_sequence<int, kVec<T>>{});
+}
+
+// Transpose kVec x kVec elements in registers: log2(kVec) rounds, round d exchanges the d-blocks
+// off the diagonal.
 template <int D, int N, class V, int... I>
 DX_INLINE V exchange_low(V a, V b, std::integer_sequence<int, I...>) {
   return shuffle<((I & D) ? N + I - D : I)...>(a, b);

@@ -1,0 +1,102 @@
+// Between the layouts of tensors and those of the register blocks: transposed copies in squares of
+// kVec x kVec in registers, shared out to the threads.
+#pragma once
+
+#include <algorithm>
+
+#include "../parallel.h"
+#include "vec.h"
+
+namespace densenet_ext {
+namespace DENSENET_EXT_ISA {
+
+// out[c, r] = in[r, c], and 0 for r = rows .. padded.
+template <class T>
+inline void copy_transposed(const T* in, int64_t in_pitch, int64_t rows, int64_t columns, T* out,
+                            int64_t out_pitch, int64_t padded) {
+  for (int64_t c = 0; c < columns; c += kVec<T>) {
+    for (int64_t r = 0; r < padded; r += kVec<T>) {
+      Vec<T> square[kVec<T>];
+      DX_UNROLL
+      for (int i = 0; i < kVec<T>; ++i)
+        square[i] = r + i < rows ? load_first(in + (r + i) * in_pitch + c, columns - c) : Vec<T>{};
+      transpose<T>(square);
+      DX_UNROLL
+      for (int i = 0; i < kVec<T>; ++i) {
+        if (c + i < columns) store_first(out + (c + i) * out_pitch + r, square[i], padded - r);
+      }
+    }
+  }
+}
+
+// body(begin, end) over the items 0 .. items in shares of the threads.
+template <class F>
+void parallel_items(int64_t items, const F& body) {
+  parallel(items, thread_count(items),
+           [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
+}
+
+// W [rows, columns] as [columns, pitch], zeros beyond rows.
+template <class T>
+void pack_transposed(const T* w, int64_t rows, int64_t columns, int64_t pitch, T* out) {
+  parallel_items(ceil_div(columns, kLanes), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kLanes, last = std::min(end * kLanes, columns);
+    copy_transposed(w + first, columns, rows, last - first, out + first * pitch, pitch, pitch);
+  });
+}
+
+// W [rows, columns] as groups of R rows, transposed: [groups, columns, R], zeros beyond rows.
+template <int R, class T>
+void pack_row_groups(const T* w, int64_t rows, int64_t columns, T* out) {
+  parallel_items(ceil_div(rows, R), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      copy_transposed(w + g * R * columns, columns, std::min<int64_t>(R, rows - g * R), columns,
+                      out + g * R * columns, R, R);
+    }
+  });
+}
+
+// W [rows, columns] as groups of R columns: [groups, rows, R], zeros beyond columns.
+template <int R, class T>
+void pack_column_groups(const T* w, int64_t rows, int64_t columns, T* out) {
+  parallel_items(ceil_div(columns, R), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t first = g * R, valid = std::min<int64_t>(R, columns - first);
+      T* to = out + first * rows;
+      for (int64_t i = 0; i < rows; ++i, to += R) {
+        const T* const from = w + i * columns + first;
+        if (valid == R) {
+          std::copy_n(from, R, to);
+        } else {
+          std::fill(std::copy_n(from, valid, to), to + R, T(0));
+        }
+      }
+    }
+  });
+}
+
+// total[i] += the partial sums of the other threads, `distance` apart, in their order.
+template <class T>
+inline void add_partials(T* total, int64_t threads, int64_t distance, int64_t count) {
+  for (int64_t t = 1; t < threads; ++t) {
+    const T* const part = total + t * distance;
+    for (int64_t i = 0; i < count; ++i) total[i] += part[i];
+  }
+}
+
+// dW [rows, columns] from the threads' sums [threads, `distance` = at least columns*pitch] of its
+// transpose [columns, pitch].
+template <class T>
+void merge_transposed(T* partials, int64_t threads, int64_t distance, int64_t pitch, int64_t rows,
+                      int64_t columns, T* out) {
+  parallel_items(ceil_div(columns, kLanes), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin * kLanes; c < std::min(end * kLanes, columns); c += kLanes) {
+      const int64_t valid = std::min<int64_t>(kLanes, columns - c);
+      add_partials(partials + c * pitch, threads, distance, valid * pitch);
+      copy_transposed(partials + c * pitch, pitch, valid, rows, out + c, columns, valid);
+    }
+  });
+}
+
+}  // namespace DENSENET_EXT_ISA
+}  // namespace densenet_ext
