@@ -6,10 +6,13 @@ namespace amx {
 
 template <class S>
 void bottleneck_forward(const BottleneckForward<S>&);
+template <class S>
+void conv3x3_backward(const Conv3x3Backward<S>&);
 
 template <class S>
 static Kernels<S> kernels(Kernels<S> others) {
   others.bottleneck_forward = &bottleneck_forward<S>;
+  others.conv3x3_backward = &conv3x3_backward<S>;
   return others;
 }
 
