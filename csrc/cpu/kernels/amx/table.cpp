@@ -4,16 +4,23 @@
 namespace densenet_ext {
 namespace amx {
 
-template <class S>
-void bottleneck_forward(const BottleneckForward<S>&);
+#define DENSENET_EXT_TILE_KERNELS(X)            \
+  X(bottleneck_forward, BottleneckForward)      \
+  X(bottleneck_backward, BottleneckBackward)    \
+  X(conv3x3_forward, Conv3x3Forward)            \
+  X(conv3x3_backward, Conv3x3Backward)
 
-template <class S>
-void conv3x3_forward(const Conv3x3Forward<S>&);
+#define DENSENET_EXT_DECLARE(function, Arguments) \
+  template <class S>                              \
+  void function(const Arguments<S>&);
+DENSENET_EXT_TILE_KERNELS(DENSENET_EXT_DECLARE)
+#undef DENSENET_EXT_DECLARE
 
 template <class S>
 static Kernels<S> kernels(Kernels<S> others) {
-  others.bottleneck_forward = &bottleneck_forward<S>;
-  others.conv3x3_forward = &conv3x3_forward<S>;
+#define DENSENET_EXT_REPLACE(function, Arguments) others.function = &function<S>;
+  DENSENET_EXT_TILE_KERNELS(DENSENET_EXT_REPLACE)
+#undef DENSENET_EXT_REPLACE
   return others;
 }
 

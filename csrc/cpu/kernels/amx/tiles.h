@@ -30,16 +30,16 @@ constexpr int kParts = std::is_same_v<S, BFloat16> ? 1 : 3;
 
 typedef uint32_t Pairs __attribute__((vector_size(kVectorBytes)));
 
-// Stores the parts of (even, odd) to out, out + step, ... Three parts are cut off, not rounded:
-// exact, and NaN stays NaN in one of them.
+// The parts of (even, odd). Three parts are cut off, not rounded: exact, and NaN stays NaN in one
+// of them.
 template <int PARTS>
-DX_INLINE void split(Vec<float> even, Vec<float> odd, uint32_t* out, int64_t step = kTilePairs) {
+DX_INLINE void split(Vec<float> even, Vec<float> odd, __m512i (&parts)[PARTS]) {
   if constexpr (PARTS == 1) {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
     const __m512i order =
         _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    _mm512_store_si512(out, _mm512_permutexvar_epi16(order, halves));
+    parts[0] = _mm512_permutexvar_epi16(order, halves);
   } else {
     const __m512i upper =
         _mm512_set_epi16(63, 31, 61, 29, 59, 27, 57, 25, 55, 23, 53, 21, 51, 19, 49, 17, 47, 15, 45,
@@ -47,13 +47,21 @@ DX_INLINE void split(Vec<float> even, Vec<float> odd, uint32_t* out, int64_t ste
     const Pairs top = Pairs{} + 0xffff0000u;
     DX_UNROLL
     for (int p = 0; p < PARTS; ++p) {
-      _mm512_store_si512(out + p * step,
-                         _mm512_permutex2var_epi16((__m512i)even, upper, (__m512i)odd));
+      parts[p] = _mm512_permutex2var_epi16((__m512i)even, upper, (__m512i)odd);
       if (p + 1 == PARTS) break;
       even -= (Vec<float>)((Pairs)even & top);
       odd -= (Vec<float>)((Pairs)odd & top);
     }
   }
+}
+
+// Stores them to out, out + step, ...
+template <int PARTS>
+DX_INLINE void split(Vec<float> even, Vec<float> odd, uint32_t* out, int64_t step = kTilePairs) {
+  __m512i parts[PARTS];
+  split<PARTS>(even, odd, parts);
+  DX_UNROLL
+  for (int p = 0; p < PARTS; ++p) _mm512_store_si512(out + p * step, parts[p]);
 }
 
 // On each thread, around its products.

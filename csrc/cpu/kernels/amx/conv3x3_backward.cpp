@@ -1,0 +1,524 @@
+// Backward of a dense layer's 3x3 convolution on the tile unit; formulas: ../conv3x3_backward.cpp.
+//
+// Unit and padded planes as there. dy is split at once, into planes of pairs of outputs and into
+// linear planes of bfloat16. Both products copy their operand of shifted dy into panels of tiles: a
+// tile load that straddles cache lines takes six times as long.
+//
+//   dh: rows are i, columns 64 consecutive positions of the padded plane (a strip), k runs over
+//   pairs of outputs and taps. The sums are transposed in registers to rows of b; then h, dv and
+//   both sums of BN2 follow, and h is split to be an operand of the second product.
+//   dW: rows are outputs and taps, columns i, k runs over all positions of the unit.
+//
+// Positions of the padding have a row of b of zeros, a table of zeros, so that h is zero there, and
+// a row of dv that nobody reads. While the unit multiplies, the vector instructions copy what it
+// needs next and finish the strip before.
+#include "../../parallel.h"
+#include "../norm_backward.h"
+#include "../planes.h"
+#include "tiles.h"
+
+namespace densenet_ext {
+namespace DENSENET_EXT_ISA {
+namespace {
+
+constexpr int64_t kStrip = 64;  // positions
+constexpr int64_t kTile = kSide * kSide;
+constexpr int64_t kCache = 1536 * 1024;  // of the second level, for all that a unit touches
+constexpr int64_t kLeastBytes = 256 * 1024;
+
+// Sizes of everything.
+struct Shape {
+  int64_t parts, growth, pitch;
+  int64_t couples, pairs, chunks;  // of outputs; of outputs and taps; in 32s
+  int64_t rows, row_tiles, inner;  // of dW: 9*growth, in 16s; pitch in 16s
+
+  Shape(int64_t parts, int64_t growth, int64_t width)
+      : parts(parts),
+        growth(growth),
+        pitch(round_up(width, kLanes)),
+        couples(ceil_div(growth, 2)),
+        pairs(9 * couples),
+        chunks(std::max<int64_t>(1, ceil_div(pairs, kSide))),
+        rows(9 * growth),
+        row_tiles(ceil_div(rows, kSide)),
+        inner(pitch / kSide) {}
+
+  int64_t weight_pairs() const { return inner * chunks * parts * kTilePairs; }
+  int64_t panel_pairs() const { return chunks * 4 * parts * kTilePairs; }  // of a strip
+  int64_t strip_sums() const { return inner * 4 * kTile; }
+
+  // For Units, which counts values of 4 bytes and has a fixed budget of them.
+  int64_t values_per_pixel() const {
+    const int64_t bytes = parts * (4 * couples + 2 * growth + 2 * pitch + 2 * 2 * 2 * kSide);
+    const int64_t fixed = 4 * (weight_pairs() + 2 * panel_pairs() + 2 * strip_sums());
+    return ceil_div(bytes * 64 * 1024, std::max(kCache - fixed, kLeastBytes));
+  }
+};
+
+// A position of the padded plane: rows of all that is used there.
+template <class S>
+struct Position {
+  const S* b;
+  float* dv;
+  const float *scale, *shift, *post;
+};
+
+// The next position to come.
+struct Cursor {
+  int64_t s = 0, y = 0, x = 0;
+};
+
+// n calls over `steps` steps, evenly.
+struct Share {
+  int64_t n, steps, left = 0;
+
+  template <class F>
+  DX_INLINE void step(const F& body) {
+    for (left += n; left >= steps; left -= steps) body();
+  }
+};
+
+template <class S>
+struct Job {
+  static constexpr int P = kParts<S>;
+  static constexpr int64_t kChunk = P * kTilePairs;
+  const Conv3x3Backward<S>& a;
+  const Units& units;
+  const Shape& shape;
+  const uint32_t* weight;                    // [inner, chunks, P, 16, 16]
+  const float *scale, *shift, *post, *mean;  // padded tables; post null: ones
+  int64_t scale_stride, shift_stride;        // 0 or pitch
+  const int64_t* pair_source;                // [pairs], of strip 0 in the planes of pairs
+  const int64_t* row_source;                 // [rows], of chunk 0 in the linear planes
+  const float* zeros;                        // a row
+  // of one thread
+  float *planes = nullptr, *dv_unused = nullptr, *unit_sums = nullptr;
+  float *strip_sums = nullptr,
+        *dweight = nullptr;  // [2, inner, 4, 16, 16] and [row_tiles, inner, 16, 16]
+  uint32_t *pairs = nullptr, *panels = nullptr, *h = nullptr, *left = nullptr;
+  uint16_t* linear = nullptr;  // [P, growth, plane_size]; pairs [P, couples, plane_size]
+  double* sums = nullptr;
+  int64_t h_chunks = 0;
+  Position<S> positions[2][kStrip] = {};
+
+  int64_t strips(const Unit& u) const { return ceil_div(units.span(u), kStrip); }
+
+  // dy of output j to a zero-padded plane.
+  void load_plane(const Unit& u, int64_t j, int64_t end, float* plane) const {
+    const int64_t c = a.offset + j;
+    units.clear_outside(u, plane);
+    const int64_t below = units.position(u, u.samples - 1, u.rows) + units.pitch;
+    std::fill(plane + std::min(below, end), plane + end, 0.f);
+    units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
+      const int64_t n = u.sample + s, first = (u.row + y) * units.width;
+      const Vec<float> c0 = broadcast(a.coef.at(0, n, c)), c1 = broadcast(a.coef.at(1, n, c)),
+                       c2 = broadcast(a.coef.at(2, n, c));
+      const float* const g = a.grad.plane(n, c) + first;
+      const S* const x = a.features.plane(n, c) + first;
+      float* const row = plane + units.position(u, s, y);
+      for (int64_t i = 0; i < units.width; i += kLanes) {
+        const int64_t left = units.width - i;
+        store_first(row + i, c0 * load_first(g + i, left) + (c1 + c2 * load_first(x + i, left)),
+                    left);
+      }
+      if (a.dropout_mask) {
+        const bool* const mask =
+            a.dropout_mask + (n * a.growth + j) * units.height * units.width + first;
+        const float keep_scale = static_cast<float>(a.dropout_scale);
+        for (int64_t i = 0; i < units.width; ++i) row[i] = mask[i] ? row[i] * keep_scale : 0.f;
+      }
+    });
+  }
+
+  void load_planes(const Unit& u) const {
+    const int64_t size = units.plane_size;
+    const int64_t end =
+        std::min(size, round_up(units.base + strips(u) * kStrip + units.pitch + 1, kLanes));
+    float *const even = planes, *const odd = planes + size;
+    for (int64_t jj = 0; jj < shape.couples; ++jj) {
+      const bool both = 2 * jj + 1 < a.growth;
+      load_plane(u, 2 * jj, end, even);
+      if (both) {
+        load_plane(u, 2 * jj + 1, end, odd);
+      } else {
+        std::fill_n(odd, size, 0.f);
+      }
+      uint32_t* const to = pairs + jj * size;
+      uint16_t* const line = linear + 2 * jj * size;
+      for (int64_t i = 0; i < end; i += kLanes) {
+        __m512i parts[P];
+        split<P>(load(even + i), load(odd + i), parts);
+        DX_UNROLL
+        for (int p = 0; p < P; ++p) {
+          _mm512_store_si512(to + p * shape.couples * size + i, parts[p]);
+          uint16_t* const out = line + p * a.growth * size + i;
+          _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(parts[p]));
+          if (both)
+            _mm256_store_si256(reinterpret_cast<__m256i*>(out + size),
+                               _mm512_cvtepi32_epi16(_mm512_srli_epi32(parts[p], 16)));
+        }
+      }
+    }
+  }
+
+  // The rows of the next 64 positions.
+  void locate(const Unit& u, Cursor& at, Position<S>* out) const {
+    for (int64_t i = 0; i < kStrip;) {
+      if (at.s < u.samples && at.y < u.rows && at.x < units.width) {
+        const int64_t n = u.sample + at.s, count = std::min(units.width - at.x, kStrip - i);
+        int64_t row = ((n * units.height + u.row + at.y) * units.width + at.x) * shape.pitch;
+        for (int64_t m = 0; m < count; ++m, ++i, row += shape.pitch) {
+          out[i] = {a.bottleneck + row, a.dv + row, scale + n * scale_stride,
+                    shift + n * shift_stride, post ? post + n * shape.pitch : zeros};
+        }
+        at.x += count;
+        continue;
+      }
+      out[i++] = {reinterpret_cast<const S*>(zeros), dv_unused, zeros, zeros, zeros};
+      if (++at.x >= units.pitch) {
+        at.x = 0;
+        if (++at.y > u.rows) {
+          at.y = 0;
+          ++at.s;
+        }
+      }
+    }
+  }
+
+  // Rows first .. last of chunk k of a strip's panel [chunks, 4, P, 16, 16].
+  DX_INLINE void form(int64_t strip, int64_t k, int64_t first, int64_t last) const {
+    const int64_t part = shape.couples * units.plane_size;
+    last = std::min(last, shape.pairs - k * kSide);
+    uint32_t* out = panels + strip % 2 * shape.panel_pairs() + k * 4 * kChunk + first * kSide;
+    for (int64_t r = first; r < last; ++r, out += kSide) {
+      const uint32_t* const in = pairs + pair_source[k * kSide + r] + strip * kStrip;
+      DX_UNROLL
+      for (int p = 0; p < P; ++p) {
+        DX_UNROLL
+        for (int c = 0; c < 4; ++c)
+          _mm512_store_si512(out + c * kChunk + p * kTilePairs,
+                             _mm512_loadu_si512(in + p * part + c * kLanes));
+      }
+    }
+  }
+
+  // What follows from 16 x 16 sums of a strip.
+  template <bool POST>
+  DX_INLINE void finish(int64_t strip, int64_t tile) const {
+    const int64_t r = tile / 4, c = tile % 4, i = r * kSide;
+    Vec<float> dh[kSide];
+    load_transposed(strip_sums + strip % 2 * shape.strip_sums() + tile * kTile, dh);
+    const Position<S>* const at = positions[strip % 2] + c * kSide;
+    const Position<S>* const ahead = positions[(strip + 1) % 2] + c * kSide;
+    uint32_t* const out =
+        h + (r * h_chunks + strip * 2 + c / 2) * kChunk + c % 2 * (kSide / 2) * kSide;
+    const Vec<float> center = load(mean + i);
+    Vec<float> s1 = load(unit_sums + i), s2 = load(unit_sums + shape.pitch + i);
+    DX_UNROLL
+    for (int p = 0; p < kSide; p += 2) {
+      Vec<float> value[2];
+      DX_UNROLL
+      for (int q = 0; q < 2; ++q) {
+        const Position<S>& row = at[p + q];
+        const Vec<float> b = load(row.b + i);
+        value[q] = relu(load(row.scale + i) * b + load(row.shift + i));
+        Vec<float> d = where_positive(value[q], dh[p + q]);
+        if constexpr (POST) d *= load(row.post + i);
+        store(row.dv + i, d);
+        s1 += d;
+        s2 += d * (b - center);
+        __builtin_prefetch(ahead[p + q].b + i, 0, 2);
+        __builtin_prefetch(ahead[p + q].dv + i, 1, 2);
+      }
+      split<P>(value[0], value[1], out + p / 2 * kSide);
+    }
+    store(unit_sums + i, s1);
+    store(unit_sums + shape.pitch + i, s2);
+  }
+
+  // One block of dh of a strip; between its chunks a part of the next strip's panel is formed and
+  // some tiles of the strip before are finished.
+  template <bool POST, int NR, int NC>
+  DX_INLINE void data_block(int64_t strip, int64_t r, int64_t c, int64_t first, int64_t last,
+                            bool more, Share& share, int64_t& done) const {
+    const TileBlock<P, NR, NC> tiles;
+    const Panel w{weight + r * shape.chunks * kChunk, shape.chunks * kChunk, kChunk};
+    const uint32_t* const panel = panels + strip % 2 * shape.panel_pairs() + c * kChunk;
+    tiles.zero();
+    for (int64_t k = 0; k < shape.chunks; ++k) {
+      tiles.product(1, {w.data + k * kChunk, w.step, kChunk}, {panel + k * 4 * kChunk, kChunk, 0});
+      if (more) form(strip + 1, k, first, last);
+      if (strip > 0)
+        share.step([&]() __attribute__((always_inline)) { finish<POST>(strip - 1, done++); });
+    }
+    tiles.store(strip_sums + strip % 2 * shape.strip_sums() + (r * 4 + c) * kTile, 4 * kTile,
+                kTile);
+  }
+
+  template <bool POST>
+  void data_gradient(const Unit& u) {
+    const int64_t n = strips(u), blocks = round_up(shape.inner, 2) - shape.inner % 2;
+    Cursor cursor;
+    for (int64_t k = 0; k < shape.chunks; ++k) form(0, k, 0, kSide);
+    for (int64_t strip = 0; strip < n; ++strip) {
+      const bool more = strip + 1 < n;
+      locate(u, cursor, positions[strip % 2]);
+      Share share{4 * shape.inner, blocks * shape.chunks};
+      int64_t done = 0, r = 0, block = 0;
+      const auto next = [&] { return kSide * block++ / blocks; };
+      int64_t first = next();
+      for (; r + 2 <= shape.inner; r += 2) {
+        const int64_t middle = next(), last = next();
+        data_block<POST, 2, 2>(strip, r, 0, first, middle, more, share, done);
+        data_block<POST, 2, 2>(strip, r, 2, middle, last, more, share, done);
+        first = last;
+      }
+      if (r < shape.inner) data_block<POST, 1, 4>(strip, r, 0, first, kSide, more, share, done);
+    }
+    for (int64_t tile = 0; tile < 4 * shape.inner; ++tile) finish<POST>(n - 1, tile);
+  }
+
+  // Rows first .. last of two row tiles of shifted dy, chunk k of [chunks, 2, P, 16, 16].
+  DX_INLINE void shift_rows(int64_t tile, int64_t k, int64_t first, int64_t last,
+                            uint32_t* panel) const {
+    const int64_t part = a.growth * units.plane_size;
+    last = std::min(last, shape.rows - tile * kSide);
+    for (int64_t r = first; r < last; ++r) {
+      const uint16_t* const in = linear + row_source[tile * kSide + r] + k * kDepth;
+      uint32_t* const out = panel + (k * 2 + r / kSide) * kChunk + r % kSide * kSide;
+      DX_UNROLL
+      for (int p = 0; p < P; ++p)
+        _mm512_store_si512(out + p * kTilePairs, _mm512_loadu_si512(in + p * part));
+    }
+  }
+
+  // Adds to NR x NC tiles of dW; meanwhile rows first .. last of the next panel are copied.
+  template <int NR, int NC>
+  DX_INLINE void weight_block(int64_t tile, int64_t i, int64_t chunks, bool fresh,
+                              const uint32_t* panel, uint32_t* next, int64_t first,
+                              int64_t last) const {
+    const TileBlock<P, NR, NC> tiles;
+    const int64_t step = h_chunks * kChunk;
+    const uint32_t* const right = h + i * step;
+    float* const out = dweight + (tile * shape.inner + i) * kTile;
+    if (fresh) {
+      tiles.zero();
+    } else {
+      tiles.load(out, shape.inner * kTile, kTile);
+    }
+    for (int64_t k = 0; k < chunks; ++k) {
+      tiles.product(1, {panel + k * 2 * kChunk, kChunk, 0}, {right + k * kChunk, step, 0});
+      shift_rows(tile + 2, k, first, last, next);
+    }
+    tiles.store(out, shape.inner * kTile, kTile);
+  }
+
+  void weight_gradient(const Unit& u, bool fresh) const {
+    const int64_t chunks = 2 * strips(u);
+    const auto panel = [&](int64_t tile) { return left + tile / 2 % 2 * h_chunks * 2 * kChunk; };
+    for (int64_t k = 0; k < chunks; ++k) shift_rows(0, k, 0, 2 * kSide, panel(0));
+    for (int64_t tile = 0; tile < shape.row_tiles; tile += 2) {
+      const uint32_t* const now = panel(tile);
+      uint32_t* const next = panel(tile + 2);
+      const auto share = [&](int64_t i) { return 2 * kSide * i / shape.inner; };
+      int64_t i = 0;
+      if (tile + 2 <= shape.row_tiles) {
+        for (; i + 2 <= shape.inner; i += 2)
+          weight_block<2, 2>(tile, i, chunks, fresh, now, next, share(i), share(i + 2));
+        if (i < shape.inner)
+          weight_block<2, 1>(tile, i, chunks, fresh, now, next, share(i), share(i + 1));
+        continue;
+      }
+      for (; i + 4 <= shape.inner; i += 4)
+        weight_block<1, 4>(tile, i, chunks, fresh, now, next, 0, 0);
+      if (i + 3 == shape.inner) weight_block<1, 3>(tile, i, chunks, fresh, now, next, 0, 0);
+      if (i + 2 == shape.inner) weight_block<1, 2>(tile, i, chunks, fresh, now, next, 0, 0);
+      if (i + 1 == shape.inner) weight_block<1, 1>(tile, i, chunks, fresh, now, next, 0, 0);
+    }
+  }
+
+  void run(const Unit& u, bool fresh) {
+    load_planes(u);
+    std::fill_n(unit_sums, 2 * shape.pitch, 0.f);
+    if (post) {
+      data_gradient<true>(u);
+    } else {
+      data_gradient<false>(u);
+    }
+    for (int64_t i = 0; i < 2 * shape.pitch; ++i) sums[i] += static_cast<double>(unit_sums[i]);
+    weight_gradient(u, fresh);
+  }
+};
+
+// Row tile r of the left operand of dh, [chunks, P, 16, 16]; lines is [2, chunks * 16 + 16].
+template <int P>
+void pack_weight(const float* weight, const Shape& shape, int64_t width, int64_t r, float* lines,
+                 uint32_t* out) {
+  const int64_t size = shape.chunks * kSide + kSide;
+  std::fill_n(lines, 2 * size, 0.f);
+  for (int64_t i = 0; i < kSide; ++i) {
+    const bool inside = r * kSide + i < width;
+    for (int64_t j = 0; j < shape.growth; ++j) {
+      const float* const taps = weight + (j * width + r * kSide + i) * 9;
+      store_first(lines + j % 2 * size + j / 2 * 9, inside ? load_first(taps, 9) : Vec<float>{}, 9);
+    }
+    for (int64_t k = 0; k < shape.chunks; ++k)
+      split<P>(load(lines + k * kSide), load(lines + size + k * kSide),
+               out + k * P * kTilePairs + i * kSide);
+  }
+}
+
+}  // namespace
+
+template <class S>
+void conv3x3_backward(const Conv3x3Backward<S>& a) {
+  constexpr int P = kParts<S>;
+  constexpr int64_t kChunk = P * kTilePairs;
+  const int64_t samples = a.features.samples;
+  const Shape shape(P, a.growth, a.width);
+  const Units units(samples, a.features.height, a.features.width, shape.values_per_pixel(),
+                    thread_count(samples));
+  const int64_t threads = thread_count(units.count), pitch = shape.pitch;
+
+  const Scratch packed(4 * shape.weight_pairs());
+  const int64_t line = 2 * (shape.chunks + 1) * kSide;
+  const Scratch lines(4 * threads * line);
+  parallel(shape.inner, std::min(threads, shape.inner),
+           [&](int64_t thread, int64_t begin, int64_t end) {
+             for (int64_t r = begin; r < end; ++r)
+               pack_weight<P>(a.weight, shape, a.width, r, lines.as<float>() + thread * line,
+                              packed.as<uint32_t>() + r * shape.chunks * kChunk);
+           });
+
+  // The padding's row follows those of the samples.
+  const int64_t scale_rows = a.table.scale.sample_stride ? samples : 1,
+                shift_rows = a.table.shift.sample_stride ? samples : 1;
+  const int64_t post_rows = a.post_mask.data ? samples : 0;
+  const Scratch tables(sizeof(float) * (scale_rows + shift_rows + post_rows + 2) * pitch);
+  float* const scale = tables.as<float>();
+  float* const shift = scale + scale_rows * pitch;
+  float* const post = shift + shift_rows * pitch;
+  float* const mean = post + post_rows * pitch;
+  float* const zeros = mean + pitch;
+  pad_rows(a.table.scale.data, a.table.scale.sample_stride, scale_rows, a.width, scale);
+  pad_rows(a.table.shift.data, a.table.shift.sample_stride, shift_rows, a.width, shift);
+  if (post_rows) pad_rows(a.post_mask.data, a.post_mask.sample_stride, post_rows, a.width, post);
+  pad_rows(a.norm.mean, int64_t{0}, 1, a.width, mean);
+  std::fill_n(zeros, pitch, 0.f);
+
+  const Scratch sources(sizeof(int64_t) * (shape.pairs + shape.rows));
+  int64_t* const pair_source = sources.as<int64_t>();
+  int64_t* const row_source = pair_source + shape.pairs;
+  for (int64_t q = 0; q < shape.pairs; ++q)
+    pair_source[q] = q / 9 * units.plane_size + units.base - units.offset[q % 9];
+  for (int64_t r = 0; r < shape.rows; ++r)
+    row_source[r] = r / 9 * units.plane_size + units.base - units.offset[r % 9];
+
+  // of one thread, all in 4 bytes and whole cache lines
+  const int64_t longest = (units.maps_per_unit * (units.rows_per_unit + 1) - 1) * units.pitch - 1;
+  const int64_t h_chunks = 2 * ceil_div(std::max<int64_t>(longest, 1), kStrip);
+  const int64_t plane_values = 2 * units.plane_size;
+  const int64_t pair_values = P * shape.couples * units.plane_size;
+  const int64_t linear_values = round_up(P * a.growth * units.plane_size, 2 * kSide) / 2;
+  const int64_t panel_values = 2 * shape.panel_pairs(), sum_values = 2 * shape.strip_sums();
+  const int64_t h_values = shape.inner * h_chunks * kChunk, left_values = 4 * h_chunks * kChunk;
+  const int64_t dweight_values = shape.row_tiles * shape.inner * kTile;
+  const int64_t thread_values = plane_values + pair_values + linear_values + panel_values +
+                                sum_values + h_values + left_values + dweight_values + 3 * pitch;
+  const Scratch work(sizeof(float) * threads * thread_values);
+  const Scratch sums(sizeof(double) * threads * 2 * pitch);
+  std::fill_n(sums.as<double>(), threads * 2 * pitch, 0.0);
+  const auto dweight_of = [&](int64_t thread) { return work.as<float>() + thread * thread_values; };
+  if (units.count == 0) std::fill_n(dweight_of(0), dweight_values, 0.f);
+
+  parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    const TileUnit unit;
+    float* next = dweight_of(thread);
+    const auto take = [&](int64_t values) {
+      next += values;
+      return next - values;
+    };
+    const auto take_pairs = [&](int64_t values) {
+      return reinterpret_cast<uint32_t*>(take(values));
+    };
+    Job<S> job{a,
+               units,
+               shape,
+               packed.as<uint32_t>(),
+               scale,
+               shift,
+               post_rows ? post : nullptr,
+               mean,
+               a.table.scale.sample_stride ? pitch : 0,
+               a.table.shift.sample_stride ? pitch : 0,
+               pair_source,
+               row_source,
+               zeros};
+    job.dweight = take(dweight_values);
+    job.planes = take(plane_values);
+    job.pairs = take_pairs(pair_values);
+    job.linear = reinterpret_cast<uint16_t*>(take(linear_values));
+    job.panels = take_pairs(panel_values);
+    job.strip_sums = take(sum_values);
+    job.h = take_pairs(h_values);
+    job.left = take_pairs(left_values);
+    job.unit_sums = take(2 * pitch);
+    job.dv_unused = take(pitch);
+    job.sums = sums.as<double>() + thread * 2 * pitch;
+    job.h_chunks = h_chunks;
+    std::fill_n(job.planes, plane_values, 0.f);
+    // rows beyond the last pair stay zero
+    const int64_t last = (shape.chunks - 1) * 4 * kChunk;
+    for (int64_t i = 0; i < 2; ++i)
+      std::fill_n(job.panels + i * shape.panel_pairs() + last, 4 * kChunk, 0u);
+    for (int64_t i = begin; i < end; ++i) job.run(units[i], i == begin);
+  });
+
+  parallel(a.growth, std::min(threads, a.growth), [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      for (int64_t i = 0; i < a.width; i += kSide) {
+        Vec<float> taps[kSide] = {};
+        DX_UNROLL
+        for (int t = 0; t < 9; ++t) {
+          const int64_t r = j * 9 + t;
+          const int64_t at = (r / kSide * shape.inner + i / kSide) * kTile + r % kSide * kSide;
+          for (int64_t thread = 0; thread < threads; ++thread)
+            taps[t] += load(dweight_of(thread) + at);
+        }
+        transpose<float>(taps);
+        float* const out = a.dweight + (j * a.width + i) * 9;
+        DX_UNROLL
+        for (int n = 0; n < kSide; ++n) {
+          if (i + n < a.width) store_first(out + n * 9, taps[n], 9);
+        }
+      }
+    }
+  });
+  const double rows =
+      static_cast<double>(samples) * static_cast<double>(units.height * units.width);
+  for (int64_t i = 0; i < a.width; ++i) {
+    double s1 = 0, s2 = 0;
+    for (int64_t t = 0; t < threads; ++t) {
+      s1 += sums.as<double>()[t * 2 * pitch + i];
+      s2 += sums.as<double>()[t * 2 * pitch + pitch + i];
+    }
+    const double rstd = reciprocal_std(a.norm, i), g = static_cast<double>(a.norm.weight[i]) * rstd;
+    s2 *= rstd;
+    a.dnorm_bias[i] = static_cast<float>(s1);
+    a.dnorm_weight[i] = static_cast<float>(s2);
+    const bool correct = a.norm.training && rows > 0;
+    a.db_table[i] = static_cast<float>(g);
+    a.db_table[a.width + i] =
+        correct
+            ? static_cast<float>(-g * (s1 - static_cast<double>(a.norm.mean[i]) * rstd * s2) / rows)
+            : 0.f;
+    a.db_table[2 * a.width + i] = correct ? static_cast<float>(-g * rstd * s2 / rows) : 0.f;
+  }
+}
+
+template void conv3x3_backward<float>(const Conv3x3Backward<float>&);
+template void conv3x3_backward<BFloat16>(const Conv3x3Backward<BFloat16>&);
+template void conv3x3_backward<Float16>(const Conv3x3Backward<Float16>&);
+
+}  // namespace DENSENET_EXT_ISA
+}  // namespace densenet_ext
