@@ -6,10 +6,13 @@ namespace amx {
 
 template <class S>
 void bottleneck_forward(const BottleneckForward<S>&);
+template <class S>
+void bottleneck_backward(const BottleneckBackward<S>&);
 
 template <class S>
 static Kernels<S> kernels(Kernels<S> others) {
   others.bottleneck_forward = &bottleneck_forward<S>;
+  others.bottleneck_backward = &bottleneck_backward<S>;
   return others;
 }
 
