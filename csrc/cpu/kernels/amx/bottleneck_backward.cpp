@@ -34,7 +34,7 @@ struct Plan {
   };
   Column column[kMostColumns + 4];
   int64_t columns, chunks, strips;
-  bool full;  // 16 pixels in each
+  bool whole[kMostColumns / 4];  // strips of 64 pixels of one sample
 };
 
 template <class S>
@@ -69,7 +69,6 @@ struct Job {
     out.columns = tile.positions() / kSide;
     out.chunks = ceil_div(out.columns, 2);
     out.strips = ceil_div(out.columns, 4);
-    out.full = tile.count == tile.pitch;
     int64_t i = 0;
     for (int64_t n = tile.sample; n < tile.sample + tile.samples; ++n) {
       for (int64_t p = 0; p < tile.count; p += kSide) {
@@ -89,49 +88,50 @@ struct Job {
       out.column[i] = out.column[0];
       out.column[i].count = 0;
     }
+    for (i = 0; i < out.strips; ++i) {
+      const auto& last = out.column[4 * i + 3];
+      out.whole[i] = last.count == kSide && last.row == out.column[4 * i].row + 3 * kSide &&
+                     last.x == out.column[4 * i].x + 3 * kSide;
+    }
   }
 
-  void form_db(const Plan<S>& plan) const {
+  // A chunk of 32 pixels of db at a chunk of 32 outputs.
+  void form_db(const Plan<S>& plan, int64_t k, int64_t depth) const {
     alignas(64) float squares[2][2][kTileSums];  // of two columns, at two tiles of outputs
-    for (int64_t k = 0; k < plan.strips * 2; ++k) {
-      for (int64_t depth = 0; depth < depths; ++depth) {
-        for (int64_t h = 0; h < 2; ++h) {
-          const int64_t o = depth * kDepth + h * kSide, left = std::max<int64_t>(a.width - o, 0);
-          const Vec<float> t0 = load_first(a.db_table + o, left),
-                           t1 = load_first(a.db_table + a.width + o, left),
-                           t2 = load_first(a.db_table + 2 * a.width + o, left);
-          const __mmask16 valid = left >= kSide ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-          for (int64_t i = 0; i < 2; ++i) {
-            const auto& column = plan.column[2 * k + i];
-            const int64_t count = left > 0 ? column.count : 0;
-            const auto* const dv = a.dv + column.row * pitch + o;
-            const S* const b = a.bottleneck + column.row * pitch + o;
-            for (int64_t r = 0; r < count; ++r) {
-              const Vec<float> value = t0 * load(dv + r * pitch) + (t1 + t2 * load(b + r * pitch));
-              store(squares[i][h] + r * kSide,
-                    (Vec<float>)_mm512_maskz_mov_ps(valid, (__m512)value));
-            }
-            for (int64_t r = count; r < kSide; ++r) store(squares[i][h] + r * kSide, Vec<float>{});
-          }
-          if (k < plan.chunks && o < pitch) {
-            uint32_t* const out = db + (k * outputs() + o / kSide) * kChunk;
-            for (int64_t r = 0; r < kSide; ++r)
-              split<P>(load(squares[0][h] + r * kSide), load(squares[1][h] + r * kSide),
-                       out + r * kSide);
-          }
+    for (int64_t h = 0; h < 2; ++h) {
+      const int64_t o = depth * kDepth + h * kSide, left = std::max<int64_t>(a.width - o, 0);
+      const Vec<float> t0 = load_first(a.db_table + o, left),
+                       t1 = load_first(a.db_table + a.width + o, left),
+                       t2 = load_first(a.db_table + 2 * a.width + o, left);
+      const __mmask16 valid = left >= kSide ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+      for (int64_t i = 0; i < 2; ++i) {
+        const auto& column = plan.column[2 * k + i];
+        const int64_t count = left > 0 ? column.count : 0;
+        const auto* const dv = a.dv + column.row * pitch + o;
+        const S* const b = a.bottleneck + column.row * pitch + o;
+        for (int64_t r = 0; r < count; ++r) {
+          const Vec<float> value = t0 * load(dv + r * pitch) + (t1 + t2 * load(b + r * pitch));
+          store(squares[i][h] + r * kSide, (Vec<float>)_mm512_maskz_mov_ps(valid, (__m512)value));
         }
-        for (int64_t i = 0; i < 2; ++i) {
-          Vec<float> even[kSide], odd[kSide];
-          load_transposed(squares[i][0], even);
-          DX_UNROLL
-          for (int r = 0; r < kSide; ++r) store(squares[i][0] + r * kSide, even[r]);
-          load_transposed(squares[i][1], odd);
-          uint32_t* const out = db_t + ((2 * k + i) * depths + depth) * kChunk;
-          DX_UNROLL
-          for (int r = 0; r < kSide; ++r)
-            split<P>(load(squares[i][0] + r * kSide), odd[r], out + r * kSide);
-        }
+        for (int64_t r = count; r < kSide; ++r) store(squares[i][h] + r * kSide, Vec<float>{});
       }
+      if (k < plan.chunks && o < pitch) {
+        uint32_t* const out = db + (k * outputs() + o / kSide) * kChunk;
+        for (int64_t r = 0; r < kSide; ++r)
+          split<P>(load(squares[0][h] + r * kSide), load(squares[1][h] + r * kSide),
+                   out + r * kSide);
+      }
+    }
+    for (int64_t i = 0; i < 2; ++i) {
+      Vec<float> even[kSide], odd[kSide];
+      load_transposed(squares[i][0], even);
+      DX_UNROLL
+      for (int r = 0; r < kSide; ++r) store(squares[i][0] + r * kSide, even[r]);
+      load_transposed(squares[i][1], odd);
+      uint32_t* const out = db_t + ((2 * k + i) * depths + depth) * kChunk;
+      DX_UNROLL
+      for (int r = 0; r < kSide; ++r)
+        split<P>(load(squares[i][0] + r * kSide), odd[r], out + r * kSide);
     }
   }
 
@@ -155,14 +155,22 @@ struct Job {
       uint32_t* const out = f.out + f.r / kSide * kRows + f.r % kSide * kSide;
       n -= last - f.k;
       for (int64_t k = f.k; k < last; ++k) {
-        const auto value = [&](const auto& column) __attribute__((always_inline)) {
-          const __mmask16 valid = static_cast<__mmask16>((1u << column.count) - 1);
-          const Vec<float> v =
-              broadcast(column.scale[c]) * load_first(column.x + offset, column.count) +
-              broadcast(column.shift[c]);
-          return (Vec<float>)_mm512_maskz_max_ps(valid, _mm512_setzero_ps(), (__m512)v);  // relu
-        };
-        split<P>(value(f.plan->column[2 * k]), value(f.plan->column[2 * k + 1]), out + k * kChunk);
+        const auto& even = f.plan->column[2 * k];
+        if (f.plan->whole[k / 2]) {
+          const Vec<float> scale = broadcast(even.scale[c]), shift = broadcast(even.shift[c]);
+          const S* const x = even.x + offset;
+          split<P>(relu(scale * load(x) + shift), relu(scale * load(x + kSide) + shift),
+                   out + k * kChunk);
+        } else {
+          const auto value = [&](const auto& column) __attribute__((always_inline)) {
+            const __mmask16 valid = static_cast<__mmask16>((1u << column.count) - 1);
+            const Vec<float> v =
+                broadcast(column.scale[c]) * load_first(column.x + offset, column.count) +
+                broadcast(column.shift[c]);
+            return (Vec<float>)_mm512_maskz_max_ps(valid, _mm512_setzero_ps(), (__m512)v);  // relu
+          };
+          split<P>(value(even), value(f.plan->column[2 * k + 1]), out + k * kChunk);
+        }
         if (fetch) {
           __builtin_prefetch(f.ahead->column[2 * k].x + then, 0, 2);
           __builtin_prefetch(f.ahead->column[2 * k + 1].x + then, 0, 2);
@@ -174,6 +182,31 @@ struct Job {
         ++f.r;
       }
     }
+  }
+
+  // The rows of dv and b of a tile, a line of each at a time.
+  struct Fetching {
+    const char *dv = nullptr, *b = nullptr;
+    int64_t dv_left = 0, b_left = 0, portion = 0;  // in lines of 64 bytes
+  };
+
+  Fetching fetching_of(const Plan<S>& plan, int64_t calls) const {
+    const auto& first = plan.column[0];
+    const auto& last = plan.column[plan.columns - 1];
+    const int64_t values = (last.row + last.count - first.row) * pitch;
+    const int64_t lines = values / 16;
+    return {reinterpret_cast<const char*>(a.dv + first.row * pitch),
+            reinterpret_cast<const char*>(a.bottleneck + first.row * pitch), lines,
+            lines * static_cast<int64_t>(sizeof(S)) / 4, ceil_div(lines, calls)};
+  }
+
+  static DX_INLINE void fetch_some(Fetching& f) {
+    for (int64_t i = std::min(f.portion, f.dv_left); i > 0; --i, f.dv += 64)
+      __builtin_prefetch(f.dv, 0, 2);
+    f.dv_left -= std::min(f.portion, f.dv_left);
+    for (int64_t i = std::min(f.portion, f.b_left); i > 0; --i, f.b += 64)
+      __builtin_prefetch(f.b, 0, 2);
+    f.b_left -= std::min(f.portion, f.b_left);
   }
 
   // Everything that follows from dz of a group, 64 pixels of a channel at a time.
@@ -203,20 +236,50 @@ struct Job {
         s1 = load(m);
         s2 = load(m + kGroup * kSide);
       }
-      const int64_t end = std::min(4 * last, f.plan->columns);
-      for (int64_t i = 4 * f.s; i < end; ++i) {
-        const auto& column = f.plan->column[i];
-        const Vec<float> x = load_first(column.x + offset, column.count),
-                         v = broadcast(column.scale[c]) * x + broadcast(column.shift[c]),
-                         q = broadcast(column.pre[c]),
-                         d = where_positive(v, load(gradient + i * kSide)) *
-                             broadcast(column.post[c]);
-        s1 += d;
-        s2 += d * (q * x - mean);
-        Vec<float> g = q * gain * d;
-        if constexpr (!FIRST) g += load_first(column.before + before_offset, column.count);
-        store_first(column.grad + grad_offset, g, column.count);
-        if (fetch) __builtin_prefetch(f.ahead->column[i].before + then, 0, 2);
+      for (int64_t strip = f.s; strip < last; ++strip) {
+        const auto* const columns = f.plan->column + 4 * strip;
+        if (f.plan->whole[strip]) {
+          const Vec<float> scale = broadcast(columns->scale[c]),
+                           shift = broadcast(columns->shift[c]), q = broadcast(columns->pre[c]),
+                           post = broadcast(columns->post[c]), step = q * gain;
+          const S* const x = columns->x + offset;
+          const float* const before = FIRST ? nullptr : columns->before + before_offset;
+          float* const g = columns->grad + grad_offset;
+          DX_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const Vec<float> value = load(x + i * kSide),
+                             d = where_positive(scale * value + shift,
+                                                load(gradient + (4 * strip + i) * kSide)) *
+                                 post;
+            s1 += d;
+            s2 += d * (q * value - mean);
+            if constexpr (FIRST) {
+              store(g + i * kSide, step * d);
+            } else {
+              store(g + i * kSide, step * d + load(before + i * kSide));
+            }
+          }
+        } else {
+          const int64_t count = std::min<int64_t>(4, f.plan->columns - 4 * strip);
+          for (int64_t i = 0; i < count; ++i) {
+            const auto& column = columns[i];
+            const Vec<float> x = load_first(column.x + offset, column.count),
+                             v = broadcast(column.scale[c]) * x + broadcast(column.shift[c]),
+                             q = broadcast(column.pre[c]),
+                             d = where_positive(v, load(gradient + (4 * strip + i) * kSide)) *
+                                 broadcast(column.post[c]);
+            s1 += d;
+            s2 += d * (q * x - mean);
+            Vec<float> g = q * gain * d;
+            if constexpr (!FIRST) g += load_first(column.before + before_offset, column.count);
+            store_first(column.grad + grad_offset, g, column.count);
+          }
+        }
+        if (fetch) {
+          DX_UNROLL
+          for (int i = 0; i < 4; ++i)
+            __builtin_prefetch(f.ahead->column[4 * strip + i].before + then, 0, 2);
+        }
       }
       store(m, s1);
       store(m + kGroup * kSide, s2);
@@ -339,15 +402,36 @@ struct Job {
     make_plan(begin + 1);
     Forming first = forming(begin, 0, 1);
     form(first);
+    const int64_t db_strip = 2 * depths;  // portions of db in a strip
     for (int64_t tile = begin; tile < end; ++tile) {
       make_plan(tile + 2);
       const Plan<S>& now = plan(tile);
-      form_db(now);
+      for (int64_t i = 0; i < db_strip; ++i) form_db(now, i / depths, i % depths);
+      // dv and b of the tile that follows, over the last groups.
+      const int64_t fetched = std::min<int64_t>(groups, 4),
+                    calls = fetched * (now.strips * 2 * depths + now.chunks * weight_blocks(2));
+      Fetching fetching = tile + 1 < end ? fetching_of(plan(tile + 1), calls) : Fetching{};
       for (int64_t g = 0; g < groups; ++g) {
+        const auto fetch = [&] {
+          if (g >= groups - fetched) fetch_some(fetching);
+        };
         const int64_t stage = (tile - begin) * groups + g, c0 = g * kGroup,
                       rows = ceil_div(count(c0), kSide);
         Forming next = forming(begin, stage + 1, now.strips * rows * depths);
-        const auto form_some = [&] { form(next); };
+        // Of the first group also the strip of db that the next strip of dz needs.
+        int64_t k = 2, depth = 0;
+        const int64_t chunks = g == 0 ? 2 * now.strips : 0;
+        const auto form_some = [&] {
+          form(next);
+          fetch();
+          for (int64_t i = rows; i <= 2 && k < chunks; ++i) {
+            form_db(now, k, depth);
+            if (++depth == depths) {
+              depth = 0;
+              ++k;
+            }
+          }
+        };
         if (rows == 2) {
           input_gradient<2>(now, c0, form_some);
         } else {
@@ -363,7 +447,10 @@ struct Job {
                           (stage + 1) % groups * kGroup,
                           count(c0) * now.strips,
                           ceil_div(count(c0) * now.strips, now.chunks * weight_blocks(rows))};
-        weight_gradient(now, c0, z_of(stage), tile > begin, [&] { sweep<FIRST>(sweeping); });
+        weight_gradient(now, c0, z_of(stage), tile > begin, [&] {
+          sweep<FIRST>(sweeping);
+          fetch();
+        });
         sweeping.portion = sweeping.left;
         sweep<FIRST>(sweeping);
         add_moments(c0);
