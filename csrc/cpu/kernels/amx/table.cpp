@@ -4,10 +4,10 @@
 namespace densenet_ext {
 namespace amx {
 
-#define DENSENET_EXT_TILE_KERNELS(X)            \
-  X(bottleneck_forward, BottleneckForward)      \
-  X(bottleneck_backward, BottleneckBackward)    \
-  X(conv3x3_forward, Conv3x3Forward)            \
+#define DENSENET_EXT_TILE_KERNELS(X)         \
+  X(bottleneck_forward, BottleneckForward)   \
+  X(bottleneck_backward, BottleneckBackward) \
+  X(conv3x3_forward, Conv3x3Forward)         \
   X(conv3x3_backward, Conv3x3Backward)
 
 #define DENSENET_EXT_DECLARE(function, Arguments) \
