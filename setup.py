@@ -164,7 +164,9 @@ def describe_library(path, root, compiler, torch, version, toolkit):
     library.link_flags = link_flags(torch, "-ltorch_cpu", "-lc10")
     amx = amx_kernels(compiler)
     extras = {
-        os.path.join("csrc", "module.cpp"): module_flags(version, torch, toolkit, [*INSTRUCTION_SETS, *["amx"][: len(amx)]]),
+        os.path.join("csrc", "module.cpp"): module_flags(
+            version, torch, toolkit, [*INSTRUCTION_SETS, *["amx"][: len(amx)]]
+        ),
         os.path.join("csrc", "cpu", "dispatch.cpp"): ["-DDENSENET_EXT_AMX"] if amx else [],
     }
     for source in cpp_sources():
