@@ -354,8 +354,7 @@ struct Job {
   }
 
   int64_t weight_blocks(int64_t rows) const {
-    return rows == 1 ? ceil_div(outputs(), 4)
-                     : outputs() / 2 + (outputs() == 1 ? 1 : outputs() % 2);
+    return std::max<int64_t>(1, rows == 1 ? ceil_div(outputs(), 4) : ceil_div(outputs(), 2));
   }
 
   template <class F>
@@ -486,7 +485,9 @@ void pack_weight(const BottleneckBackward<S>& a, int64_t c0, int64_t depths, uin
 template <class S>
 void bottleneck_backward(const BottleneckBackward<S>& a) {
   using Work = Job<S>;
-  const int64_t pitch = round_up(a.width, kLanes), depths = ceil_div(pitch, kDepth),
+  if (a.channels == 0) return;
+  const int64_t pitch = round_up(a.width, kLanes),
+                depths = std::max<int64_t>(1, ceil_div(pitch, kDepth)),
                 rows = ceil_div(a.channels, kSide), outputs = pitch / kSide;
   // What a pixel takes in db and db_t; whole tiles for each thread.
   const int64_t pixel_bytes = 2 * Work::P * (pitch + depths * kDepth), fixed = 4 * Work::kOwn;
