@@ -371,7 +371,7 @@ def test_header_rebuilds_what_includes_it_and_nothing_else(source_tree):
     first = build(source_tree)
     assert first.returncode == 0, first.stderr
     sets = load_extension().build_info()["instruction_sets"]
-    for name in sets:
+    for name in set(sets) - {"amx"}:  # which has files of its own
         assert f"compiling csrc/cpu/kernels/b.cpp for {name}\n" in first.stdout
     assert "compiling" not in build(source_tree).stdout
     header.write_text("// changed\n")
