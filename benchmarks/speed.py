@@ -96,7 +96,9 @@ def work(args):
     import speed_worker
 
     journal = Journal(args.folder / f"{args.worker}.jsonl")
-    journal.fact("machine", machine.describe("cpu"))
+    description = machine.describe("cpu")
+    del description["command"]  # that of a worker, in whatever folder
+    journal.fact("machine", description)
     speed_worker.measure(
         journal,
         args.workloads,
