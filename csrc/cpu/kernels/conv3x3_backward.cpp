@@ -237,25 +237,7 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
       copy_transposed(total, pitch, 9, a.width, a.dweight + j * a.width * 9, 9, 9);
     }
   });
-  const double rows =
-      static_cast<double>(samples) * static_cast<double>(units.height * units.width);
-  for (int64_t i = 0; i < a.width; ++i) {
-    double s1 = 0, s2 = 0;
-    for (int64_t t = 0; t < threads; ++t) {
-      s1 += sums.as<double>()[t * 2 * pitch + i];
-      s2 += sums.as<double>()[t * 2 * pitch + pitch + i];
-    }
-    const double rstd = reciprocal_std(a.norm, i), g = static_cast<double>(a.norm.weight[i]) * rstd;
-    s2 *= rstd;
-    a.dnorm_bias[i] = static_cast<T>(s1);
-    a.dnorm_weight[i] = static_cast<T>(s2);
-    const bool correct = a.norm.training && rows > 0;
-    a.db_table[i] = static_cast<T>(g);
-    a.db_table[a.width + i] =
-        correct ? static_cast<T>(-g * (s1 - static_cast<double>(a.norm.mean[i]) * rstd * s2) / rows)
-                : T(0);
-    a.db_table[2 * a.width + i] = correct ? static_cast<T>(-g * rstd * s2 / rows) : T(0);
-  }
+  finish_bottleneck_norm(a, sums.as<double>(), threads, pitch);
 }
 
 DENSENET_EXT_INSTANTIATE(conv3x3_backward, Conv3x3Backward)

@@ -54,5 +54,31 @@ inline void finish_norm_backward(const Norm<T>& norm, const double* sums, int64_
   }
 }
 
+// BN2's gradients and the table of db, from the threads' `sums` [threads, 2, pitch]: sum dv and
+// sum dv*(b - mean).
+template <class S>
+inline void finish_bottleneck_norm(const Conv3x3Backward<S>& a, const double* sums, int64_t threads,
+                                   int64_t pitch) {
+  using T = Arithmetic<S>;
+  const double rows =
+      static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
+  const bool correct = a.norm.training && rows > 0;
+  for (int64_t i = 0; i < a.width; ++i) {
+    double s1 = 0, s2 = 0;
+    for (int64_t t = 0; t < threads; ++t) {
+      s1 += sums[t * 2 * pitch + i];
+      s2 += sums[t * 2 * pitch + pitch + i];
+    }
+    const double rstd = reciprocal_std(a.norm, i), g = static_cast<double>(a.norm.weight[i]) * rstd;
+    s2 *= rstd;
+    a.dnorm_bias[i] = static_cast<T>(s1);
+    a.dnorm_weight[i] = static_cast<T>(s2);
+    const double constant = -g * (s1 - static_cast<double>(a.norm.mean[i]) * rstd * s2) / rows;
+    a.db_table[i] = static_cast<T>(g);
+    a.db_table[a.width + i] = correct ? static_cast<T>(constant) : T(0);
+    a.db_table[2 * a.width + i] = correct ? static_cast<T>(-g * rstd * s2 / rows) : T(0);
+  }
+}
+
 }  // namespace DENSENET_EXT_ISA
 }  // namespace densenet_ext

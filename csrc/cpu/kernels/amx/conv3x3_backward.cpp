@@ -494,26 +494,7 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
       }
     }
   });
-  const double rows =
-      static_cast<double>(samples) * static_cast<double>(units.height * units.width);
-  for (int64_t i = 0; i < a.width; ++i) {
-    double s1 = 0, s2 = 0;
-    for (int64_t t = 0; t < threads; ++t) {
-      s1 += sums.as<double>()[t * 2 * pitch + i];
-      s2 += sums.as<double>()[t * 2 * pitch + pitch + i];
-    }
-    const double rstd = reciprocal_std(a.norm, i), g = static_cast<double>(a.norm.weight[i]) * rstd;
-    s2 *= rstd;
-    a.dnorm_bias[i] = static_cast<float>(s1);
-    a.dnorm_weight[i] = static_cast<float>(s2);
-    const bool correct = a.norm.training && rows > 0;
-    a.db_table[i] = static_cast<float>(g);
-    a.db_table[a.width + i] =
-        correct
-            ? static_cast<float>(-g * (s1 - static_cast<double>(a.norm.mean[i]) * rstd * s2) / rows)
-            : 0.f;
-    a.db_table[2 * a.width + i] = correct ? static_cast<float>(-g * rstd * s2 / rows) : 0.f;
-  }
+  finish_bottleneck_norm(a, sums.as<double>(), threads, pitch);
 }
 
 template void conv3x3_backward<float>(const Conv3x3Backward<float>&);
