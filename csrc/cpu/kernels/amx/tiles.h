@@ -3,7 +3,7 @@
 //
 // bfloat16 is one part. float32 is split into three parts of 8 bits of mantissa each, x = x0 + x1 +
 // x2 exactly, and a product is the six larger ones of nine products of parts: what is left out is
-// below 2^-24 of it, so that the sums are as exact as those of float32 arithmetic. (Henry, Tang,
+// about 2^-24 of it, so that the sums are as exact as those of float32 arithmetic. (Henry, Tang,
 // Heinecke, Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
 // Computations, 2019.)
 //
