@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kPage = int64_t{2} << 20;         // what is advised, counted and released
 constexpr int64_t kAlignment = 64 * 1024;           // of a block
-constexpr int64_t kSmallest = int64_t{512} * 1024;  // smaller tensors are torch's
+constexpr int64_t kSmallest = int64_t{128} * 1024;  // smaller tensors are torch's
 
 class Arena {
  public:
@@ -146,11 +146,15 @@ Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type) {
     bytes *= sizes[i];
     if (i > 0) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   }
-  void* const block = like.is_cpu() && bytes >= kSmallest ? arena().allocate(bytes) : nullptr;
+  void* const block = like.is_cpu() ? allocate_block(bytes) : nullptr;
   if (!block) return empty(like, sizes, type);
-  return torch::stable::from_blob(block, sizes, strides, like.device(), type,
-                                  [](void* data) { arena().free(data); });
+  return torch::stable::from_blob(block, sizes, strides, like.device(), type, free_block);
 }
+
+void* allocate_block(int64_t bytes) {
+  return bytes >= kSmallest ? arena().allocate(bytes) : nullptr;
+}
+void free_block(void* block) { arena().free(block); }
 
 WorkspaceUse workspace_use() { return arena().use(); }
 void release_workspaces() { arena().release(); }
@@ -161,6 +165,8 @@ void set_workspace_limit(int64_t bytes) { arena().set_limit(bytes); }
 Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type) {
   return empty(like, sizes, type);
 }
+void* allocate_block(int64_t) { return nullptr; }
+void free_block(void*) {}
 WorkspaceUse workspace_use() { return {0, 0}; }
 void release_workspaces() {}
 void set_workspace_limit(int64_t) {}

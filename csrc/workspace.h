@@ -17,6 +17,11 @@ namespace densenet_ext {
 // An uninitialized contiguous tensor: from the arena if it is large and on CPU, else from torch.
 Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type);
 
+// The same without a tensor around it: null where the arena does not serve that size or has no
+// room.
+void* allocate_block(int64_t bytes);
+void free_block(void* block);
+
 struct WorkspaceUse {
   int64_t in_use;    // bytes of the blocks that tensors hold
   int64_t resident;  // bytes of the arena's pages that have been touched and not released

@@ -5,11 +5,14 @@
 
 #include <algorithm>
 
+#include "../workspace.h"
+
 namespace densenet_ext {
 
 using torch::stable::Tensor;
 
-Scratch::Scratch(int64_t bytes) {
+Scratch::Scratch(int64_t bytes) : data_(allocate_block(bytes)) {
+  if (data_) return;
   constexpr int64_t alignment = 64;  // torch's CPU allocator gives at least this
   auto* tensor =
       new Tensor(torch::stable::empty({bytes + alignment}, torch::headeronly::ScalarType::Byte));
@@ -18,7 +21,13 @@ Scratch::Scratch(int64_t bytes) {
   data_ = reinterpret_cast<void*>((address + alignment - 1) / alignment * alignment);
 }
 
-Scratch::~Scratch() { delete static_cast<Tensor*>(tensor_); }
+Scratch::~Scratch() {
+  if (tensor_) {
+    delete static_cast<Tensor*>(tensor_);
+  } else {
+    free_block(data_);
+  }
+}
 
 int64_t thread_count(int64_t items) {
   return std::max<int64_t>(1, std::min<int64_t>(items, torch::stable::get_num_threads()));

@@ -1,6 +1,6 @@
 // Threads and scratch memory for the kernels. The threads are torch's (its parallel_for lives in
-// its library, so no OpenMP of our own) and the memory comes from torch's allocator, where every
-// memory figure sees it.
+// its library, so no OpenMP of our own) and the memory comes from the arena, if there is much of
+// it, or from torch's allocator: malloc would give it back to the system after every call.
 #pragma once
 
 #include <cstddef>
@@ -22,8 +22,8 @@ class Scratch {
   }
 
  private:
-  void* tensor_;
   void* data_;
+  void* tensor_ = nullptr;  // what data_ lies in, unless that is a block of the arena
 };
 
 // How many threads `parallel` will use for `items` items of work.
