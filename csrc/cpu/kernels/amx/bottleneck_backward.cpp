@@ -309,17 +309,6 @@ struct Job {
     }
   }
 
-  // += over `chunks` chunks, work() after each.
-  template <class B, class F>
-  static DX_INLINE void product(const B& block, int64_t chunks, const Panel& left,
-                                const Panel& right, const F& work) {
-    for (int64_t k = 0; k < chunks; ++k) {
-      block.product(1, {left.data + k * left.chunk_step, left.step, 0},
-                    {right.data + k * right.chunk_step, right.step, 0});
-      work();
-    }
-  }
-
   // dz of channels c0 ...
   template <int NR, class F>
   void input_gradient(const Plan<S>& plan, int64_t c0, const F& work) const {
@@ -328,7 +317,7 @@ struct Job {
     const TileBlock<P, NR, NC> block;
     for (int64_t i = 0; i < plan.strips * 4; i += NC) {
       block.zero();
-      product(block, depths, left, {db_t + i * depths * kChunk, depths * kChunk, kChunk}, work);
+      block.product(depths, left, {db_t + i * depths * kChunk, depths * kChunk, kChunk}, work);
       unrolled<4>([&](auto t) __attribute__((always_inline)) {
         constexpr int I = decltype(t)::value;
         tile_store<I>(dz + I / NC * kSide * kRun + (i + I % NC) * kSide, kRun * 4);
@@ -348,8 +337,8 @@ struct Job {
     } else {
       block.zero();
     }
-    product(block, plan.chunks, {rows + r * kRows, kRows, kChunk},
-            {db + o * kChunk, kChunk, outputs() * kChunk}, work);
+    block.product(plan.chunks, {rows + r * kRows, kRows, kChunk},
+                  {db + o * kChunk, kChunk, outputs() * kChunk}, work);
     block.store(at, row_step, kTileSums);
   }
 

@@ -1,6 +1,8 @@
 // Forward of the 1x1 convolution of a dense layer on the tile unit; formula:
 // ../bottleneck_forward.cpp.
 //
+// Up to 48 outputs: bottleneck_narrow.h. More:
+//
 // Columns of sums are pixels, rows are outputs: x is planar, so that normalized, rectified and
 // split it is a right operand as it comes; W is the left one. The unit works while the vector
 // instructions that follow its own in the program go on: meanwhile the next group of columns is
@@ -8,6 +10,7 @@
 // b.
 #include "../../parallel.h"
 #include "../row_moments.h"
+#include "bottleneck_narrow.h"
 #include "columns.h"
 #include "tiles.h"
 
@@ -45,14 +48,24 @@ struct Job {
   uint32_t* z;  // [2, width, chunks, P, 16, 16], a little more than that from column to column
   float* sums;  // [2, pitch / 16, 4, 16, 16]
 
-  // Of a group's columns the rows first .. last: of these are 16 in a chunk, of two channels each.
-  void form(const Group& group, int64_t first, int64_t last) const {
+  // What is to be formed of a group: cells of one channel pair of a chunk in one column.
+  struct Forming {
+    const Group* group;
+    int64_t left, row = 0, column = 0;
+  };
+
+  void form(Forming& f, int64_t n) const {
     const int64_t step = a.features.plane_stride;
-    for (int64_t at = first; at < last; ++at) {
+    n = std::min(n, f.left);
+    f.left -= n;
+    while (n > 0) {
+      const int64_t at = f.row, last = std::min(width, f.column + n);
       const int64_t c0 = at / kSide * kDepth + at % kSide, c1 = c0 + kSide;
-      uint32_t* out = group.z + at / kSide * kChunk + at % kSide * kSide;
-      for (int64_t i = 0; i < width; ++i, out += column_step) {
-        const auto& column = group.columns[i];
+      uint32_t* out =
+          f.group->z + at / kSide * kChunk + at % kSide * kSide + f.column * column_step;
+      n -= last - f.column;
+      for (int64_t i = f.column; i < last; ++i, out += column_step) {
+        const auto& column = f.group->columns[i];
         const auto value = [&](int64_t c) __attribute__((always_inline)) {
           if (c >= a.channels) return Vec<float>{};
           __builtin_prefetch(column.ahead + c * step, 0, 2);
@@ -60,6 +73,11 @@ struct Job {
                       broadcast(column.shift[c]));
         };
         split<P>(value(c0), value(c1), out);
+      }
+      f.column = last;
+      if (last == width) {
+        f.column = 0;
+        ++f.row;
       }
     }
   }
@@ -83,39 +101,73 @@ struct Job {
   int64_t outputs() const { return pitch / kSide; }
   float* sums_of(int64_t strip) const { return sums + strip % 2 * outputs() * kRowSums; }
 
-  // Outputs first .. last (in 16s) of a group's s-th strip, from its sums to rows of b.
-  void finish(const Group& group, int64_t s, int64_t first, int64_t last) const {
-    for (int64_t i = 0; i < 4; ++i) {
-      const auto& column = group.columns[s * 4 + i];
-      for (int64_t o = first; o < last; ++o) {
-        Vec<float> rows[kSide];
-        load_transposed(sums_of(s) + o * kRowSums + i * kSide * kSide, rows);
-        DX_UNROLL
-        for (int r = 0; r < kSide; ++r) {
-          if (r < column.count) store(column.b + r * pitch + o * kSide, rows[r]);
-        }
-      }
+  // Tile t of a group's s-th strip, from its sums to rows of b.
+  void finish(const Group& group, int64_t s, int64_t t) const {
+    const int64_t i = t / outputs(), o = t % outputs();
+    const auto& column = group.columns[s * 4 + i];
+    Vec<float> rows[kSide];
+    load_transposed(sums_of(s) + o * kRowSums + i * kSide * kSide, rows);
+    DX_UNROLL
+    for (int r = 0; r < kSide; ++r) {
+      if (r < column.count) store(column.b + r * pitch + o * kSide, rows[r]);
     }
   }
 
   // Meanwhile `next` is formed, if there is one.
   void run(const Group& group, const Group& next, bool last) const {
-    const int64_t strips = width / 4, rows = last ? 0 : chunks * kSide;
+    const int64_t strips = width / 4, slots = outputs() * chunks;
+    Forming forming{&next, last ? 0 : chunks * kSide * width};
+    const int64_t portion = ceil_div(forming.left, strips * slots);
     for (int64_t s = 0; s < strips; ++s) {
-      const auto after = [&](int64_t i, int64_t n) {
-        form(next, rows * (s * n + i) / (strips * n), rows * (s * n + i + 1) / (strips * n));
-        if (s > 0) finish(group, s - 1, outputs() * i / n, outputs() * (i + 1) / n);
+      Pace pace{4 * outputs(), slots};
+      int64_t done = 0;
+      const auto work = [&]() __attribute__((always_inline)) {
+        form(forming, portion);
+        if (s > 0)
+          pace.step([&]() __attribute__((always_inline)) { finish(group, s - 1, done++); });
       };
       strip_product<P>(outputs(), chunks, {weight, chunks * kChunk, kChunk},
-                       {group.z + s * 4 * column_step, column_step, kChunk}, sums_of(s), false,
-                       after);
+                       {group.z + s * 4 * column_step, column_step, kChunk}, sums_of(s), work);
     }
-    finish(group, strips - 1, 0, outputs());
+    form(forming, forming.left);
+    for (int64_t t = 0; t < 4 * outputs(); ++t) finish(group, strips - 1, t);
   }
 };
 
+// body(own, begin, end, count, mean) for each thread's share of the items: `own` values of memory,
+// and where it merges the moments of its `count` rows, mean and behind it m2.
+template <class S, class F>
+void share(const BottleneckForward<S>& a, int64_t items, int64_t own, int64_t pitch,
+           const F& body) {
+  const int64_t threads = thread_count(items);
+  const Scratch tiles(4 * threads * own);
+  const Scratch sums(sizeof(double) * threads * 2 * pitch);
+  const Scratch counts(sizeof(double) * threads);
+  std::fill_n(sums.as<double>(), threads * 2 * pitch, 0.0);
+  std::fill_n(counts.as<double>(), threads, 0.0);
+  parallel(items, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    const TileUnit unit;
+    body(tiles.as<uint32_t>() + thread * own, begin, end, counts.as<double>()[thread],
+         sums.as<double>() + thread * 2 * pitch);
+  });
+  if (a.mean)
+    finish_row_moments(counts.as<double>(), sums.as<double>(), threads, pitch, a.width, a.mean,
+                       a.m2);
+}
+
+template <class S, int NR>
+void run_narrow(const BottleneckForward<S>& a, int64_t chunks, const uint32_t* weight) {
+  using Narrow = NarrowBottleneck<S, NR>;
+  const Columns columns(a.features.samples, a.features.pixels());
+  share(a, ceil_div(columns.count, Narrow::kWide), Narrow::kOwn, NR * kSide,
+        [&](uint32_t* own, int64_t begin, int64_t end, double& count, double* mean) {
+          Narrow(a, columns, chunks, weight, own).run(begin, end, count, mean);
+        });
+}
+
 template <class S>
-void run(const BottleneckForward<S>& a, int64_t pitch, int64_t chunks, const uint32_t* weight) {
+void run_wide(const BottleneckForward<S>& a, int64_t pitch, int64_t chunks,
+              const uint32_t* weight) {
   using Work = Job<S>;
   const Columns columns(a.features.samples, a.features.pixels());
   // one line more than a power of two, so that a row's columns do not share cache sets
@@ -123,38 +175,28 @@ void run(const BottleneckForward<S>& a, int64_t pitch, int64_t chunks, const uin
   const int64_t fit = std::min(kBudget / (2 * 4 * column_step),
                                ceil_div(columns.count, 4 * thread_count(columns.count)));
   const int64_t width = std::clamp<int64_t>(fit / 4 * 4, 4, kMostColumns);
-  const int64_t groups = ceil_div(columns.count, width), threads = thread_count(groups);
   const int64_t z_pairs = 2 * width * column_step,
                 own = z_pairs + 2 * pitch / kSide * Work::kRowSums;
-  const Scratch tiles(4 * threads * own);
-  const Scratch sums(sizeof(double) * threads * 2 * pitch);
-  const Scratch counts(sizeof(double) * threads);
-  std::fill_n(sums.as<double>(), threads * 2 * pitch, 0.0);
-  std::fill_n(counts.as<double>(), threads, 0.0);
 
-  parallel(groups, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    const TileUnit unit;
-    uint32_t* const z = tiles.as<uint32_t>() + thread * own;
-    const Work job{a,      columns, chunks,
-                   pitch,  width,   column_step,
-                   weight, z,       reinterpret_cast<float*>(z + z_pairs)};
-    double* const mean = sums.as<double>() + thread * 2 * pitch;
-    double& count = counts.as<double>()[thread];
-    ColumnGroup<S> group = job.group(begin);
-    job.form(group, 0, chunks * kSide);
-    for (int64_t g = begin; g < end; ++g) {
-      const ColumnGroup<S> next = job.group(g + 1);
-      job.run(group, next, g + 1 == end);
-      group = next;
-      if (!a.mean) continue;
-      const int64_t first = columns.row(g * width), rows = columns.row((g + 1) * width) - first;
-      add_row_moments<S>(a.bottleneck + first * pitch, rows, pitch, count, mean, mean + pitch);
-      count += static_cast<double>(rows);
-    }
-  });
-  if (a.mean)
-    finish_row_moments(counts.as<double>(), sums.as<double>(), threads, pitch, a.width, a.mean,
-                       a.m2);
+  share(
+      a, ceil_div(columns.count, width), own, pitch,
+      [&](uint32_t* z, int64_t begin, int64_t end, double& count, double* mean) {
+        const Work job{a,      columns, chunks,
+                       pitch,  width,   column_step,
+                       weight, z,       reinterpret_cast<float*>(z + z_pairs)};
+        ColumnGroup<S> group = job.group(begin);
+        typename Work::Forming all{&group, chunks * kSide * width};
+        job.form(all, all.left);
+        for (int64_t g = begin; g < end; ++g) {
+          const ColumnGroup<S> next = job.group(g + 1);
+          job.run(group, next, g + 1 == end);
+          group = next;
+          if (!a.mean) continue;
+          const int64_t first = columns.row(g * width), rows = columns.row((g + 1) * width) - first;
+          add_row_moments<S>(a.bottleneck + first * pitch, rows, pitch, count, mean, mean + pitch);
+          count += static_cast<double>(rows);
+        }
+      });
 }
 
 }  // namespace
@@ -163,7 +205,8 @@ template <class S>
 void bottleneck_forward(const BottleneckForward<S>& a) {
   constexpr int P = kParts<S>;
   constexpr int64_t chunk = P * kTilePairs;
-  const int64_t pitch = round_up(a.width, kLanes), chunks = ceil_div(a.channels, kDepth),
+  const int64_t pitch = round_up(a.width, kLanes),
+                chunks = std::max<int64_t>(1, ceil_div(a.channels, kDepth)),
                 outputs = pitch / kSide;
   const Scratch packed(4 * outputs * chunks * chunk);
   parallel(outputs, thread_count(outputs), [&](int64_t, int64_t begin, int64_t end) {
@@ -172,7 +215,16 @@ void bottleneck_forward(const BottleneckForward<S>& a) {
       split_row<P>(a.weight + o * a.channels, o < a.width ? a.channels : 0, chunks, row);
     }
   });
-  run<S>(a, pitch, chunks, packed.as<uint32_t>());
+  const uint32_t* const weight = packed.as<uint32_t>();
+  if (outputs == 1) {
+    run_narrow<S, 1>(a, chunks, weight);
+  } else if (outputs == 2) {
+    run_narrow<S, 2>(a, chunks, weight);
+  } else if (outputs == 3) {
+    run_narrow<S, 3>(a, chunks, weight);
+  } else {
+    run_wide<S>(a, pitch, chunks, weight);
+  }
 }
 
 template void bottleneck_forward<float>(const BottleneckForward<float>&);

@@ -68,16 +68,6 @@ struct Cursor {
   int64_t s = 0, y = 0, x = 0;
 };
 
-// n calls over `steps` steps, evenly.
-struct Share {
-  int64_t n, steps, left = 0;
-
-  template <class F>
-  DX_INLINE void step(const F& body) {
-    for (left += n; left >= steps; left -= steps) body();
-  }
-};
-
 template <class S>
 struct Job {
   static constexpr int P = kParts<S>;
@@ -240,17 +230,18 @@ struct Job {
   // some tiles of the strip before are finished.
   template <bool POST, int NR, int NC>
   DX_INLINE void data_block(int64_t strip, int64_t r, int64_t c, int64_t first, int64_t last,
-                            bool more, Share& share, int64_t& done) const {
+                            bool more, Pace& pace, int64_t& done) const {
     const TileBlock<P, NR, NC> tiles;
     const Panel w{weight + r * shape.chunks * kChunk, shape.chunks * kChunk, kChunk};
     const uint32_t* const panel = panels + strip % 2 * shape.panel_pairs() + c * kChunk;
     tiles.zero();
-    for (int64_t k = 0; k < shape.chunks; ++k) {
-      tiles.product(1, {w.data + k * kChunk, w.step, kChunk}, {panel + k * 4 * kChunk, kChunk, 0});
-      if (more) form(strip + 1, k, first, last);
-      if (strip > 0)
-        share.step([&]() __attribute__((always_inline)) { finish<POST>(strip - 1, done++); });
-    }
+    int64_t k = 0;
+    tiles.product(
+        shape.chunks, w, {panel, kChunk, 4 * kChunk}, [&]() __attribute__((always_inline)) {
+          if (more) form(strip + 1, k++, first, last);
+          if (strip > 0)
+            pace.step([&]() __attribute__((always_inline)) { finish<POST>(strip - 1, done++); });
+        });
     tiles.store(strip_sums + strip % 2 * shape.strip_sums() + (r * 4 + c) * kTile, 4 * kTile,
                 kTile);
   }
@@ -263,17 +254,17 @@ struct Job {
     for (int64_t strip = 0; strip < n; ++strip) {
       const bool more = strip + 1 < n;
       locate(u, cursor, positions[strip % 2]);
-      Share share{4 * shape.inner, blocks * shape.chunks};
+      Pace pace{4 * shape.inner, blocks * shape.chunks};
       int64_t done = 0, r = 0, block = 0;
       const auto next = [&] { return kSide * block++ / blocks; };
       int64_t first = next();
       for (; r + 2 <= shape.inner; r += 2) {
         const int64_t middle = next(), last = next();
-        data_block<POST, 2, 2>(strip, r, 0, first, middle, more, share, done);
-        data_block<POST, 2, 2>(strip, r, 2, middle, last, more, share, done);
+        data_block<POST, 2, 2>(strip, r, 0, first, middle, more, pace, done);
+        data_block<POST, 2, 2>(strip, r, 2, middle, last, more, pace, done);
         first = last;
       }
-      if (r < shape.inner) data_block<POST, 1, 4>(strip, r, 0, first, kSide, more, share, done);
+      if (r < shape.inner) data_block<POST, 1, 4>(strip, r, 0, first, kSide, more, pace, done);
     }
     for (int64_t tile = 0; tile < 4 * shape.inner; ++tile) finish<POST>(n - 1, tile);
   }
@@ -306,10 +297,10 @@ struct Job {
     } else {
       tiles.load(out, shape.inner * kTile, kTile);
     }
-    for (int64_t k = 0; k < chunks; ++k) {
-      tiles.product(1, {panel + k * 2 * kChunk, kChunk, 0}, {right + k * kChunk, step, 0});
-      shift_rows(tile + 2, k, first, last, next);
-    }
+    int64_t k = 0;
+    tiles.product(
+        chunks, {panel, kChunk, 2 * kChunk}, {right, step, kChunk},
+        [&]() __attribute__((always_inline)) { shift_rows(tile + 2, k++, first, last, next); });
     tiles.store(out, shape.inner * kTile, kTile);
   }
 

@@ -41,16 +41,14 @@ DX_INLINE void split(Vec<float> even, Vec<float> odd, __m512i (&parts)[PARTS]) {
                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     parts[0] = _mm512_permutexvar_epi16(order, halves);
   } else {
-    const __m512i upper =
-        _mm512_set_epi16(63, 31, 61, 29, 59, 27, 57, 25, 55, 23, 53, 21, 51, 19, 49, 17, 47, 15, 45,
-                         13, 43, 11, 41, 9, 39, 7, 37, 5, 35, 3, 33, 1);
     const Pairs top = Pairs{} + 0xffff0000u;
     DX_UNROLL
     for (int p = 0; p < PARTS; ++p) {
-      parts[p] = _mm512_permutex2var_epi16((__m512i)even, upper, (__m512i)odd);
+      const Pairs high = (Pairs)odd & top;
+      parts[p] = (__m512i)((Pairs)even >> 16 | high);
       if (p + 1 == PARTS) break;
       even -= (Vec<float>)((Pairs)even & top);
-      odd -= (Vec<float>)((Pairs)odd & top);
+      odd -= (Vec<float>)high;
     }
   }
 }
@@ -142,8 +140,10 @@ struct TileBlock {
     });
   }
 
-  // += left x right over `chunks` chunks.
-  DX_INLINE void product(int64_t chunks, const Panel& left, const Panel& right) const {
+  // += left x right over `chunks` chunks, work() after each: the unit is still at its own then.
+  template <class F>
+  DX_INLINE void product(int64_t chunks, const Panel& left, const Panel& right,
+                         const F& work) const {
     const uint32_t *a = left.data, *b = right.data;
     for (int64_t k = 0; k < chunks; ++k) {
       unrolled<PARTS>([&](auto pa) __attribute__((always_inline)) {
@@ -163,39 +163,41 @@ struct TileBlock {
       });
       a += left.chunk_step;
       b += right.chunk_step;
+      work();
     }
+  }
+  DX_INLINE void product(int64_t chunks, const Panel& left, const Panel& right) const {
+    product(chunks, left, right, [] {});
   }
 };
 
-// The product of `rows` tiles left and four columns right, sums [rows, 4, 16, 16], or added to
-// them. Calls after(i, n) once behind each block, i of n: the place for other work, since the unit
-// is still at its own.
+// `n` pieces of work over `steps` steps.
+struct Pace {
+  int64_t n, steps, left = 0;
+
+  template <class F>
+  DX_INLINE void step(const F& body) {
+    for (left += n; left >= steps; left -= steps) body();
+  }
+};
+
+// The product of `rows` tiles left and four columns right, sums [rows, 4, 16, 16]; work()
+// rows*chunks times.
 template <int PARTS, class F>
-DX_INLINE void strip_product(int64_t rows, int64_t chunks, const Panel& left, const Panel& right,
-                             float* sums, bool add, const F& after) {
+void strip_product(int64_t rows, int64_t chunks, const Panel& left, const Panel& right, float* sums,
+                   const F& work) {
   constexpr int64_t tile = kSide * kSide;
-  const int64_t n = round_up(rows, 2);
-  const auto block = [&](auto tiles, int64_t r, int64_t c, int64_t i)
-                         __attribute__((always_inline)) {
-                           float* const at = sums + (r * 4 + c) * tile;
-                           if (add) {
-                             tiles.load(at, 4 * tile, tile);
-                           } else {
-                             tiles.zero();
-                           }
-                           tiles.product(chunks, left.from(r), right.from(c));
-                           after(i, n);
-                           tiles.store(at, 4 * tile, tile);
-                         };
+  const auto block = [&](auto tiles, int64_t r, int64_t c) __attribute__((always_inline)) {
+    tiles.zero();
+    tiles.product(chunks, left.from(r), right.from(c), work);
+    tiles.store(sums + (r * 4 + c) * tile, 4 * tile, tile);
+  };
   int64_t r = 0;
   for (; r + 2 <= rows; r += 2) {
-    block(TileBlock<PARTS, 2, 2>{}, r, 0, r);
-    block(TileBlock<PARTS, 2, 2>{}, r, 2, r + 1);
+    block(TileBlock<PARTS, 2, 2>{}, r, 0);
+    block(TileBlock<PARTS, 2, 2>{}, r, 2);
   }
-  if (r < rows) {
-    block(TileBlock<PARTS, 1, 4>{}, r, 0, r);
-    after(r + 1, n);
-  }
+  if (r < rows) block(TileBlock<PARTS, 1, 4>{}, r, 0);
 }
 
 // A row of an operand: `count` values, and zeros up to `chunks` chunks; the parts of chunk k at out
