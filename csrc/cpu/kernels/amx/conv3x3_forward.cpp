@@ -1,14 +1,12 @@
 // Forward of a dense layer's 3x3 convolution on the tile unit; formula: ../conv3x3_forward.cpp.
 //
-// Shifted operands would straddle cache lines, which the unit loads six times slower. So the taps
-// are products first and shifted as sums: with h = relu(scale*b + shift) and q a position in the
-// padded plane,
+// h = relu(scale*b + shift) is a left operand: a row is a position of the padded plane, as it lies
+// in b, and each of its parts is a whole cache line, so that a tap is the same tiles some rows
+// further on. With q inputs left over, q up to 16, a line has them for a position and for the next
+// one, which is two taps at once.
 //
-//   P[q, (tap, j)] = sum_i h[q, i] W[j, i, tap]          y[j, p] = sum_tap P[p + tap, (tap, j)]
-//
-// Rows of h are left operands as they lie in b. While the unit works, the next rows are formed, and
-// those whose neighbors are all there are summed: P is a window that moves along the plane, a few
-// rows of a map long.
+// While the unit works, positions that the next step needs are formed, in a window that moves along
+// the plane, and the sums of the step before are transposed into planes.
 #include "../../parallel.h"
 #include "../conv3x3_output.h"
 #include "tiles.h"
@@ -17,28 +15,62 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-constexpr int64_t kRows = 2 * kSide;  // positions of a step
+constexpr int64_t kStepTiles = 4, kStep = kStepTiles * kSide;  // positions of a step
+constexpr int64_t kTileSums = kSide * kSide;
+
+// What a chunk of the sum reads: two half chunks of inputs, each at one tap.
+struct Term {
+  int64_t tap[2], input[2], line;  // tap 9: none; line: of a position, in chunks
+};
+
+struct Terms {
+  int64_t lines, count;
+  Term* all;
+
+  // Rows of taps one after the other, whose lines stay in the first-level cache.
+  Terms(int64_t width, Term* out) : lines(ceil_div(width, kDepth)), count(0), all(out) {
+    const int64_t whole = ceil_div(width, kSide) / 2;
+    for (int64_t t = 0; t < 9; t += 3) {
+      for (int64_t k = 0; k < whole; ++k) {
+        for (int64_t x = 0; x < 3; ++x)
+          all[count++] = {{t + x, t + x}, {k * kDepth, k * kDepth + kSide}, k};
+      }
+      if (whole == lines) continue;
+      const int64_t i = whole * kDepth;
+      all[count++] = {{t, t + 1}, {i, i}, whole};
+      all[count++] = {{t + 2, 9}, {i, i}, whole};
+    }
+  }
+  static int64_t most(int64_t width) { return 9 * ceil_div(width, kDepth); }
+};
 
 template <class S>
 struct Job {
   static constexpr int P = kParts<S>;
-  static constexpr int64_t kChunk = P * kTilePairs;
+  static constexpr int64_t kChunk = P * kTilePairs, kLine = P * kSide;
   const Conv3x3Forward<S>& a;
   const Units& units;
-  int64_t pitch, chunks, columns;  // of a row of b; of i; of (tap, j) rounded up to whole tiles
-  const uint32_t* weight;          // [columns / 16, chunks, P, 16, 16]
-  const float *scale, *shift;      // padded tables
+  const Terms& terms;
+  int64_t pitch, columns;      // of a row of b; tiles of outputs
+  const uint32_t* weight;      // [columns, terms, P, 16, 16]
+  const float *scale, *shift;  // padded tables
   int64_t scale_stride, shift_stride;
-  // of one thread
-  const S** rows;          // [positions] of b, null where the plane is padding
-  const float** table;     // [positions, 2]: scale and shift of that row
-  uint32_t* h;             // [2, 2, chunks, P, 16, 16]
-  float *window, *planes;  // [window_rows, columns] of P; [growth, positions]
   int64_t window_rows;
+  // of one thread
+  const S** rows;        // [positions] of b, null where the plane is padding
+  const float** table;   // [positions, 2]: scale and shift of that row
+  uint32_t* window;      // [window_rows, lines, P, 16]
+  float *sums, *planes;  // [2, columns, 4, 16, 16]; [growth, positions]
+
+  Vec<float> before = {};         // what the last position has in a line with the next one
+  int64_t start = 0, formed = 0;  // positions that the window has: from, to
+
+  int64_t row_pairs() const { return terms.lines * kLine; }
+  uint32_t* line(int64_t p) const { return window + (p - start) * row_pairs(); }
 
   // Where each position of the unit's planes has its row of b.
   void locate(const Unit& u) const {
-    std::fill_n(rows, units.plane_size, nullptr);
+    std::fill_n(rows, units.plane_size + kStep, nullptr);
     units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
       const int64_t n = u.sample + s, first = units.position(u, s, y);
       const S* const row = a.bottleneck + (n * units.height + u.row + y) * units.width * pitch;
@@ -50,126 +82,111 @@ struct Job {
     });
   }
 
-  // Positions p + first .. p + last as left operands.
-  void form(int64_t p, int64_t first, int64_t last, uint32_t* out) const {
-    for (int64_t r = first; r < last; ++r) {
-      const S* const row = rows[p + r];
-      uint32_t* const to = out + r / kSide * chunks * kChunk + r % kSide * kSide;
-      const float *const sc = table[2 * (p + r)], *const sh = table[2 * (p + r) + 1];
-      const auto value = [&](int64_t i) __attribute__((always_inline)) {
-        return row && i < pitch ? relu(load(sc + i) * load(row + i) + load(sh + i)) : Vec<float>{};
-      };
-      for (int64_t k = 0; k < chunks; ++k)
-        split<P>(value(k * kDepth), value(k * kDepth + kSide), to + k * kChunk);
-    }
+  // One position more.
+  DX_INLINE void form() {
+    const int64_t p = formed++, whole = pitch / kDepth;
+    uint32_t* const to = line(p);
+    const S* const row = rows[p];
+    const float *const sc = table[2 * p], *const sh = table[2 * p + 1];
+    const auto value = [&](int64_t i) __attribute__((always_inline)) {
+      return row ? relu(load(sc + i) * load(row + i) + load(sh + i)) : Vec<float>{};
+    };
+    for (int64_t k = 0; k < whole; ++k)
+      split<P>(value(k * kDepth), value(k * kDepth + kSide), to + k * kLine, kSide);
+    if (whole == terms.lines) return;
+    const Vec<float> now = value(whole * kDepth);
+    if (p > start) split<P>(before, now, to - row_pairs() + whole * kLine, kSide);
+    before = now;
   }
 
-  // y of the 16 positions from p, from the products around them; `products` is where P of position
-  // 0 would be.
-  void sum_taps(const float* products, int64_t p) const {
-    for (int64_t j = 0; j < a.growth; j += kSide) {
-      Vec<float> y[kSide];
-      DX_UNROLL
-      for (int r = 0; r < kSide; ++r) {
-        const float* const at = products + (p + r) * columns + j;
-        y[r] = load(at + units.offset[0] * columns);
-        DX_UNROLL
-        for (int t = 1; t < 9; ++t) y[r] += load(at + units.offset[t] * columns + t * a.growth);
-      }
-      transpose<float>(y);
-      DX_UNROLL
-      for (int r = 0; r < kSide; ++r) {
-        if (j + r < a.growth) store(planes + (j + r) * units.plane_size + p, y[r]);
-      }
-    }
+  // Room for `count` positions more, by giving up those before `first`.
+  void make_room(int64_t first, int64_t count) {
+    if (formed + count - start <= window_rows) return;
+    std::memmove(window, line(first), sizeof(uint32_t) * (formed - first) * row_pairs());
+    start = first;
   }
 
-  template <int NR, int NC>
-  void multiply(const uint32_t* left, float* products, int64_t c) const {
+  // NR tiles of positions from p on by NC of outputs from c on; work() after each term.
+  template <int NR, int NC, class F>
+  DX_INLINE void multiply(int64_t p, int64_t c, float* out, const F& work) const {
     const TileBlock<P, NR, NC> tiles;
+    const int64_t step = row_pairs();
+    const uint32_t* const left = line(p);
+    const uint32_t* right = weight + c * terms.count * kChunk;
     tiles.zero();
-    tiles.product(chunks, {left, chunks * kChunk, kChunk},
-                  {weight + c * chunks * kChunk, chunks * kChunk, kChunk});
-    tiles.store(products + c * kSide, kSide * columns, kSide, 4 * columns);
+    for (int64_t t = 0; t < terms.count; ++t, right += kChunk) {
+      const Term& term = terms.all[t];
+      const uint32_t* const at = left + units.offset[term.tap[0]] * step + term.line * kLine;
+      tiles.rows_product(at, step, {right, terms.count * kChunk, 0});
+      work();
+    }
+    tiles.store(out, kTileSums, kStepTiles * kTileSums);
   }
 
-  void run(const Unit& u) const {
-    locate(u);
-    const int64_t above = u.row > 0 ? 1 : 0, below = u.row + u.rows < units.height ? 1 : 0;
-    const int64_t first = units.position(u, 0, -above),
-                  end = units.position(u, u.samples - 1, u.rows - 1 + below) + units.width;
-    const int64_t steps = ceil_div(end - first, kRows), last = first + steps * kRows;
-    const int64_t begin = units.position(u, 0, 0), stop = begin + units.span(u),
-                  tiles = columns / kSide;
-    const int64_t reach = units.pitch + 1;  // of the taps
-
-    int64_t start = first - reach, summed = begin;  // where the window starts; y is there up to it
-    float* products = window - start * columns;
-    const auto sum = [&](int64_t ready) {  // as far as products up to `ready` allow
-      for (; summed < stop && summed + kSide + reach <= ready; summed += kSide)
-        sum_taps(products, summed);
-    };
-    const auto make_room = [&](int64_t p, int64_t rows) {
-      if (p + rows - start <= window_rows) return;
-      const int64_t kept = std::min(summed, p) - reach;
-      std::memmove(window, products + kept * columns, sizeof(float) * (p - kept) * columns);
-      start = kept;
-      products = window - start * columns;
-    };
-    const auto panel = [&](int64_t step) { return h + step % 2 * 2 * chunks * kChunk; };
-
-    std::fill_n(window, reach * columns, 0.f);  // outside of the image
-    form(first, 0, kRows, panel(0));
-    for (int64_t s = 0; s < steps; ++s) {
-      const int64_t p = first + s * kRows, more = s + 1 < steps ? kRows : 0;
-      make_room(p, kRows);
-      float* const to = products + p * columns;
-      for (int64_t c = 0; c < tiles;) {
-        const int64_t width = tiles - c == 3 ? 3 : std::min<int64_t>(tiles - c, 2);
-        if (width == 3) {
-          multiply<1, 3>(panel(s), to, c);
-          multiply<1, 3>(panel(s) + chunks * kChunk, to + kSide * columns, c);
-        } else if (width == 2) {
-          multiply<2, 2>(panel(s), to, c);
-        } else {
-          multiply<2, 1>(panel(s), to, c);
-        }
-        form(p + kRows, more * c / tiles, more * (c + width) / tiles, panel(s + 1));
-        if (2 * c < tiles && 2 * (c + width) >= tiles) sum(p);
-        c += width;
-      }
+  // A tile of the step from p on, from its sums to planes.
+  DX_INLINE void finish(const float* sums, int64_t p, int64_t tile) const {
+    const int64_t j = tile / kStepTiles * kSide, at = p + tile % kStepTiles * kSide;
+    Vec<float> y[kSide];
+    load_transposed(sums + tile * kTileSums, y);
+    DX_UNROLL
+    for (int r = 0; r < kSide; ++r) {
+      if (j + r < a.growth) store(planes + (j + r) * units.plane_size + at, y[r]);
     }
-    const int64_t behind = reach + kSide;
-    make_room(last, behind);
-    std::fill_n(products + last * columns, behind * columns, 0.f);
-    sum(last + behind);
+  }
+
+  void run(const Unit& u) {
+    locate(u);
+    const int64_t begin = units.position(u, 0, 0), steps = ceil_div(units.span(u), kStep);
+    const int64_t reach = units.pitch + 1;  // of the taps
+    const int64_t tiles = columns * kStepTiles, blocks = columns / 2 * 2 + columns % 2;
+    const auto sums_of = [&](int64_t s) { return sums + s % 2 * tiles * kTileSums; };
+    start = formed = begin - reach;
+    while (formed <= begin + kStep + reach) form();
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t p = begin + s * kStep, more = s + 1 < steps ? kStep : 0;
+      make_room(p - reach, more);
+      Pace forming{more, blocks * terms.count}, finishing{s > 0 ? tiles : 0, blocks * terms.count};
+      int64_t done = 0;
+      const auto work = [&]() __attribute__((always_inline)) {
+        forming.step([&]() __attribute__((always_inline)) { form(); });
+        finishing.step(
+            [&]() __attribute__((always_inline)) { finish(sums_of(s - 1), p - kStep, done++); });
+      };
+      float* const out = sums_of(s);
+      int64_t c = 0;
+      for (; c + 2 <= columns; c += 2) {
+        float* const at = out + c * kStepTiles * kTileSums;
+        multiply<2, 2>(p, c, at, work);
+        multiply<2, 2>(p + 2 * kSide, c, at + 2 * kTileSums, work);
+      }
+      if (c < columns) multiply<4, 1>(p, c, out + c * kStepTiles * kTileSums, work);
+    }
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      finish(sums_of(steps - 1), begin + (steps - 1) * kStep, tile);
   }
 };
 
-// W as right operand: column (tap, j), rounded up with zeros.
+// W as right operand, a tile of outputs.
 template <int PARTS>
-void pack(const float* w, int64_t growth, int64_t width, int64_t chunks, int64_t tiles,
+void pack(const float* w, int64_t growth, int64_t width, const Terms& terms, int64_t c,
           uint32_t* out) {
-  parallel(tiles, thread_count(tiles), [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      int32_t offsets[kSide] = {};
-      int filled = 0;
-      for (int64_t q = c * kSide; q < std::min((c + 1) * kSide, 9 * growth); ++q)
-        offsets[filled++] = static_cast<int32_t>(q % growth * width * 9 + q / growth);
-      const __m512i places = _mm512_loadu_si512(offsets);
-      const __mmask16 mask = static_cast<__mmask16>((1u << filled) - 1);
-      const auto column = [&](int64_t i) {
-        return i < width ? (Vec<float>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places,
-                                                                w + i * 9, 4)
-                         : Vec<float>{};
-      };
-      for (int64_t k = 0; k < chunks; ++k) {
-        for (int64_t r = 0; r < kSide; ++r)
-          split<PARTS>(column(k * kDepth + r), column(k * kDepth + kSide + r),
-                       out + (c * chunks + k) * PARTS * kTilePairs + r * kSide);
-      }
-    }
-  });
+  const int64_t count = std::min(growth - c * kSide, kSide);
+  int32_t offsets[kSide] = {};
+  for (int64_t j = 0; j < count; ++j)
+    offsets[j] = static_cast<int32_t>((c * kSide + j) * width * 9);
+  const __m512i places = _mm512_loadu_si512(offsets);
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  const auto column = [&](int64_t i, int64_t tap) {
+    return i < width && tap < 9 ? (Vec<float>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask,
+                                                                       places, w + i * 9 + tap, 4)
+                                : Vec<float>{};
+  };
+  for (int64_t t = 0; t < terms.count; ++t, out += PARTS * kTilePairs) {
+    const Term& term = terms.all[t];
+    for (int64_t r = 0; r < kSide; ++r)
+      split<PARTS>(column(term.input[0] + r, term.tap[0]), column(term.input[1] + r, term.tap[1]),
+                   out + r * kSide);
+  }
 }
 
 }  // namespace
@@ -178,12 +195,18 @@ template <class S>
 void conv3x3_forward(const Conv3x3Forward<S>& a) {
   constexpr int P = kParts<S>;
   const int64_t samples = a.features.samples, pitch = round_up(a.width, kLanes);
-  const int64_t chunks = ceil_div(a.width, kDepth), columns = round_up(9 * a.growth, kSide);
+  const int64_t columns = ceil_div(a.growth, kSide);
   const Units units(samples, a.features.height, a.features.width, 16, thread_count(samples));
   const int64_t threads = thread_count(units.count);
+  const Scratch list(sizeof(Term) * Terms::most(a.width));
+  const Terms terms(a.width, list.as<Term>());
 
-  const Scratch packed(4 * columns / kSide * chunks * P * kTilePairs);
-  pack<P>(a.weight, a.growth, a.width, chunks, columns / kSide, packed.as<uint32_t>());
+  const int64_t column_pairs = terms.count * P * kTilePairs;
+  const Scratch packed(4 * columns * column_pairs);
+  parallel(columns, std::min(threads, columns), [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      pack<P>(a.weight, a.growth, a.width, terms, c, packed.as<uint32_t>() + c * column_pairs);
+  });
   const int64_t scale_rows = a.norm.scale.sample_stride ? samples : 1,
                 shift_rows = a.norm.shift.sample_stride ? samples : 1;
   const Scratch scale(4 * scale_rows * pitch), shift(4 * shift_rows * pitch);
@@ -191,36 +214,36 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
   pad_rows(a.norm.shift.data, a.norm.shift.sample_stride, shift_rows, a.width, shift.as<float>());
   const Scratch parts(sizeof(double) * 2 * a.growth * samples * units.blocks_per_map);
 
-  // positions before and behind a plane that a step may touch
-  const int64_t margin = 2 * kRows, positions = units.plane_size + 2 * margin;
-  const int64_t window_rows = 256 + 4 * units.pitch;
-  const int64_t h_pairs = 4 * chunks * P * kTilePairs,
-                own = h_pairs + window_rows * columns + kSide + a.growth * units.plane_size;
-  const Scratch work(4 * threads * round_up(own, kSide));
+  const int64_t positions = units.plane_size + kStep;
+  const int64_t kept = 2 * units.pitch + 2 * kStep + 4;  // what a step reads and forms
+  const int64_t window_rows = std::min(positions, 4 * kept);
+  const int64_t window_pairs = window_rows * terms.lines * P * kSide,
+                sum_values = 2 * columns * kStepTiles * kTileSums;
+  const int64_t own = round_up(window_pairs + sum_values + a.growth * units.plane_size, kSide);
+  const Scratch work(4 * threads * own);
   const Scratch tables(sizeof(void*) * threads * 3 * positions);
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     const TileUnit unit;
-    uint32_t* const h = work.as<uint32_t>() + thread * round_up(own, kSide);
-    float* const window = reinterpret_cast<float*>(h + h_pairs);
+    uint32_t* const window = work.as<uint32_t>() + thread * own;
+    float* const sums = reinterpret_cast<float*>(window + window_pairs);
     const void** const table = tables.as<const void*>() + thread * 3 * positions;
-    std::fill_n(table, 3 * positions, nullptr);
-    const Job<S> job{a,
-                     units,
-                     pitch,
-                     chunks,
-                     columns,
-                     packed.as<uint32_t>(),
-                     scale.as<float>(),
-                     shift.as<float>(),
-                     a.norm.scale.sample_stride ? pitch : 0,
-                     a.norm.shift.sample_stride ? pitch : 0,
-                     reinterpret_cast<const S**>(table + margin),
-                     reinterpret_cast<const float**>(table + positions + 2 * margin),
-                     h,
-                     window,
-                     window + window_rows * columns + kSide,
-                     window_rows};
+    Job<S> job{a,
+               units,
+               terms,
+               pitch,
+               columns,
+               packed.as<uint32_t>(),
+               scale.as<float>(),
+               shift.as<float>(),
+               a.norm.scale.sample_stride ? pitch : 0,
+               a.norm.shift.sample_stride ? pitch : 0,
+               window_rows,
+               reinterpret_cast<const S**>(table),
+               reinterpret_cast<const float**>(table + positions),
+               window,
+               sums,
+               sums + sum_values};
     for (int64_t i = begin; i < end; ++i) {
       const Unit u = units[i];
       job.run(u);

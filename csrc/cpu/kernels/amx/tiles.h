@@ -117,9 +117,7 @@ struct Panel {
 // can begin every 16, so four tiles keep the unit busy.
 template <int PARTS, int NR, int NC>
 struct TileBlock {
-  static constexpr int kLeft = NR * NC, kRight = kLeft + NR, kSpare = 8 - kRight;
-  static_assert(kSpare >= 1,
-                "8 registers: the sums, the left operands, at least one right operand");
+  static constexpr int kLeft = NR * NC, kRight = kLeft + NR, kSpare = 8 - kRight;  // of 8 registers
 
   DX_INLINE void zero() const {
     unrolled<NR * NC>([](auto i)
@@ -150,24 +148,51 @@ struct TileBlock {
         unrolled<NR>([&](auto r) __attribute__((always_inline)) {
           tile_load<kLeft + decltype(r)::value>(a + r * left.step + pa * kTilePairs);
         });
-        unrolled<PARTS - decltype(pa)::value>([&](auto pb) __attribute__((always_inline)) {
-          unrolled<NC>([&](auto c) __attribute__((always_inline)) {
-            constexpr int C = decltype(c)::value,
-                          R = kRight + (decltype(pb)::value * NC + C) % kSpare;
-            tile_load<R>(b + C * right.step + pb * kTilePairs);
-            unrolled<NR>([&](auto r) __attribute__((always_inline)) {
-              tile_multiply<decltype(r)::value * NC + C, kLeft + decltype(r)::value, R>();
-            });
-          });
-        });
+        right_parts<decltype(pa)::value>({b, right.step, 0});
       });
       a += left.chunk_step;
       b += right.chunk_step;
       work();
     }
   }
-  DX_INLINE void product(int64_t chunks, const Panel& left, const Panel& right) const {
-    product(chunks, left, right, [] {});
+
+  // += the left operands' part PA in the registers times those parts of a chunk that it meets.
+  template <int PA>
+  DX_INLINE void right_parts(const Panel& right) const {
+    unrolled<PARTS - PA>([&](auto pb) __attribute__((always_inline)) {
+      unrolled<NC>([&](auto c) __attribute__((always_inline)) {
+        constexpr int C = decltype(c)::value, R = kRight + (decltype(pb)::value * NC + C) % kSpare;
+        tile_load<R>(right.data + C * right.step + pb * kTilePairs);
+        unrolled<NR>([&](auto r) __attribute__((always_inline)) {
+          tile_multiply<decltype(r)::value * NC + C, kLeft + decltype(r)::value, R>();
+        });
+      });
+    });
+  }
+
+  // += one chunk of rows, each part of one 16 pairs, `step` pairs from row to row.
+  DX_INLINE void rows_product(const uint32_t* left, int64_t step, const Panel& right) const {
+    if constexpr (NC == 1) {  // all parts of the right operand stay in registers
+      static_assert(kLeft + 1 + PARTS <= 8);
+      unrolled<PARTS>([&](auto pb) __attribute__((always_inline)) {
+        tile_load<kLeft + 1 + decltype(pb)::value>(right.data + pb * kTilePairs);
+      });
+      unrolled<NR>([&](auto r) __attribute__((always_inline)) {
+        unrolled<PARTS>([&](auto pa) __attribute__((always_inline)) {
+          tile_load<kLeft>(left + r * kSide * step + pa * kSide, 4 * step);
+          unrolled<PARTS - decltype(pa)::value>([&](auto pb) __attribute__((always_inline)) {
+            tile_multiply<decltype(r)::value, kLeft, kLeft + 1 + decltype(pb)::value>();
+          });
+        });
+      });
+    } else {
+      unrolled<PARTS>([&](auto pa) __attribute__((always_inline)) {
+        unrolled<NR>([&](auto r) __attribute__((always_inline)) {
+          tile_load<kLeft + decltype(r)::value>(left + r * kSide * step + pa * kSide, 4 * step);
+        });
+        right_parts<decltype(pa)::value>(right);
+      });
+    }
   }
 };
 
