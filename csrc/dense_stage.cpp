@@ -57,12 +57,24 @@ Tensor start_gradient(const Stage& stage, const Tensor& features, const Tensor& 
   return copy;
 }
 
+// Uninitialized, without values where no gradient is wanted.
+Tensor input_gradient(const Stage& stage, const Tensor& features, int64_t layout) {
+  if (layout == kNoGradient) return empty(features, {0}, stage.storage);
+  return layout == kChannelsLast
+             ? channels_last_maps(features, stage.samples, stage.in_channels, stage.height,
+                                  stage.width, stage.in_channels, stage.storage)
+             : output_maps(features, stage.samples, stage.in_channels, stage.height, stage.width,
+                           stage.storage);
+}
+
 std::tuple<Tensor, Tensors> dense_stage_backward(
     const Tensor& grad_output, const Tensor& features, const Tensors& params, const Tensors& masks,
     const Tensor& stats, const Tensor& gates, const Tensor& bottlenecks, int64_t mask_kind,
     double dropout_scale, std::vector<double> eps, std::vector<int64_t> frozen, bool squeeze_excite,
-    int64_t tail, int64_t in_channels, bool need_dx, bool allow_tf32, int64_t group) {
+    int64_t tail, int64_t in_channels, int64_t dx_layout, bool allow_tf32, int64_t group) {
   STD_TORCH_CHECK(features.dim() == 4, "features must have 4 dimensions, got ", features.dim());
+  STD_TORCH_CHECK(dx_layout >= kNoGradient && dx_layout <= kChannelsLast,
+                  "dx_layout must be 0, 1 or 2, got ", dx_layout);
   const Options options = {mask_kind,      dropout_scale, std::move(eps),         std::move(frozen),
                            squeeze_excite, tail,          bottlenecks.dim() == 3, allow_tf32,
                            group};
@@ -100,10 +112,9 @@ std::tuple<Tensor, Tensors> dense_stage_backward(
   }
   run_layers_backward(stage, features, bottlenecks, source, source, grad, coef, dparams);
 
-  const Tensor dx = need_dx ? output_maps(features, stage.samples, in_channels, stage.height,
-                                          stage.width, stage.storage)
-                            : empty(features, {0}, stage.storage);
-  if (need_dx) call("densenet_ext::finish_gradient", features, grad, coef, int64_t{0}, dx);
+  const Tensor dx = input_gradient(stage, features, dx_layout);
+  if (dx_layout != kNoGradient)
+    call("densenet_ext::finish_gradient", features, grad, coef, int64_t{0}, dx);
   return {dx, dparams};
 }
 

@@ -79,7 +79,7 @@ std::optional<Moments> new_moments(const Stage& stage, const Tensor& like) {
 
 void append(const Tensor& x, const Tensor& features, int64_t offset,
             const std::optional<Moments>& moments) {
-  call("densenet_ext::append", readable(x), features, offset,
+  call("densenet_ext::append", appendable(x), features, offset,
        moments ? Optional(moments->mean) : std::nullopt,
        moments ? Optional(moments->m2) : std::nullopt);
 }

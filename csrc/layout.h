@@ -58,6 +58,8 @@ inline Tensor output_maps(const Tensor& like, int64_t samples, int64_t channels,
 inline Tensor readable(const Tensor& x) {
   return is_channels_last(x) ? x : torch::stable::contiguous(x);
 }
+// The same for what is copied into the feature buffer: on CPU channels-last maps may stay so.
+inline Tensor appendable(const Tensor& x) { return is_dense_channels_last(x) ? x : readable(x); }
 
 // The type of the gradient buffer and of the gradients inside a layer: on CUDA, where bytes are
 // time, that of the maps, as it would be in a graph of PyTorch's own operators.

@@ -2,6 +2,7 @@
 // the functional ones at the end are what Python calls. Shapes: N samples, C channels of the
 // feature buffer, c of them in use, k growth rate, K2 bottleneck width (its rows padded to a
 // multiple of 16), r SE width. allow_tf32: whether products of float32 may be of TF32 (CUDA).
+// dx_layout: 0 no dx, 1 that of the device's maps, 2 channels last.
 // group: number of the processes that share batch statistics, -1 for this one alone.
 #include <torch/csrc/stable/library.h>
 
@@ -86,7 +87,7 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
       "dense_stage_backward(Tensor grad, Tensor features, Tensor[] params, Tensor[] masks, Tensor "
       "stats, Tensor gates, Tensor bottlenecks, int mask_kind, "
       "float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite, int tail, int "
-      "in_channels, bool need_dx, bool allow_tf32, int group) -> (Tensor dx, Tensor[] dparams)");
+      "in_channels, int dx_layout, bool allow_tf32, int group) -> (Tensor dx, Tensor[] dparams)");
   m.def(
       "dense_layer(Tensor[] inputs, Tensor[] params, Tensor[] masks, Tensor[] frozen_stats, int "
       "mask_kind, float dropout_scale, float[] eps, int[] frozen, "

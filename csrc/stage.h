@@ -18,6 +18,9 @@ using Tensors = std::vector<Tensor>;
 using Optional = std::optional<Tensor>;
 
 enum Tail : int64_t { kNone = 0, kTransition = 1, kHead = 2 };
+// Of the gradient of a stage's input: none, that of the backend's maps, or channels last, which on
+// CPU fits an input that is so.
+enum GradientLayout : int64_t { kNoGradient = 0, kOwnLayout = 1, kChannelsLast = 2 };
 enum MaskKind : int64_t { kPreNorm = 1, kPreConv1 = 2, kPreConv2 = 4, kDropout = 8 };
 
 // What the last failed call said; torch has this from 2.13 on.

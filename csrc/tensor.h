@@ -51,6 +51,17 @@ inline void check_contiguous(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
 
+// Whether maps [N, C, H, W] lie as [N, H, W, C] without gaps. (The stride of a dimension of size 1
+// says nothing.)
+inline bool is_dense_channels_last(const Tensor& t) {
+  int64_t stride = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (t.size(dim) != 1 && t.stride(dim) != stride) return t.numel() == 0;
+    stride *= t.size(dim);
+  }
+  return true;
+}
+
 inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides,
                             ScalarType type) {
   using torch::stable::detail::from;

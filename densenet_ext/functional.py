@@ -128,7 +128,7 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         max_pool2d(relu(norm(x)), kernel_size=3, stride=2, padding=1)
 
     Args:
-        x: [N, C, H, W], as in dense_stage; on a type of device in ops.STEM_DEVICES.
+        x: [N, C, H, W], as in dense_stage; on a type of device in ops.STEM_DEVICES. Copied unless it is channels last.
         norm: batch normalization of C channels, of this process's samples alone.
 
     Returns:
@@ -146,7 +146,8 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     if arguments.shared_by >= 0:
         raise ValueError("norm shares its batch statistics with other processes; the fused stem takes its own alone")
     with _no_autocast(x), ops.memory_errors():
-        output, stats = ops.dense_stem(x.contiguous(), *arguments.params, arguments.frozen_stats, norm.eps)
+        x = x.contiguous(memory_format=torch.channels_last)
+        output, stats = ops.dense_stem(x, *arguments.params, arguments.frozen_stats, norm.eps)
     arguments.update_running_statistics(stats)
     return output
 

@@ -4,6 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -160,6 +161,8 @@ class DenseNetBC(nn.Module):
             fallback.report(reason)
             return self._classify(self.features(x))
         modules = list(self.features._modules.items())
+        if modules and modules[0][0] == "conv0":
+            x = self._images(x)
         while modules:
             name, module = modules.pop(0)
             if name == "norm0" and self._fuses_stem(module, modules, x):
@@ -173,6 +176,15 @@ class DenseNetBC(nn.Module):
                 modules.pop(0)
                 x = functional.dense_stage(x, module.layers, *tail, keep_bottleneck=module.keep_bottleneck)
         return self._classify(x)
+
+    def _images(self, x: Tensor) -> Tensor:
+        """x as conv0 gets it: on a CPU channels last, which makes its output so. There oneDNN computes a planar output in
+        another layout first and then copies it."""
+        if not isinstance(x, Tensor) or x.device.type not in ops.STEM_DEVICES:
+            return x
+        if x.dim() != 4 or fallback.input_reason([x]) is not None:
+            return x
+        return x.contiguous(memory_format=torch.channels_last)
 
     def _fuses_stem(self, norm: nn.Module, rest: list, x: Tensor) -> bool:
         """Whether norm0, and relu0 and pool0 after it, are computed by one op: on a CPU, where nothing hinders that."""

@@ -12,8 +12,18 @@ from torch import Tensor
 
 from . import synchronization
 from ._load import cuda_status, load_extension
-from .reference.layout import CHANNELS_LAST_DEVICES, arithmetic_dtype, new_features, new_maps, padded_width
+from .reference.layout import (
+    CHANNELS_LAST_DEVICES,
+    arithmetic_dtype,
+    lies_channels_last,
+    new_features,
+    new_maps,
+    padded_width,
+)
 from .reference.stage import (
+    DX_CHANNELS_LAST,
+    DX_NONE,
+    DX_OWN_LAYOUT,
     MASK_DROPOUT,
     MASK_PRE_CONV1,
     MASK_PRE_CONV2,
@@ -127,8 +137,11 @@ def _(x, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squ
 
 @torch.library.register_fake("densenet_ext::dense_stage_backward")
 def _(grad, features, params, masks, stats, gates, bottlenecks, *options):
-    in_channels, need_dx = options[-4:-2]
-    dx = new_maps(features, in_channels, *features.shape[2:]) if need_dx else features.new_empty((0,))
+    in_channels, layout = options[-4:-2]
+    if layout == DX_NONE:
+        dx = features.new_empty((0,))
+    else:
+        dx = new_maps(features, in_channels, *features.shape[2:], channels_last=layout == DX_CHANNELS_LAST)
     return dx, [p.new_empty(p.shape) for p in params]
 
 
@@ -153,7 +166,7 @@ def _(x, norm_weight, norm_bias, frozen_stats, eps):
 
 @torch.library.register_fake("densenet_ext::dense_stem_backward")
 def _(grad, x, norm_weight, norm_bias, stats, eps, frozen, need_dx):
-    dx = x.new_empty(x.shape if need_dx else (0,))
+    dx = new_maps(x, *x.shape[1:], channels_last=True) if need_dx else x.new_empty((0,))
     return dx, norm_weight.new_empty(norm_weight.shape), norm_bias.new_empty(norm_bias.shape)
 
 
@@ -170,6 +183,7 @@ def _stage_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(features, *kept)
     ctx.set_materialize_grads(False)
     ctx.in_channels, ctx.counts = x.shape[1], (len(params), len(masks), len(inputs[3]))
+    ctx.layout = DX_CHANNELS_LAST if lies_channels_last(x) else DX_OWN_LAYOUT
     ctx.save_for_backward(result if ctx.tail == TAIL_NONE else features, *kept, *params, *masks)
 
 
@@ -181,7 +195,8 @@ def _stage_backward(ctx, grad, *_):
     else:
         features, *kept = ctx.saved_tensors[:4]
         rest = list(ctx.saved_tensors[4:])
-        options = (*ctx.numbers, ctx.tail, ctx.in_channels, need_x, ctx.tf32, ctx.group)
+        layout = ctx.layout if need_x else DX_NONE
+        options = (*ctx.numbers, ctx.tail, ctx.in_channels, layout, ctx.tf32, ctx.group)
         with memory_errors():
             dx, dparams = dense_stage_backward(grad, features, rest[:params], rest[params:], *kept, *options)
         dx, dparams = dx if need_x else None, _wanted(dparams, need_params)

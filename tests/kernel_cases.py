@@ -106,9 +106,9 @@ class Problem:
             maps[:, offset : offset + channels] = self.grid(s.samples, channels, s.height, s.width).to(dtype)
         return maps
 
-    def maps(self, channels, height, width):
-        """An output without gaps, full of NaN."""
-        if self.channels_last:
+    def maps(self, channels, height, width, channels_last=False):
+        """An output without gaps, full of NaN; channels_last: even where the device has it planar."""
+        if self.channels_last or channels_last:
             return self.new(self.shape.samples, height, width, channels, dtype=self.dtype).permute(0, 3, 1, 2)
         return self.new(self.shape.samples, channels, height, width, dtype=self.dtype)
 
@@ -150,9 +150,11 @@ class Problem:
 
     # ---- one method a kernel op: its arguments ----------------------------------------------------------------------
 
-    def append(self):
+    def append(self, channels_last=False):
         s = self.shape
-        x = self.grid(s.samples, s.growth, s.height, s.width).to(self.dtype)
+        x = self.maps(s.growth, s.height, s.width, channels_last).copy_(
+            self.grid(s.samples, s.growth, s.height, s.width)
+        )
         columns = (s.samples, s.channels + s.growth + 2)
         return x, self.buffer(s.channels + s.growth, values=False), s.channels, self.new(*columns), self.new(*columns)
 
@@ -279,7 +281,12 @@ class Problem:
         s = self.shape
         weight, bias, mean, var, eps = self._stem_norm()
         given = (mean, var) if use_given else (self.new(s.channels), self.new(s.channels))
-        return self._whole(), weight, bias, eps, use_given, *given, self._stem_maps()
+        return self._stem_input(), weight, bias, eps, use_given, *given, self._stem_maps()
+
+    def _stem_input(self, values=True):
+        s = self.shape
+        maps = self.maps(s.channels, s.height, s.width, channels_last=True)
+        return maps.copy_(self.grid(*maps.shape)) if values else maps
 
     def _stem_maps(self):
         return self.maps(self.shape.channels, (self.shape.height + 1) // 2, (self.shape.width + 1) // 2)
@@ -288,15 +295,23 @@ class Problem:
         s = self.shape
         out = self._stem_maps()
         grad_out = self.grid(*out.shape).to(self.dtype)
-        dx = self._whole(False) if need_dx else None
-        return self._whole(), *self._stem_norm(), training, grad_out, dx, self.new(s.channels), self.new(s.channels)
+        dx = self._stem_input(values=False) if need_dx else None
+        return (
+            self._stem_input(),
+            *self._stem_norm(),
+            training,
+            grad_out,
+            dx,
+            self.new(s.channels),
+            self.new(s.channels),
+        )
 
-    def finish_gradient(self):
+    def finish_gradient(self, channels_last=False):
         s = self.shape
         features = self.buffer(s.growth, offset=s.channels)
         grad = self.buffer(s.growth, self.gradient, offset=s.channels)
         coef = self.normal(3, s.samples, s.channels + s.growth + 2)
-        return features, grad, coef, s.channels, self.maps(s.growth, s.height, s.width)
+        return features, grad, coef, s.channels, self.maps(s.growth, s.height, s.width, channels_last)
 
 
 def to_device(args, device):

@@ -23,7 +23,7 @@ STORAGE = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-7, torc
 DTYPES = list(STORAGE)
 
 OPS = {
-    "append": [{}],
+    "append": [{}, {"channels_last": True}],
     "fold_norm": [{}, {"use_given": True}],
     "bottleneck_forward": [{}, {"moments": False}],
     "conv3x3_forward": [{}, {"moments": False}],
@@ -35,7 +35,7 @@ OPS = {
     "transition_backward": [{}, {"training": False}],
     "head_forward": [{}],
     "head_backward": [{}, {"training": False}],
-    "finish_gradient": [{}],
+    "finish_gradient": [{}, {"channels_last": True}],
     "stem_forward": [{}, {"use_given": True}],
     "stem_backward": [{}, {"training": False}, {"need_dx": False}],
 }

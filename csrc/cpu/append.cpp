@@ -8,7 +8,7 @@ void append_cpu(const Tensor& x, const Tensor& features, int64_t offset,
   dispatch_storage("features", features, [&](auto storage, const auto& kernels) {
     using S = decltype(storage);
     const auto f = maps<S>("features", features);
-    const auto in = maps<const S>("x", x);
+    const auto in = maps_of_either_layout<const S>("x", x);
     check_shape("x", x, {f.samples, in.channels, f.height, f.width});
     check_range("features", f, offset, in.channels);
     kernels.append({in, f, offset, moments<Arithmetic<S>>(mean, m2, f)});
@@ -21,7 +21,7 @@ void finish_gradient_cpu(const Tensor& features, const Tensor& grad, const Tenso
     using S = decltype(storage);
     using T = Arithmetic<S>;
     const auto f = maps<const S>("features", features);
-    const auto o = maps<S>("out", out);
+    const auto o = maps_of_either_layout<S>("out", out);
     check_shape("out", out, {f.samples, o.channels, f.height, f.width});
     check_range("features", f, offset, o.channels);
     kernels.finish_gradient(

@@ -38,6 +38,20 @@ Maps<E> maps(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(planar || t.numel() == 0, name, " must have contiguous planes");
   return m;
 }
+template <class E>
+Maps<E> channels_last_maps(const char* name, const Tensor& t) {
+  check_type(name, t, scalar_type_of<std::remove_const_t<E>>());
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(is_dense_channels_last(t), name, " must be channels last without gaps");
+  return {static_cast<E*>(t.data_ptr()), t.size(0), t.size(1), t.size(2), t.size(3), 0, 0, true};
+}
+// Channels last where that is how the tensor lies, else planar.
+template <class E>
+Maps<E> maps_of_either_layout(const char* name, const Tensor& t) {
+  return t.dim() == 4 && is_dense_channels_last(t) && !t.is_contiguous()
+             ? channels_last_maps<E>(name, t)
+             : maps<E>(name, t);
+}
 template <class E, class F>
 Maps<E> maps_like(const char* name, const Tensor& t, const Maps<F>& other) {
   const Maps<E> m = maps<E>(name, t);

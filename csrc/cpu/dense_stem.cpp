@@ -1,13 +1,24 @@
 // The stem after its convolution as an operator of its own: batch normalization, ReLU and the 3x3
 // max pool of stride 2, from x and the parameters to new tensors. Only on CPU: elsewhere the
-// network calls PyTorch's operators. What is large comes from the workspace, since it lives within
-// a step.
+// network calls PyTorch's operators. x and its gradient are channels last, as the convolution
+// before has them; the pooled maps are planar, as the stage after has them. What is large comes
+// from the workspace, since it lives within a step.
 #include <tuple>
 
 #include "../stage.h"
 
 namespace densenet_ext {
 namespace {
+
+Tensor channels_last(const Tensor& x) {
+  return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Tensor new_channels_last(const Tensor& like) {
+  const Tensor rows = workspace(like, {like.size(0), like.size(2) * like.size(3), like.size(1)},
+                                like.scalar_type());
+  return view(torch::stable::transpose(rows, 1, 2), sizes_of(like));
+}
 
 std::tuple<Tensor, Tensor> dense_stem(const Tensor& x, const Tensor& norm_weight,
                                       const Tensor& norm_bias, const Tensors& frozen_stats,
@@ -27,7 +38,7 @@ std::tuple<Tensor, Tensor> dense_stem(const Tensor& x, const Tensor& norm_weight
   const Tensor mean = select(all, 0, 0), var = select(all, 0, 1);
   const Tensor output = workspace(
       x, {x.size(0), x.size(1), (x.size(2) + 1) / 2, (x.size(3) + 1) / 2}, x.scalar_type());
-  call("densenet_ext::stem_forward", readable(x), norm_weight, norm_bias, eps,
+  call("densenet_ext::stem_forward", channels_last(x), norm_weight, norm_bias, eps,
        !frozen_stats.empty(), mean, var, output);
   return {output, stats};
 }
@@ -38,13 +49,12 @@ std::tuple<Tensor, Tensor, Tensor> dense_stem_backward(const Tensor& grad, const
                                                        double eps, bool frozen, bool need_dx) {
   STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions, got ", x.dim());
   const ScalarType type = arithmetic_type(x.scalar_type());
-  const Tensor dx = need_dx ? workspace(x, sizes_of(x), x.scalar_type())
-                            : empty(x, {0}, x.scalar_type()),
+  const Tensor dx = need_dx ? new_channels_last(x) : empty(x, {0}, x.scalar_type()),
                dweight = empty(x, {x.size(1)}, type), dbias = empty(x, {x.size(1)}, type);
   Tensor all = stats;
   const Tensor mean = select(all, 0, 0), var = select(all, 0, 1);
-  call("densenet_ext::stem_backward", readable(x), norm_weight, norm_bias, mean, var, eps, !frozen,
-       readable(grad), need_dx ? Optional(dx) : std::nullopt, dweight, dbias);
+  call("densenet_ext::stem_backward", channels_last(x), norm_weight, norm_bias, mean, var, eps,
+       !frozen, readable(grad), need_dx ? Optional(dx) : std::nullopt, dweight, dbias);
   return {dx, dweight, dbias};
 }
 

@@ -9,22 +9,25 @@
 
 namespace densenet_ext {
 
-// Planar feature maps [samples, channels, height, width]; the pixels of a plane are contiguous,
-// planes and samples may be padded.
+// Feature maps [samples, channels, height, width], planar unless said otherwise: the pixels of a
+// plane are contiguous, planes and samples may be padded. Of channels-last maps the channels of a
+// pixel are contiguous, and nothing is padded.
 template <class E>
 struct Maps {
   E* data = nullptr;
   int64_t samples = 0, channels = 0, height = 0, width = 0;
   int64_t sample_stride = 0, plane_stride = 0;
+  bool channels_last = false;
 
   int64_t pixels() const { return height * width; }
   E* plane(int64_t n, int64_t c) const { return data + n * sample_stride + c * plane_stride; }
+  E* pixel(int64_t n, int64_t p) const { return data + (n * pixels() + p) * channels; }
 };
 
 template <class S>
 struct Append {
   using T = Arithmetic<S>;
-  Maps<const S> x;
+  Maps<const S> x;  // planar or channels last
   Maps<S> features;
   int64_t offset;
   Moments<T> moments;
@@ -37,7 +40,7 @@ struct FinishGradient {
   Maps<const T> grad;
   Coefficients<T> coef;
   int64_t offset;
-  Maps<S> out;
+  Maps<S> out;  // planar or channels last
 };
 
 template <class S>
@@ -178,7 +181,7 @@ struct HeadBackward {
 template <class S>
 struct StemForward {
   using T = Arithmetic<S>;
-  Maps<const S> x;
+  Maps<const S> x;  // channels last
   const T *weight, *bias;
   double eps;
   bool use_given;
@@ -189,11 +192,11 @@ struct StemForward {
 template <class S>
 struct StemBackward {
   using T = Arithmetic<S>;
-  Maps<const S> x;
+  Maps<const S> x;  // channels last
   const T* bias;
   Norm<T> norm;
   Maps<const S> grad_out;
-  Maps<S> dx;  // data null: not wanted
+  Maps<S> dx;  // channels last; data null: not wanted
   T *dnorm_weight, *dnorm_bias;
 };
 

@@ -16,7 +16,7 @@ void stem_forward_cpu(const Tensor& x, const Tensor& norm_weight, const Tensor& 
   dispatch_storage("x", x, [&](auto storage, const auto& kernels) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
-    const auto in = maps<const S>("x", x);
+    const auto in = channels_last_maps<const S>("x", x);
     const Sizes sizes = {in.channels};
     kernels.stem_forward({in, pointer<const T>("norm_weight", norm_weight, sizes),
                           pointer<const T>("norm_bias", norm_bias, sizes), eps, use_given,
@@ -33,12 +33,13 @@ void stem_backward_cpu(const Tensor& x, const Tensor& norm_weight, const Tensor&
   dispatch_storage("x", x, [&](auto storage, const auto& kernels) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
-    const auto in = maps<const S>("x", x);
+    const auto in = channels_last_maps<const S>("x", x);
     const Sizes sizes = {in.channels};
+    if (dx.has_value()) check_shape("dx", *dx, sizes_of(x));
     kernels.stem_backward({in, pointer<const T>("norm_bias", norm_bias, sizes),
                            norm<T>(norm_weight, batch_mean, batch_var, eps, training, in.channels),
                            pooled_maps<const S>("grad_out", grad_out, in),
-                           dx.has_value() ? maps_like<S>("dx", *dx, in) : Maps<S>{},
+                           dx.has_value() ? channels_last_maps<S>("dx", *dx) : Maps<S>{},
                            pointer<T>("dnorm_weight", dnorm_weight, sizes),
                            pointer<T>("dnorm_bias", dnorm_bias, sizes)});
   });

@@ -46,9 +46,14 @@ def pixel_pitch(channels: int, dtype: torch.dtype) -> int:
     return (channels + sector - 1) // sector * sector
 
 
-def new_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Uninitialized maps [N, channels, height, width] without gaps."""
-    if is_channels_last(like):
+def lies_channels_last(maps: Tensor) -> bool:
+    """Whether maps lie [N, H, W, C] in memory, and not as well planar."""
+    return maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+
+
+def new_maps(like: Tensor, channels: int, height: int, width: int, channels_last: bool = False) -> Tensor:
+    """Uninitialized maps [N, channels, height, width] without gaps; channels_last: whatever the device's own layout."""
+    if channels_last or is_channels_last(like):
         strides = (height * width * channels, 1, width * channels, channels)
         return like.new_empty_strided((like.shape[0], channels, height, width), strides)
     return like.new_empty((like.shape[0], channels, height, width))

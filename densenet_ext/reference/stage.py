@@ -19,6 +19,7 @@ from . import backward, forward
 from .layout import arithmetic_dtype, gradient_dtype, new_features, new_maps, padded_width
 
 TAIL_NONE, TAIL_TRANSITION, TAIL_HEAD = 0, 1, 2
+DX_NONE, DX_OWN_LAYOUT, DX_CHANNELS_LAST = 0, 1, 2
 MASK_PRE_NORM, MASK_PRE_CONV1, MASK_PRE_CONV2, MASK_DROPOUT = 1, 2, 4, 8
 TWINS = SimpleNamespace(**{**vars(forward), **vars(backward), **vars(synchronization)})
 
@@ -223,12 +224,15 @@ def dense_stage_backward(
     squeeze_excite: bool,
     tail: int,
     in_channels: int,
-    need_dx: bool,
+    dx_layout: int,
     allow_tf32: bool,
     group: int,
     kernels=None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Backward of dense_stage from what it returned: (dx [N, C0, H, W] S, or [0] unless need_dx; dparams like params)."""
+    """Backward of dense_stage from what it returned: (dx [N, C0, H, W] S, dparams like params).
+
+    dx_layout: 0 no dx, which is [0] then; 1 that of the device's maps; 2 channels last.
+    """
     s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, features, group, kernels)
     dparams = [torch.empty_like(p) for p in params]
     buffer = new_features(features, s.channels, gradient_dtype(features))
@@ -249,9 +253,9 @@ def dense_stage_backward(
         )
         s.finish_norm_backward(last, dweight, dbias, weight, stats, None, coef)
     _backward(s, features, source, buffer, coef, stats, gates, bottlenecks, dropout_scale, dparams)
-    if not need_dx:
+    if dx_layout == DX_NONE:
         return s.empty(0, dtype=features.dtype), dparams
-    dx = new_maps(features, in_channels, features.size(2), features.size(3))
+    dx = new_maps(features, in_channels, *features.shape[2:], channels_last=dx_layout == DX_CHANNELS_LAST)
     s.kernels.finish_gradient(features, buffer, coef, 0, dx)
     return dx, dparams
 

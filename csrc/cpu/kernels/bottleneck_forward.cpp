@@ -83,7 +83,7 @@ void bottleneck_forward(const BottleneckForward<S>& a) {
                          stride);
       if (moments) {
         add_row_moments<S>(a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch,
-                           tile.rows(), pitch, count, mean, mean + pitch);
+                           tile.rows(), pitch, pitch, count, mean, mean + pitch);
         count += static_cast<double>(tile.rows());
       }
     }

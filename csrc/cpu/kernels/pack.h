@@ -11,8 +11,8 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
 // out[c, r] = in[r, c], and 0 for r = rows .. padded.
-template <class T>
-inline void copy_transposed(const T* in, int64_t in_pitch, int64_t rows, int64_t columns, T* out,
+template <class In, class Out, class T = Arithmetic<In>>
+inline void copy_transposed(const In* in, int64_t in_pitch, int64_t rows, int64_t columns, Out* out,
                             int64_t out_pitch, int64_t padded) {
   for (int64_t c = 0; c < columns; c += kVec<T>) {
     for (int64_t r = 0; r < padded; r += kVec<T>) {

@@ -165,7 +165,8 @@ class NarrowBottleneck {
     if (!a.mean) return;
     const int64_t first = columns.row(strip * kWide),
                   rows = columns.row((strip + 1) * kWide) - first;
-    add_row_moments<S>(a.bottleneck + first * kPitch, rows, kPitch, count, mean, mean + kPitch);
+    add_row_moments<S>(a.bottleneck + first * kPitch, rows, kPitch, kPitch, count, mean,
+                       mean + kPitch);
     count += static_cast<double>(rows);
   }
 
