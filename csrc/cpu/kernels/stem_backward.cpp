@@ -24,22 +24,28 @@ namespace {
 constexpr int kNowhere = -1;
 template <class T>
 using Places = decltype(Vec<T>{} < Vec<T>{});  // integers as wide as T
-template <class T>
-struct PlaceBytesOf {
-  typedef int8_t type __attribute__((vector_size(kVec<T>)));
+
+// A vector of I's, one for each lane of a Vec<T>. Compilers know conversions between integers of
+// which one is twice as wide as the other; at once from a byte to T's width they go lane by lane.
+template <class T, class I>
+struct IntegersOf {
+  typedef I type __attribute__((vector_size(sizeof(I) * kVec<T>)));
 };
-template <class T>
-using PlaceBytes = typename PlaceBytesOf<T>::type;
+template <class T, class I>
+using Integers = typename IntegersOf<T, I>::type;
 
 template <class T>
 DX_INLINE Places<T> load_places(const int8_t* p) {
-  PlaceBytes<T> bytes;
+  Integers<T, int8_t> bytes;
   std::memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, Places<T>);
+  const auto halves = __builtin_convertvector(bytes, Integers<T, int16_t>);
+  return __builtin_convertvector(__builtin_convertvector(halves, Integers<T, int32_t>), Places<T>);
 }
 template <class T>
 DX_INLINE void store_places(int8_t* p, Places<T> places) {
-  const PlaceBytes<T> bytes = __builtin_convertvector(places, PlaceBytes<T>);
+  const auto words = __builtin_convertvector(places, Integers<T, int32_t>);
+  const auto halves = __builtin_convertvector(words, Integers<T, int16_t>);
+  const auto bytes = __builtin_convertvector(halves, Integers<T, int8_t>);
   std::memcpy(p, &bytes, sizeof bytes);
 }
 
