@@ -159,10 +159,16 @@ class StemGradient {
   DX_INLINE Maximum<T> find(const WindowRow<S>& row, int64_t j, int64_t c) const {
     const Vec<T> scale = load(tables_.scale + c), shift = load(tables_.shift + c);
     Maximum<T> maximum;
-    for (int r = row.first_row(); r <= row.last_row(); ++r) {
-      for (int k = row.first_column(j); k <= row.last_column(j); ++k) {
-        const Vec<T> x = row.load(r, j, k, c);
-        maximum.take(scale * x + shift, x, 3 * r + k);
+    const auto take = [&](int r, int k) {
+      const Vec<T> x = row.load(r, j, k, c);
+      maximum.take(scale * x + shift, x, 3 * r + k);
+    };
+    if (row.inside(j)) {
+      DX_UNROLL
+      for (int place = 0; place < 9; ++place) take(place / 3, place % 3);
+    } else {
+      for (int r = row.first_row(); r <= row.last_row(); ++r) {
+        for (int k = row.first_column(j); k <= row.last_column(j); ++k) take(r, k);
       }
     }
     return maximum;

@@ -39,6 +39,11 @@ class WindowRow {
   int first_column(int64_t j) const { return j > 0 ? 0 : 1; }
   int last_column(int64_t j) const { return 2 * j + 1 < width_ ? 2 : 1; }
 
+  // Whether window j is inside as a whole.
+  bool inside(int64_t j) const {
+    return first_ == 0 && last_ == 2 && first_column(j) == 0 && last_column(j) == 2;
+  }
+
   // The values of channels from c on in row r and column k of window j.
   DX_INLINE Vec<T> load(int r, int64_t j, int k, int64_t c) const {
     const int64_t p = (r - 1) * width_ + 2 * j + k - 1;
