@@ -104,6 +104,47 @@ def test_every_output_equals_reference(tail, keep_bottleneck):
         assert a.stride() == b.stride()
 
 
+CHANNELS_LAST = {
+    "channels no multiple of 16": {"in_channels": 21, "height": 9, "breadth": 7},
+    "as after the stem of a CIFAR network": {"in_channels": 24, "height": 32, "breadth": 32},
+    "one channel, planar as well": {"in_channels": 1},
+    "one pixel, planar as well": {"in_channels": 5, "height": 1, "breadth": 1},
+    "one sample": {"samples": 1, "in_channels": 17, "height": 17, "breadth": 1},
+    "empty batch": {"samples": 0, "height": 4, "breadth": 4},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tail", [0, 2])  # a transition wants two rows and columns
+@pytest.mark.parametrize("size", CHANNELS_LAST, ids=name)
+def test_channels_last_input_changes_no_bit_but_the_layout_of_its_gradient(size, tail, dtype):
+    case = Case(tail=tail, dtype=dtype, **CHANNELS_LAST[size])
+    x, params = case.leaves()
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    results = []
+    for leaf in (x, last):
+        output = case.fused(leaf, params)
+        results.append([output, *gradients(output, leaf, params, torch.ones_like(output))])
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+    assert results[1][1].stride() == last.stride() or last.numel() == 0 or last.is_contiguous()
+
+
+def test_channels_last_backward_equals_reference():
+    """In each layout that dx may have."""
+    case = Case(tail=2, height=17, breadth=18)
+    args = case.args()
+    output, features, *kept = reference.dense_stage(*args)
+    for layout in (0, 1, 2):
+        options = (*args[4:9], case.tail, case.in_channels, layout, False, -1)
+        rest = (torch.ones_like(output), features, case.params, case.masks, *kept, *options)
+        got, want = torch.ops.densenet_ext.dense_stage_backward(*rest), reference.dense_stage_backward(*rest)
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+        assert got[0].stride() == want[0].stride()
+    with pytest.raises(RuntimeError, match="dx_layout must be 0, 1 or 2, got 3"):
+        rest = (*rest[:-3], 3, False, -1)
+        torch.ops.densenet_ext.dense_stage_backward(*rest)
+
+
 @pytest.mark.parametrize("tail", TAILS)
 def test_kept_bottlenecks_change_no_bit(tail):
     case = Case(ALL_MASKS, True, tail, dtype=torch.float32, height=17, breadth=18, growth=5, width=20)
@@ -196,6 +237,13 @@ def test_opcheck(tail, keep_bottleneck):
     """Schema, shape functions with symbolic sizes, and autograd under tracing."""
     case = Case(ALL_MASKS, True, tail, "every second", height=17, breadth=18)
     torch.library.opcheck(torch.ops.densenet_ext.dense_stage.default, case.args(*case.leaves(), keep_bottleneck))
+
+
+def test_opcheck_of_channels_last_input():
+    case = Case(tail=2, height=17, breadth=18)
+    x, params = case.leaves()
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    torch.library.opcheck(torch.ops.densenet_ext.dense_stage.default, case.args(x, params))
 
 
 def test_opcheck_of_layer():

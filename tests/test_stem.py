@@ -23,6 +23,8 @@ SIZES = {
     "2x2": (1, 1, 2, 2),
     "one sample": (1, 3, 31, 64),
     "empty batch": (0, 3, 4, 4),
+    "channels no multiple of a vector": (2, 21, 7, 6),
+    "channels of several vectors": (2, 67, 6, 9),
 }
 # values: no two alike; all alike; many alike, with ties among positive values and among those the rectifier makes 0
 VALUES = {"random": lambda x: x, "constant": torch.ones_like, "rounded": lambda x: (2 * x).round()}
@@ -174,6 +176,35 @@ def test_autocast_casts_as_stages_do():
         assert dense_stem(torch.randn(2, 3, 9, 8).double(), nn.BatchNorm2d(3).double()).dtype == torch.double
 
 
+def test_batch_statistics_without_cancellation():
+    """Values of 1000 +- 0.01 in float32: the variance 1e-4 is right to 1 percent, where E[x^2] - E[x]^2 gives noise."""
+    x = 1000 + 0.01 * torch.randn(4, 17, 20, 20)
+    _, stats = ops.dense_stem(x, torch.ones(17), torch.zeros(17), [], 1e-5)
+    torch.testing.assert_close(stats[1].double(), x.double().var((0, 2, 3), unbiased=False), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_repeated_runs_are_bit_equal(threads):
+    torch.set_num_threads(threads)
+    x, norm = torch.randn(3, 17, 19, 22), new_norm(17).float()
+    first = run(dense_stem, x, norm)
+    for _ in range(3):
+        assert all(a.equal(b) for a, b in zip(first, run(dense_stem, x, norm), strict=True))
+
+
+@pytest.mark.parametrize("layout", ["planar", *LAYOUTS])
+def test_input_gradient_is_channels_last_and_output_planar(layout):
+    """As the convolution before and the stage after have them, whatever the input; the op alone takes any layout too."""
+    x = LAYOUTS.get(layout, torch.clone)(torch.randn(2, 3, 9, 8, dtype=torch.double)).requires_grad_()
+    norm = new_norm(3)
+    for y in (dense_stem(x, norm), ops.dense_stem(x, norm.weight, norm.bias, [], norm.eps)[0]):
+        assert y.is_contiguous()
+        torch.testing.assert_close(y, plain_stem(x, norm), rtol=1e-9, atol=1e-9)
+    _, stats = ops.dense_stem(x, norm.weight, norm.bias, [], norm.eps)
+    dx, _, _ = ops.dense_stem_backward(torch.randn_like(y), x, norm.weight, norm.bias, stats, norm.eps, False, True)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_single_value_a_channel_is_the_error_of_batch_norm():
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         dense_stem(torch.zeros(1, 3, 1, 1), nn.BatchNorm2d(3))
@@ -181,9 +212,11 @@ def test_single_value_a_channel_is_the_error_of_batch_norm():
 
 def test_operators_are_registered_as_they_behave():
     """Schemas, shapes of fake tensors and autograd, as torch.library.opcheck finds them."""
-    x, norm = torch.randn(2, 3, 9, 8, requires_grad=True), nn.BatchNorm2d(3)
+    norm = nn.BatchNorm2d(3)
     for frozen_stats in ([], [torch.zeros(3), torch.ones(3)]):
-        torch.library.opcheck(ops.dense_stem, (x, norm.weight, norm.bias, frozen_stats, 1e-5))
+        for layout in (torch.clone, LAYOUTS["channels last"]):
+            x = layout(torch.randn(2, 3, 9, 8)).requires_grad_()
+            torch.library.opcheck(ops.dense_stem, (x, norm.weight, norm.bias, frozen_stats, 1e-5))
 
 
 # ---- in the network ----------------------------------------------------------------------------------------------------
