@@ -198,7 +198,7 @@ class Arguments:
     def _stem(self):
         s, c = self.size, self.size.channels
         weight, mean, var, eps, training = self.norm(c)
-        x = new_maps(self.like, c, s.height, s.width).normal_()
+        x = new_maps(self.like, c, s.height, s.width, channels_last=True).normal_()
         pooled = new_maps(self.like, c, (s.height + 1) // 2, (s.width + 1) // 2).normal_()
         return x, (weight, self.normal(c)), (mean, var), eps, training, pooled
 

@@ -184,7 +184,10 @@ class DenseNetBC(nn.Module):
             return x
         if x.dim() != 4 or fallback.input_reason([x]) is not None:
             return x
-        return x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if x.shape[1] == 1:  # in either layout; the strides have to tell which is meant
+            x = x.reshape(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
+        return x
 
     def _fuses_stem(self, norm: nn.Module, rest: list, x: Tensor) -> bool:
         """Whether norm0, and relu0 and pool0 after it, are computed by one op: on a CPU, where nothing hinders that."""

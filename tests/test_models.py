@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from densenet_ext import DenseNetBC, EfficientDenseBlock, EfficientDenseLayer
+from densenet_ext import DenseNetBC, EfficientDenseBlock, EfficientDenseLayer, ops
 from densenet_ext.models import VARIANTS
 
 SMALL = {"growth_rate": 3, "block_config": (2, 3, 2), "num_classes": 5, "bn_size": 2}
@@ -166,7 +166,7 @@ def test_training_mode_without_gradients_updates_statistics_once(efficient):
 LAYOUTS = {
     "channels last": lambda x: x.to(memory_format=torch.channels_last),
     "strided": lambda x: x.repeat_interleave(2, 3)[:, :, :, ::2],
-    "expanded": lambda x: x[:, :1].expand(-1, 3, -1, -1),
+    "expanded": lambda x: x[:, :1].expand_as(x),
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
 }
 
@@ -185,6 +185,32 @@ def test_channels_last_model():
     assert_same_training(
         small().to(memory_format=torch.channels_last), "fused", steps=2, prepare=LAYOUTS["channels last"]
     )
+
+
+@pytest.mark.parametrize("small_inputs", [True, False])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("layout", ["planar", *LAYOUTS])
+def test_first_convolution_is_called_and_writes_what_the_fused_ops_read(layout, channels, small_inputs):
+    """Its hooks see channels-last maps, whose gradient is so, too, where the stem is fused; planar ones stay so elsewhere.
+
+    In float32, which is oneDNN's. One channel is a case of its own: its maps are planar and channels last at once.
+    """
+    model, seen = small(in_channels=channels, small_inputs=small_inputs).float(), []
+
+    def hook(module, inputs, output):
+        seen.append(output)
+        output.register_hook(seen.append)
+
+    model.features.conv0.register_forward_hook(hook)
+    x = LAYOUTS.get(layout, torch.clone)(images(size=(33, 40), dtype=torch.float32)[:, :channels])
+    for efficient in ("fused", False):
+        model.efficient = efficient
+        model(x).square().sum().backward()
+    assert len(seen) == 4
+    fused = seen[:2] if "cpu" in ops.STEM_DEVICES else []
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in fused)
+    assert seen[2].is_contiguous() or layout != "planar"
+    torch.testing.assert_close(seen[:2], seen[2:], rtol=1e-3, atol=1e-3)
 
 
 def relative_error(got, want):
