@@ -61,8 +61,8 @@ Tensor start_gradient(const Stage& stage, const Tensor& features, const Tensor& 
 Tensor input_gradient(const Stage& stage, const Tensor& features, int64_t layout) {
   if (layout == kNoGradient) return empty(features, {0}, stage.storage);
   return layout == kChannelsLast
-             ? channels_last_maps(features, stage.samples, stage.in_channels, stage.height,
-                                  stage.width, stage.in_channels, stage.storage)
+             ? channels_last_workspace(features, stage.samples, stage.in_channels, stage.height,
+                                       stage.width, stage.storage)
              : output_maps(features, stage.samples, stage.in_channels, stage.height, stage.width,
                            stage.storage);
 }

@@ -28,6 +28,14 @@ inline Tensor channels_last_maps(const Tensor& like, int64_t samples, int64_t ch
                        {height * width * pitch, 1, width * pitch, pitch}, type);
 }
 
+// The same without gaps and from the workspace, for what lives within a step.
+inline Tensor channels_last_workspace(const Tensor& like, int64_t samples, int64_t channels,
+                                      int64_t height, int64_t width, ScalarType type) {
+  const Tensor rows = workspace(like, {samples, height * width, channels}, type);
+  return torch::stable::view(torch::stable::transpose(rows, 1, 2),
+                             Sizes{samples, channels, height, width});
+}
+
 // The feature buffer of a stage: uninitialized maps on the device of `like`, with gaps. On CPU
 // large planes get a padded pitch: at a multiple of 4 KB the channels of one pixel would share a
 // cache set. On CUDA pixels start at multiples of 32 bytes, a sector of its memory.

@@ -14,12 +14,6 @@ Tensor channels_last(const Tensor& x) {
   return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-Tensor new_channels_last(const Tensor& like) {
-  const Tensor rows = workspace(like, {like.size(0), like.size(2) * like.size(3), like.size(1)},
-                                like.scalar_type());
-  return view(torch::stable::transpose(rows, 1, 2), sizes_of(like));
-}
-
 std::tuple<Tensor, Tensor> dense_stem(const Tensor& x, const Tensor& norm_weight,
                                       const Tensor& norm_bias, const Tensors& frozen_stats,
                                       double eps) {
@@ -49,7 +43,9 @@ std::tuple<Tensor, Tensor, Tensor> dense_stem_backward(const Tensor& grad, const
                                                        double eps, bool frozen, bool need_dx) {
   STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions, got ", x.dim());
   const ScalarType type = arithmetic_type(x.scalar_type());
-  const Tensor dx = need_dx ? new_channels_last(x) : empty(x, {0}, x.scalar_type()),
+  const Tensor dx = need_dx ? channels_last_workspace(x, x.size(0), x.size(1), x.size(2), x.size(3),
+                                                      x.scalar_type())
+                            : empty(x, {0}, x.scalar_type()),
                dweight = empty(x, {x.size(1)}, type), dbias = empty(x, {x.size(1)}, type);
   Tensor all = stats;
   const Tensor mean = select(all, 0, 0), var = select(all, 0, 1);
