@@ -31,9 +31,8 @@ inline Tensor channels_last_maps(const Tensor& like, int64_t samples, int64_t ch
 // The same without gaps and from the workspace, for what lives within a step.
 inline Tensor channels_last_workspace(const Tensor& like, int64_t samples, int64_t channels,
                                       int64_t height, int64_t width, ScalarType type) {
-  const Tensor rows = workspace(like, {samples, height * width, channels}, type);
-  return torch::stable::view(torch::stable::transpose(rows, 1, 2),
-                             Sizes{samples, channels, height, width});
+  const Tensor pixels = workspace(like, {samples, height, width, channels}, type);
+  return torch::stable::transpose(torch::stable::transpose(pixels, 1, 3), 2, 3);
 }
 
 // The feature buffer of a stage: uninitialized maps on the device of `like`, with gaps. On CPU

@@ -140,13 +140,12 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
     Source: He et al., Deep Residual Learning, CVPR 2016, table 1; Huang et al., CVPR 2017, table 1.
     """
-    x = _input(x, "x")
+    x = _input(x, "x").contiguous(memory_format=torch.channels_last)
     arguments = _Norms(x)
     arguments.add_norm(norm, x.shape[1], "norm")
     if arguments.shared_by >= 0:
         raise ValueError("norm shares its batch statistics with other processes; the fused stem takes its own alone")
     with _no_autocast(x), ops.memory_errors():
-        x = x.contiguous(memory_format=torch.channels_last)
         output, stats = ops.dense_stem(x, *arguments.params, arguments.frozen_stats, norm.eps)
     arguments.update_running_statistics(stats)
     return output
