@@ -189,6 +189,13 @@ DX_INLINE Vec<Arithmetic<S>> load_first(const S* p, int64_t n) {
   if constexpr (sizeof(S) == 8) return (Vec<T>)_mm256_maskload_pd(p, (__m256i)first_lanes<T>(n));
 #endif
   S lanes[kVec<T>] = {};
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(S) == 2) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+    std::memcpy(lanes, &bits, sizeof bits);
+    return load(lanes);
+  }
+#endif
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
   return load(lanes);
 }
@@ -209,6 +216,13 @@ DX_INLINE void store_first(S* p, Vec<Arithmetic<S>> v, int64_t n) {
 #endif
   S lanes[kVec<T>];
   store(lanes, v);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(S) == 2) {
+    __m256i bits;
+    std::memcpy(&bits, lanes, sizeof bits);
+    return _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), bits);
+  }
+#endif
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
