@@ -178,25 +178,26 @@ void run_wide(const BottleneckForward<S>& a, int64_t pitch, int64_t chunks,
   const int64_t z_pairs = 2 * width * column_step,
                 own = z_pairs + 2 * pitch / kSide * Work::kRowSums;
 
-  share(
-      a, ceil_div(columns.count, width), own, pitch,
-      [&](uint32_t* z, int64_t begin, int64_t end, double& count, double* mean) {
-        const Work job{a,      columns, chunks,
-                       pitch,  width,   column_step,
-                       weight, z,       reinterpret_cast<float*>(z + z_pairs)};
-        ColumnGroup<S> group = job.group(begin);
-        typename Work::Forming all{&group, chunks * kSide * width};
-        job.form(all, all.left);
-        for (int64_t g = begin; g < end; ++g) {
-          const ColumnGroup<S> next = job.group(g + 1);
-          job.run(group, next, g + 1 == end);
-          group = next;
-          if (!a.mean) continue;
-          const int64_t first = columns.row(g * width), rows = columns.row((g + 1) * width) - first;
-          add_row_moments<S>(a.bottleneck + first * pitch, rows, pitch, count, mean, mean + pitch);
-          count += static_cast<double>(rows);
-        }
-      });
+  share(a, ceil_div(columns.count, width), own, pitch,
+        [&](uint32_t* z, int64_t begin, int64_t end, double& count, double* mean) {
+          const Work job{a,      columns, chunks,
+                         pitch,  width,   column_step,
+                         weight, z,       reinterpret_cast<float*>(z + z_pairs)};
+          ColumnGroup<S> group = job.group(begin);
+          typename Work::Forming all{&group, chunks * kSide * width};
+          job.form(all, all.left);
+          for (int64_t g = begin; g < end; ++g) {
+            const ColumnGroup<S> next = job.group(g + 1);
+            job.run(group, next, g + 1 == end);
+            group = next;
+            if (!a.mean) continue;
+            const int64_t first = columns.row(g * width),
+                          rows = columns.row((g + 1) * width) - first;
+            add_row_moments<S>(a.bottleneck + first * pitch, rows, pitch, pitch, count, mean,
+                               mean + pitch);
+            count += static_cast<double>(rows);
+          }
+        });
 }
 
 }  // namespace
