@@ -7,6 +7,13 @@
 namespace densenet_ext {
 namespace {
 
+// What the next stage reads, in the workspace where there is one.
+Tensor stage_maps(const Tensor& like, int64_t samples, int64_t channels, int64_t height,
+                  int64_t width, ScalarType type) {
+  return is_channels_last(like) ? output_maps(like, samples, channels, height, width, type)
+                                : workspace(like, {samples, channels, height, width}, type);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_stage(
     const Tensor& x, const Tensors& params, const Tensors& masks, const Tensors& frozen_stats,
     int64_t mask_kind, double dropout_scale, std::vector<double> eps, std::vector<int64_t> frozen,
@@ -36,8 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_stage(
                  stage.pixels(), std::nullopt, std::nullopt, site.frozen);
   if (tail == kTransition) {
     const Tensor weight = stage.tail_param(2),
-                 output = output_maps(x, stage.samples, weight.size(0), stage.height / 2,
-                                      stage.width / 2, stage.storage);
+                 output = stage_maps(x, stage.samples, weight.size(0), stage.height / 2,
+                                     stage.width / 2, stage.storage);
     call("densenet_ext::transition_forward", features, table.scale, table.shift, weight, output,
          allow_tf32);
     return {output, features, stage.stats, stage.gates, kept};
