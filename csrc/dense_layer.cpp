@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dense_layer(
       output_maps(first, stage.samples, stage.growth, stage.height, stage.width, stage.storage);
   Tensor view_of_features = features;
   torch::stable::copy_(const_cast<Tensor&>(output),
-                       narrow(view_of_features, 1, checked.channels, stage.growth));
+                       torch::stable::narrow(view_of_features, 1, checked.channels, stage.growth));
   return {output, stage.stats, stage.gates, kept};
 }
 
@@ -72,8 +72,7 @@ std::tuple<Tensors, Tensors> dense_layer_backward(
               first.scalar_type());
   STD_TORCH_CHECK(stage.layers == 1, "params must hold one layer, got ", stage.layers);
   check_shape("grad", grad_output, {stage.samples, stage.growth, stage.height, stage.width});
-  stage.stats = stats;
-  stage.gates = gates;
+  stage.restore(stats, gates, bottlenecks);
 
   const Tensor features = feature_buffer(first, stage.samples, stage.channels, stage.height,
                                          stage.width, stage.storage);
@@ -81,7 +80,7 @@ std::tuple<Tensors, Tensors> dense_layer_backward(
   append(output, features, checked.channels, std::nullopt);
   Tensor grad = feature_buffer(first, stage.samples, stage.channels, stage.height, stage.width,
                                gradient_type(first, stage.storage));
-  Tensor own = narrow(grad, 1, checked.channels, stage.growth);
+  Tensor own = torch::stable::narrow(grad, 1, checked.channels, stage.growth);
   torch::stable::copy_(own, grad_output);
   const Tensor coef = start_coefficients(stage, first);
   Tensors dparams = empty_gradients(params);

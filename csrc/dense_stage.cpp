@@ -89,8 +89,7 @@ std::tuple<Tensor, Tensors> dense_stage_backward(
               features.size(3), features.scalar_type());
   STD_TORCH_CHECK(features.size(1) == stage.channels, "features must have ", stage.channels,
                   " channels, got ", features.size(1));
-  stage.stats = stats;
-  stage.gates = gates;
+  stage.restore(stats, gates, bottlenecks);
 
   Tensors dparams = empty_gradients(params);
   const Tensor grad = feature_buffer(features, stage.samples, stage.channels, stage.height,

@@ -3,13 +3,8 @@
 namespace densenet_ext {
 
 void start_statistics(Stage& stage, const Tensor& like, const Tensors& frozen_stats) {
-  stage.stats =
-      empty(like, {2, stage.stats_width() + (stage.options.group >= 0)}, stage.arithmetic);
-  stage.gates = empty(like,
-                      stage.options.squeeze_excite
-                          ? Sizes{stage.layers, stage.samples * (2 * stage.growth + stage.se_width)}
-                          : Sizes{0},
-                      stage.arithmetic);
+  stage.stats = empty(like, stage.stats_sizes(), stage.arithmetic);
+  stage.gates = empty(like, stage.gates_sizes(), stage.arithmetic);
   size_t next = 0;
   for (int64_t i = 0; i < stage.norms(); ++i) {
     if (!stage.options.frozen[i]) continue;
@@ -19,9 +14,8 @@ void start_statistics(Stage& stage, const Tensor& like, const Tensors& frozen_st
     for (int64_t row = 0; row < 2; ++row) {
       const Tensor& given = frozen_stats[next++];
       check_shape("frozen_stats", given, {stage.norm_width(i)});
-      Tensor all = select(stage.stats, 0, row),
-             slice = narrow(all, 0, stage.norm_offset(i), stage.norm_width(i));
-      torch::stable::copy_(slice, given);
+      Tensor own = stage.statistics(i, row);
+      torch::stable::copy_(own, given);
     }
   }
   STD_TORCH_CHECK(next == frozen_stats.size(), "frozen_stats must hold ", next, " tensors, got ",
@@ -49,7 +43,7 @@ Tensor run_layers(const Stage& stage, const Tensor& features,
 
   for (int64_t l = 0; l < stage.layers; ++l) {
     const Layer layer = stage.layer(l);
-    const Tensor bottleneck = keep ? select(kept, 0, l) : shared;
+    const Tensor bottleneck = keep ? stage.bottleneck(kept, l) : shared;
     const Folded table1 =
         stage.fold(layer.norm1, mean.value_or(stage.stats), m2.value_or(stage.stats),
                    stage.pixels(), layer.pre_norm, layer.pre_conv1, layer.norm1.frozen);
@@ -62,10 +56,10 @@ Tensor run_layers(const Stage& stage, const Tensor& features,
     call("densenet_ext::conv3x3_forward", bottleneck, table2.scale, table2.shift, layer.conv2,
          layer.dropout, stage.options.dropout_scale, features, layer.channels, mean, m2,
          stage.options.allow_tf32);
-    if (stage.options.squeeze_excite) {
+    if (const auto& se = layer.se) {
       call("densenet_ext::squeeze_excite_forward", features, layer.channels, *mean, *m2,
-           layer.fc1_weight, layer.fc1_bias, layer.fc2_weight, layer.fc2_bias, layer.pooled,
-           layer.hidden, layer.gate);
+           se->fc1_weight, se->fc1_bias, se->fc2_weight, se->fc2_bias, se->pooled, se->hidden,
+           se->gate);
     }
   }
   return kept;
@@ -98,21 +92,21 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
   const bool kept = bottlenecks.dim() == 3;
   const Tensor shared = kept ? bottlenecks : workspace(features, rows, stage.storage);
   const Tensor dv = workspace(features, rows, gradient_type(features, stage.storage));
-  Tensor db_table = empty(features, {3, stage.bottleneck_width}, stage.arithmetic);
-  const Tensor db_coef = view(db_table, Sizes{3, 1, stage.bottleneck_width});
+  const Tensor db_table = empty(features, {3, stage.bottleneck_width}, stage.arithmetic),
+               db_coef = piece(db_table, 0, {3, 1, stage.bottleneck_width});
 
   for (int64_t l = stage.layers - 1; l >= 0; --l) {
     const Layer layer = stage.layer(l);
     Tensor* const d = dparams.data() + l * stage.per_layer;
     const Folded table1 = stage.fold_again(layer.norm1, layer.pre_norm, layer.pre_conv1);
     const Folded table2 = stage.fold_again(layer.norm2, std::nullopt, layer.pre_conv2);
-    const Tensor bottleneck = kept ? select(bottlenecks, 0, l) : shared;
+    const Tensor bottleneck = kept ? stage.bottleneck(bottlenecks, l) : shared;
     if (!kept)
       run_bottleneck(stage, layer, features, table1, bottleneck, std::nullopt, std::nullopt);
-    if (stage.options.squeeze_excite) {
+    if (const auto& se = layer.se) {
       call("densenet_ext::squeeze_excite_backward", features, source, layer.channels,
-           layer.fc1_weight, layer.fc2_weight, layer.pooled, layer.hidden, layer.gate, coef, d[6],
-           d[7], d[8], d[9]);
+           se->fc1_weight, se->fc2_weight, se->pooled, se->hidden, se->gate, coef, d[6], d[7], d[8],
+           d[9]);
     }
     call("densenet_ext::conv3x3_backward", bottleneck, table2.scale, table2.shift, layer.pre_conv2,
          layer.conv2, layer.dropout, stage.options.dropout_scale, features, source, coef,
@@ -132,7 +126,7 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
 Tensor start_coefficients(const Stage& stage, const Tensor& like) {
   Tensor coef = empty(like, {3, stage.samples, stage.channels}, stage.arithmetic);
   torch::stable::zero_(coef);
-  Tensor ones = select(coef, 0, 0);
+  Tensor ones = piece(coef, 0, {stage.samples, stage.channels});
   torch::stable::fill_(ones, 1.0);
   return coef;
 }

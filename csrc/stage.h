@@ -11,9 +11,7 @@
 
 namespace densenet_ext {
 
-using torch::stable::narrow;
 using torch::stable::select;
-using torch::stable::view;
 using Tensors = std::vector<Tensor>;
 using Optional = std::optional<Tensor>;
 
@@ -68,13 +66,17 @@ struct Folded {
   Tensor scale, shift;
 };
 
+struct SqueezeExcitation {
+  Tensor fc1_weight, fc1_bias, fc2_weight, fc2_bias;
+  Tensor pooled, hidden, gate;  // kept for backward
+};
+
 struct Layer {
   NormSite norm1, norm2;
   Tensor conv1, conv2;
-  Tensor fc1_weight, fc1_bias, fc2_weight, fc2_bias;  // with squeeze-and-excitation
+  int64_t channels;  // that the layer reads
   Optional pre_norm, pre_conv1, pre_conv2, dropout;
-  int64_t channels;             // that the layer reads
-  Tensor pooled, hidden, gate;  // of squeeze-and-excitation, kept for backward
+  std::optional<SqueezeExcitation> se;
 };
 
 class Stage {
@@ -154,9 +156,17 @@ class Stage {
   int64_t stats_width() const {
     return norm_offset(2 * layers) + (options.tail != kNone ? channels : 0);
   }
+  Sizes stats_sizes() const { return {2, stats_width() + (options.group >= 0)}; }
+  Sizes gates_sizes() const {
+    return options.squeeze_excite ? Sizes{layers, samples * (2 * growth + se_width)} : Sizes{0};
+  }
   int64_t pixels() const { return height * width; }
   int64_t rows() const { return samples * pixels(); }
   int64_t bottleneck_pitch() const { return (bottleneck_width + 15) / 16 * 16; }
+  // The rows of layer l in bottlenecks that were kept.
+  Tensor bottleneck(const Tensor& kept, int64_t l) const {
+    return piece(kept, l * rows() * bottleneck_pitch(), {rows(), bottleneck_pitch()});
+  }
   Tensor tail_param(int64_t i) const { return params[layers * per_layer + i]; }
   bool needs_moments() const {
     bool any = options.squeeze_excite;
@@ -164,43 +174,46 @@ class Stage {
     return any;
   }
 
+  // The mean (row 0) or the variance (row 1) of that norm, in `stats`.
+  Tensor statistics(int64_t i, int64_t row) const {
+    return piece(stats, row * stats.size(1) + norm_offset(i), {norm_width(i)});
+  }
   NormSite norm(int64_t i, const Tensor& weight, const Tensor& bias) const {
-    Tensor mean = select(stats, 0, 0), var = select(stats, 0, 1);
     return {weight,
             bias,
-            narrow(mean, 0, norm_offset(i), norm_width(i)),
-            narrow(var, 0, norm_offset(i), norm_width(i)),
+            statistics(i, 0),
+            statistics(i, 1),
             options.eps[i],
             options.frozen[i] != 0,
             options.group >= 0 && options.frozen[i] == 0};
+  }
+  // What the forward pass returned beside its output.
+  void restore(const Tensor& kept_stats, const Tensor& kept_gates, const Tensor& bottlenecks) {
+    check_kept("stats", kept_stats, stats_sizes());
+    check_kept("gates", kept_gates, gates_sizes());
+    if (options.keep_bottleneck)
+      check_kept("bottlenecks", bottlenecks, {layers, rows(), bottleneck_pitch()});
+    stats = kept_stats;
+    gates = kept_gates;
   }
   NormSite tail_norm() const { return norm(2 * layers, tail_param(0), tail_param(1)); }
 
   Layer layer(int64_t l) const {
     const Tensor* const p = params.data() + l * per_layer;
-    Layer layer;
-    layer.norm1 = norm(2 * l, p[0], p[1]), layer.conv1 = p[2];
-    layer.norm2 = norm(2 * l + 1, p[3], p[4]), layer.conv2 = p[5];
-    layer.channels = layer_channels(l);
     int64_t next = l * masks_per_layer;
-    const auto take = [&](int64_t bit, Optional& mask) {
-      if (options.mask_kind & bit) mask = masks[next++];
+    const auto take = [&](int64_t bit) {
+      return options.mask_kind & bit ? Optional(masks[next++]) : std::nullopt;
     };
-    take(kPreNorm, layer.pre_norm);
-    take(kPreConv1, layer.pre_conv1);
-    take(kPreConv2, layer.pre_conv2);
-    take(kDropout, layer.dropout);
-    if (options.squeeze_excite) {
-      layer.fc1_weight = p[6], layer.fc1_bias = p[7], layer.fc2_weight = p[8],
-      layer.fc2_bias = p[9];
-      Tensor own = select(gates, 0, l);
-      layer.pooled = view(narrow(own, 0, 0, samples * growth), Sizes{samples, growth});
-      layer.hidden =
-          view(narrow(own, 0, samples * growth, samples * se_width), Sizes{samples, se_width});
-      layer.gate = view(narrow(own, 0, samples * (growth + se_width), samples * growth),
-                        Sizes{samples, growth});
-    }
-    return layer;
+    return {norm(2 * l, p[0], p[1]),
+            norm(2 * l + 1, p[3], p[4]),
+            p[2],
+            p[5],
+            layer_channels(l),
+            take(kPreNorm),
+            take(kPreConv1),
+            take(kPreConv2),
+            take(kDropout),
+            squeeze_excitation(l)};
   }
 
   // BN and the masks around it as a table; `given`: from the statistics already in `stats`.
@@ -237,9 +250,25 @@ class Stage {
  private:
   int64_t masks_per_layer;
 
-  Tensor total() const {
-    Tensor mean = select(stats, 0, 0);
-    return narrow(mean, 0, stats_width(), 1);
+  Tensor total() const { return piece(stats, stats_width(), {1}); }
+
+  std::optional<SqueezeExcitation> squeeze_excitation(int64_t l) const {
+    if (!options.squeeze_excite) return std::nullopt;
+    const Tensor* const p = params.data() + l * per_layer;
+    const int64_t pooled = l * gates.size(1), hidden = pooled + samples * growth,
+                  gate = hidden + samples * se_width;
+    return SqueezeExcitation{p[6],
+                             p[7],
+                             p[8],
+                             p[9],
+                             piece(gates, pooled, {samples, growth}),
+                             piece(gates, hidden, {samples, se_width}),
+                             piece(gates, gate, {samples, growth})};
+  }
+
+  static void check_kept(const char* name, const Tensor& t, const Sizes& sizes) {
+    check_shape(name, t, sizes);
+    check_contiguous(name, t);
   }
 
   void check_masks(int64_t l) const {

@@ -62,28 +62,39 @@ inline bool is_dense_channels_last(const Tensor& t) {
   return true;
 }
 
+// The stages make hundreds of tensors a step, so these two go around the dispatcher, which takes
+// longer than all the rest of making one.
 inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides,
                             ScalarType type) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 7> stack = {from(like),
-                                       from(sizes),
-                                       from(strides),
-                                       from(std::optional<ScalarType>(type)),
-                                       from(std::optional<torch::headeronly::Layout>()),
-                                       from(std::optional<torch::stable::Device>()),
-                                       from(std::optional<bool>())};
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made = nullptr;
   // For these arguments only memory can be what is missing, and the error's own text may be lost.
   STD_TORCH_CHECK(
-      torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION) == 0,
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(from(type)), device,
+                               like.get_device_index(), &made) == 0,
       "out of memory: a tensor of shape ", describe(sizes), " and dtype ",
       torch::headeronly::toString(type), " could not be allocated");
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return Tensor(made);
 }
-inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
+inline Sizes contiguous_strides(const Sizes& sizes) {
   Sizes strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;)
     strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
-  return empty_strided(like, sizes, strides, type);
+  return strides;
+}
+inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
+  return empty_strided(like, sizes, contiguous_strides(sizes), type);
+}
+// A view of what a contiguous tensor holds from `offset` on.
+inline Tensor piece(const Tensor& t, int64_t offset, const Sizes& sizes) {
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                     contiguous_strides(sizes).data(), offset, &made));
+  return Tensor(made);
 }
 
 }  // namespace densenet_ext

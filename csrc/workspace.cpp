@@ -141,14 +141,11 @@ Arena& arena() {
 
 Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type) {
   int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-  Sizes strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 0;) {
-    bytes *= sizes[i];
-    if (i > 0) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  }
+  for (const int64_t size : sizes) bytes *= size;
   void* const block = like.is_cpu() ? allocate_block(bytes) : nullptr;
   if (!block) return empty(like, sizes, type);
-  return torch::stable::from_blob(block, sizes, strides, like.device(), type, free_block);
+  return torch::stable::from_blob(block, sizes, contiguous_strides(sizes), like.device(), type,
+                                  free_block);
 }
 
 void* allocate_block(int64_t bytes) {
