@@ -177,30 +177,43 @@ def _wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
-def _stage_setup(ctx, inputs, output):
-    x, params, masks, _, *ctx.numbers, ctx.tail, _, ctx.tf32, ctx.group = inputs
-    result, features, *kept = output
-    ctx.mark_non_differentiable(features, *kept)
-    ctx.set_materialize_grads(False)
-    ctx.in_channels, ctx.counts = x.shape[1], (len(params), len(masks), len(inputs[3]))
-    ctx.layout = DX_CHANNELS_LAST if lies_channels_last(x) else DX_OWN_LAYOUT
-    ctx.save_for_backward(result if ctx.tail == TAIL_NONE else features, *kept, *params, *masks)
+class _Stage(torch.autograd.Function):
+    """Autograd of dense_stage by hand: with lists of hundreds of tensors register_autograd takes milliseconds a step."""
 
+    @staticmethod
+    def forward(ctx, below, inputs, *_):
+        x, params, masks, _, *ctx.numbers, ctx.tail, _, ctx.tf32, ctx.group = inputs
+        result, features, *kept = output = below(*inputs)
+        ctx.mark_non_differentiable(features, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.in_channels, ctx.params = x.shape[1], len(params)
+        ctx.layout = DX_CHANNELS_LAST if lies_channels_last(x) else DX_OWN_LAYOUT
+        ctx.save_for_backward(result if ctx.tail == TAIL_NONE else features, *kept, *params, *masks)
+        return output
 
-def _stage_backward(ctx, grad, *_):
-    params, masks, frozen_stats = ctx.counts
-    need_x, need_params = ctx.needs_input_grad[:2]
-    if grad is None:
-        dx, dparams = None, [None] * params
-    else:
-        features, *kept = ctx.saved_tensors[:4]
-        rest = list(ctx.saved_tensors[4:])
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * (3 + ctx.params)
+        features, stats, gates, bottlenecks, *rest = ctx.saved_tensors
+        params, masks = rest[: ctx.params], rest[ctx.params :]
+        need_x, *need_params = ctx.needs_input_grad[2:]
         layout = ctx.layout if need_x else DX_NONE
         options = (*ctx.numbers, ctx.tail, ctx.in_channels, layout, ctx.tf32, ctx.group)
         with memory_errors():
-            dx, dparams = dense_stage_backward(grad, features, rest[:params], rest[params:], *kept, *options)
-        dx, dparams = dx if need_x else None, _wanted(dparams, need_params)
-    return dx, dparams, [None] * masks, [None] * frozen_stats, *[None] * 9
+            dx, dparams = dense_stage_backward(grad, features, params, masks, stats, gates, bottlenecks, *options)
+        return None, None, *_wanted([dx, *dparams], [need_x, *need_params])
+
+
+def _stage_autograd(keyset, *inputs):
+    def below(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return dense_stage.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    differentiable = (inputs[0], *inputs[1])
+    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
+        return _Stage.apply(below, inputs, *differentiable)
+    return below(*inputs)
 
 
 def _layer_setup(ctx, inputs, output):
@@ -255,7 +268,8 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-torch.library.register_autograd("densenet_ext::dense_stage", _stage_backward, setup_context=_stage_setup)
+_library = torch.library.Library("densenet_ext", "FRAGMENT")
+_library.impl("dense_stage", _stage_autograd, "Autograd", with_keyset=True)
 torch.library.register_autograd("densenet_ext::dense_layer", _layer_backward, setup_context=_layer_setup)
 torch.library.register_autograd("densenet_ext::dense_stem", _stem_backward, setup_context=_stem_setup)
 torch.library.register_autograd("densenet_ext::dense_stem_backward", _no_second_derivative)

@@ -22,10 +22,10 @@ def update_running_statistics(norms: list[nn.Module], stats: Tensor, values: int
     where other processes have a part in them); the running variance gets the unbiased one. A batch without values
     counts as a batch and changes nothing else.
     """
-    tracking = [norm.training and norm.track_running_stats for norm in norms]
+    tracking = [norm._buffers if norm.training and norm.track_running_stats else {} for norm in norms]
     if not any(tracking):
         return
-    counters = [norm.num_batches_tracked for norm, on in zip(norms, tracking, strict=True) if on]
+    counters = [buffers.get("num_batches_tracked") for buffers in tracking]
     counters = [counter for counter in counters if counter is not None]
     if counters:
         torch._foreach_add_(counters, 1)
@@ -37,14 +37,16 @@ def update_running_statistics(norms: list[nn.Module], stats: Tensor, values: int
     means = stats[0].split(widths)
     variances = (stats[1] * correction).split(widths)
     groups = defaultdict(lambda: ([], []))
-    for norm, on, mean, variance in zip(norms, tracking, means, variances, strict=True):
-        if on and norm.running_mean is not None:
-            running, batch = groups[_momentum(norm)]
-            running += (norm.running_mean, norm.running_var)
+    for norm, buffers, mean, variance in zip(norms, tracking, means, variances, strict=True):
+        running_mean = buffers.get("running_mean")
+        if running_mean is not None:
+            running, batch = groups[_momentum(norm), running_mean.dtype]
+            running += (running_mean, buffers["running_var"])
             batch += (mean, variance)
-    for momentum, (running, batch) in groups.items():
-        torch._foreach_mul_(running, 1 - momentum)
-        torch._foreach_add_(running, batch, alpha=momentum)
+    for (momentum, dtype), (running, batch) in groups.items():
+        if dtype != stats.dtype:
+            batch = [value.to(dtype) for value in batch]
+        torch._foreach_lerp_(running, batch, momentum)
 
 
 def _momentum(norm: nn.BatchNorm2d) -> float:
