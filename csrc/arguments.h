@@ -50,14 +50,14 @@ E* region(const char* name, E* data, int64_t elements) {
 
 // A contiguous tensor of E of this shape.
 template <class E>
-E* pointer(const char* name, const Tensor& t, const Sizes& sizes) {
+E* pointer(const char* name, const Tensor& t, Shape sizes) {
   check_type(name, t, scalar_type_of<std::remove_const_t<E>>());
   check_shape(name, t, sizes);
   check_contiguous(name, t);
   return region(name, static_cast<E*>(t.data_ptr()), t.numel());
 }
 template <class E>
-E* pointer(const char* name, const std::optional<Tensor>& t, const Sizes& sizes) {
+E* pointer(const char* name, const std::optional<Tensor>& t, Shape sizes) {
   return t.has_value() ? pointer<E>(name, *t, sizes) : nullptr;
 }
 // The same for weights of a 1x1 convolution, which may have two further dimensions of size 1.
@@ -70,7 +70,7 @@ E* matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
 template <class T>
 PerChannel<T> per_channel(const char* name, const Tensor& t, int64_t samples, int64_t channels) {
   STD_TORCH_CHECK(t.dim() == 2 && (t.size(0) == 1 || t.size(0) == samples), name,
-                  " must have 1 or ", samples, " rows, got shape ", describe(sizes_of(t)));
+                  " must have 1 or ", samples, " rows, got shape ", describe(t.sizes()));
   return {pointer<const T>(name, t, {t.size(0), channels}), t.size(0) == 1 ? 0 : channels};
 }
 template <class T>

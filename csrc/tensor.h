@@ -18,8 +18,9 @@ namespace densenet_ext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;  // of sizes that somebody else holds
 
-inline std::string describe(const Sizes& sizes) {
+inline std::string describe(Shape sizes) {
   std::string s = "[";
   for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
   return s + "]";
@@ -38,9 +39,9 @@ inline ScalarType arithmetic_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_shape(const char* name, const Tensor& t, const Sizes& sizes) {
-  STD_TORCH_CHECK(sizes_of(t) == sizes, name, " must have shape ", describe(sizes), ", got ",
-                  describe(sizes_of(t)));
+inline void check_shape(const char* name, const Tensor& t, Shape sizes) {
+  STD_TORCH_CHECK(t.sizes() == sizes, name, " must have shape ", describe(sizes), ", got ",
+                  describe(t.sizes()));
 }
 inline void check_type(const char* name, const Tensor& t, ScalarType type) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, " must have dtype ",

@@ -77,8 +77,7 @@ void fold_norm_of(const Tensor& mean, const Tensor& m2, int64_t pixels,
 
   if (!use_given) {
     STD_TORCH_CHECK(mean.dim() == 2 && mean.size(1) >= channels,
-                    "mean must have shape [rows, >= ", channels, "], got ",
-                    describe(sizes_of(mean)));
+                    "mean must have shape [rows, >= ", channels, "], got ", describe(mean.sizes()));
     const int64_t rows = mean.size(0), stride = mean.size(1);
     STD_TORCH_CHECK(!q.data || rows == samples, "pre_mask must have one row for each row of mean, ",
                     rows, ", got ", samples);

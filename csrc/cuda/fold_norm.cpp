@@ -28,7 +28,7 @@ void fold_norm_of(const Tensor& mean, const Tensor& m2, int64_t pixels,
   if (!use_given) {
     STD_TORCH_CHECK(mean.dim() == 2 && mean.size(1) >= channels,
                     "mean must have shape [rows, >= ", channels, "], got ",
-                    describe(sizes_of(mean)));
+                    describe(mean.sizes()));
     a.rows = mean.size(0), a.pitch = mean.size(1);
     STD_TORCH_CHECK(!a.pre_mask.data || a.rows == samples,
                     "pre_mask must have one row for each row of mean, ", a.rows, ", got ", samples);
