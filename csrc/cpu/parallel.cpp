@@ -1,31 +1,25 @@
 #include "parallel.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <new>
 
 #include "../workspace.h"
 
 namespace densenet_ext {
 
-using torch::stable::Tensor;
+constexpr std::align_val_t kCacheLine{64};
 
-Scratch::Scratch(int64_t bytes) : data_(allocate_block(bytes)) {
-  if (data_) return;
-  constexpr int64_t alignment = 64;  // torch's CPU allocator gives at least this
-  auto* tensor =
-      new Tensor(torch::stable::empty({bytes + alignment}, torch::headeronly::ScalarType::Byte));
-  tensor_ = tensor;
-  const auto address = reinterpret_cast<uintptr_t>(tensor->mutable_data_ptr());
-  data_ = reinterpret_cast<void*>((address + alignment - 1) / alignment * alignment);
+Scratch::Scratch(int64_t bytes) : data_(allocate_block(bytes)), in_arena_(data_) {
+  if (!in_arena_) data_ = ::operator new(static_cast<size_t>(bytes), kCacheLine);
 }
 
 Scratch::~Scratch() {
-  if (tensor_) {
-    delete static_cast<Tensor*>(tensor_);
-  } else {
+  if (in_arena_) {
     free_block(data_);
+  } else {
+    ::operator delete(data_, kCacheLine);
   }
 }
 

@@ -1,6 +1,6 @@
 // Threads and scratch memory for the kernels. The threads are torch's (its parallel_for lives in
-// its library, so no OpenMP of our own) and the memory comes from the arena, if there is much of
-// it, or from torch's allocator: malloc would give it back to the system after every call.
+// its library, so no OpenMP of our own) and the memory comes from the arena if there is much of
+// it, which malloc would give back to the system after every call.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,7 @@ class Scratch {
 
  private:
   void* data_;
-  void* tensor_ = nullptr;  // what data_ lies in, unless that is a block of the arena
+  bool in_arena_;
 };
 
 // How many threads `parallel` will use for `items` items of work.
