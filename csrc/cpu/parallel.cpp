@@ -23,8 +23,9 @@ Scratch::~Scratch() {
   }
 }
 
-int64_t thread_count(int64_t items) {
-  return std::max<int64_t>(1, std::min<int64_t>(items, torch::stable::get_num_threads()));
+int64_t thread_count(int64_t items, int64_t values) {
+  const int64_t worth = std::min(items, items * values / kWorthAThread);
+  return std::max<int64_t>(1, std::min<int64_t>(worth, torch::stable::get_num_threads()));
 }
 
 void parallel_threads(int64_t items, int64_t threads, ThreadBody body, void* context) {

@@ -26,8 +26,11 @@ class Scratch {
   bool in_arena_;
 };
 
-// How many threads `parallel` will use for `items` items of work.
-int64_t thread_count(int64_t items);
+// How many values a thread has to have before it is worth waking it to copy or add them.
+constexpr int64_t kWorthAThread = 16384;
+
+// How many threads `parallel` will use for `items` items of work, of at least `values` values each.
+int64_t thread_count(int64_t items, int64_t values = kWorthAThread);
 
 using ThreadBody = void (*)(void* context, int64_t thread, int64_t begin, int64_t end);
 void parallel_threads(int64_t items, int64_t threads, ThreadBody body, void* context);

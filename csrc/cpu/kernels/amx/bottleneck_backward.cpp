@@ -490,7 +490,7 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
   const int64_t threads = thread_count(tiling.count);
 
   const Scratch packed(4 * rows * depths * Work::kChunk);
-  parallel(rows, thread_count(rows), [&](int64_t, int64_t begin, int64_t end) {
+  parallel(rows, thread_count(rows, kSide * pitch), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       pack_weight<Work::P>(a, r * kSide, depths, packed.as<uint32_t>() + r * depths * Work::kChunk);
   });
@@ -542,25 +542,27 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
   });
 
   const int64_t parts = tiling.count > 0 ? threads : 0;
-  parallel(rows, thread_count(rows), [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      for (int64_t o = 0; o < a.width; o += kSide) {
-        Vec<float> square[kSide] = {};
-        for (int64_t t = 0; t < parts; ++t) {
-          const float* const from =
-              partials.as<float>() + t * partial + (r * outputs + o / kSide) * kTileSums;
-          DX_UNROLL
-          for (int i = 0; i < kSide; ++i) square[i] += load(from + i * kSide);
-        }
-        transpose<float>(square);
-        float* const out = a.dweight + o * a.channels + r * kSide;
-        DX_UNROLL
-        for (int i = 0; i < kSide; ++i) {
-          if (o + i < a.width) store_first(out + i * a.channels, square[i], a.channels - r * kSide);
-        }
-      }
-    }
-  });
+  parallel(rows, thread_count(rows, parts * kSide * pitch),
+           [&](int64_t, int64_t begin, int64_t end) {
+             for (int64_t r = begin; r < end; ++r) {
+               for (int64_t o = 0; o < a.width; o += kSide) {
+                 Vec<float> square[kSide] = {};
+                 for (int64_t t = 0; t < parts; ++t) {
+                   const float* const from =
+                       partials.as<float>() + t * partial + (r * outputs + o / kSide) * kTileSums;
+                   DX_UNROLL
+                   for (int i = 0; i < kSide; ++i) square[i] += load(from + i * kSide);
+                 }
+                 transpose<float>(square);
+                 float* const out = a.dweight + o * a.channels + r * kSide;
+                 DX_UNROLL
+                 for (int i = 0; i < kSide; ++i) {
+                   if (o + i < a.width)
+                     store_first(out + i * a.channels, square[i], a.channels - r * kSide);
+                 }
+               }
+             }
+           });
   double* const total = sums.as<double>();
   for (int64_t t = 1; t < threads; ++t) {
     for (int64_t i = 0; i < 2 * a.channels; ++i) total[i] += total[t * 2 * a.channels + i];

@@ -210,12 +210,14 @@ void bottleneck_forward(const BottleneckForward<S>& a) {
                 chunks = std::max<int64_t>(1, ceil_div(a.channels, kDepth)),
                 outputs = pitch / kSide;
   const Scratch packed(4 * outputs * chunks * chunk);
-  parallel(outputs, thread_count(outputs), [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t o = begin * kSide; o < end * kSide; ++o) {
-      uint32_t* const row = packed.as<uint32_t>() + o / kSide * chunks * chunk + o % kSide * kSide;
-      split_row<P>(a.weight + o * a.channels, o < a.width ? a.channels : 0, chunks, row);
-    }
-  });
+  parallel(outputs, thread_count(outputs, kSide * a.channels),
+           [&](int64_t, int64_t begin, int64_t end) {
+             for (int64_t o = begin * kSide; o < end * kSide; ++o) {
+               uint32_t* const row =
+                   packed.as<uint32_t>() + o / kSide * chunks * chunk + o % kSide * kSide;
+               split_row<P>(a.weight + o * a.channels, o < a.width ? a.channels : 0, chunks, row);
+             }
+           });
   const uint32_t* const weight = packed.as<uint32_t>();
   if (outputs == 1) {
     run_narrow<S, 1>(a, chunks, weight);

@@ -374,7 +374,7 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   const Scratch packed(4 * shape.weight_pairs());
   const int64_t line = 2 * (shape.chunks + 1) * kSide;
   const Scratch lines(4 * threads * line);
-  parallel(shape.inner, std::min(threads, shape.inner),
+  parallel(shape.inner, std::min(threads, thread_count(shape.inner, 9 * kSide * a.growth)),
            [&](int64_t thread, int64_t begin, int64_t end) {
              for (int64_t r = begin; r < end; ++r)
                pack_weight<P>(a.weight, shape, a.width, r, lines.as<float>() + thread * line,
@@ -465,26 +465,28 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
     for (int64_t i = begin; i < end; ++i) job.run(units[i], i == begin);
   });
 
-  parallel(a.growth, std::min(threads, a.growth), [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      for (int64_t i = 0; i < a.width; i += kSide) {
-        Vec<float> taps[kSide] = {};
-        DX_UNROLL
-        for (int t = 0; t < 9; ++t) {
-          const int64_t r = j * 9 + t;
-          const int64_t at = (r / kSide * shape.inner + i / kSide) * kTile + r % kSide * kSide;
-          for (int64_t thread = 0; thread < threads; ++thread)
-            taps[t] += load(dweight_of(thread) + at);
-        }
-        transpose<float>(taps);
-        float* const out = a.dweight + (j * a.width + i) * 9;
-        DX_UNROLL
-        for (int n = 0; n < kSide; ++n) {
-          if (i + n < a.width) store_first(out + n * 9, taps[n], 9);
-        }
-      }
-    }
-  });
+  parallel(a.growth, thread_count(a.growth, threads * 9 * pitch),
+           [&](int64_t, int64_t begin, int64_t end) {
+             for (int64_t j = begin; j < end; ++j) {
+               for (int64_t i = 0; i < a.width; i += kSide) {
+                 Vec<float> taps[kSide] = {};
+                 DX_UNROLL
+                 for (int t = 0; t < 9; ++t) {
+                   const int64_t r = j * 9 + t;
+                   const int64_t at =
+                       (r / kSide * shape.inner + i / kSide) * kTile + r % kSide * kSide;
+                   for (int64_t thread = 0; thread < threads; ++thread)
+                     taps[t] += load(dweight_of(thread) + at);
+                 }
+                 transpose<float>(taps);
+                 float* const out = a.dweight + (j * a.width + i) * 9;
+                 DX_UNROLL
+                 for (int n = 0; n < kSide; ++n) {
+                   if (i + n < a.width) store_first(out + n * 9, taps[n], 9);
+                 }
+               }
+             }
+           });
   finish_bottleneck_norm(a, sums.as<double>(), threads, pitch);
 }
 

@@ -203,7 +203,7 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
 
   const int64_t column_pairs = terms.count * P * kTilePairs;
   const Scratch packed(4 * columns * column_pairs);
-  parallel(columns, std::min(threads, columns), [&](int64_t, int64_t begin, int64_t end) {
+  parallel(columns, thread_count(columns, column_pairs), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c)
       pack<P>(a.weight, a.growth, a.width, terms, c, packed.as<uint32_t>() + c * column_pairs);
   });
