@@ -179,7 +179,7 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   const int64_t threads = thread_count(units.count);
 
   const Scratch packed(sizeof(T) * a.growth * 9 * pitch);
-  parallel_items(a.growth, [&](int64_t begin, int64_t end) {
+  parallel_items(a.growth, 9 * pitch, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j)
       copy_transposed(a.weight + j * a.width * 9, 9, a.width, 9, packed.as<T>() + j * 9 * pitch,
                       pitch, pitch);
@@ -230,7 +230,7 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
     for (int64_t i = begin; i < end; ++i) job.run(units[i]);
   });
 
-  parallel_items(a.growth, [&](int64_t begin, int64_t end) {
+  parallel_items(a.growth, threads * 9 * pitch, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       T* const total = dweight_of(0) + j * 9 * pitch;
       add_partials(total, threads, thread_values, 9 * pitch);

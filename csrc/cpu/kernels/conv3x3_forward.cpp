@@ -107,7 +107,7 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
   // outputs in even groups of at most kChannelRows; weights [group][i][tap][row]
   const int64_t groups = ceil_div(a.growth, kChannelRows);
   const Scratch packed(sizeof(T) * a.growth * a.width * 9);
-  parallel_items(groups, [&](int64_t begin, int64_t end) {
+  parallel_items(groups, kChannelRows * a.width * 9, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = a.growth * g / groups, rows = a.growth * (g + 1) / groups - first;
       copy_transposed(a.weight + first * a.width * 9, a.width * 9, rows, a.width * 9,

@@ -29,17 +29,17 @@ inline void copy_transposed(const In* in, int64_t in_pitch, int64_t rows, int64_
   }
 }
 
-// body(begin, end) over the items 0 .. items in shares of the threads.
+// body(begin, end) over the items 0 .. items, of `values` values each, in shares of the threads.
 template <class F>
-void parallel_items(int64_t items, const F& body) {
-  parallel(items, thread_count(items),
+void parallel_items(int64_t items, int64_t values, const F& body) {
+  parallel(items, thread_count(items, values),
            [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
 }
 
 // W [rows, columns] as [columns, pitch], zeros beyond rows.
 template <class T>
 void pack_transposed(const T* w, int64_t rows, int64_t columns, int64_t pitch, T* out) {
-  parallel_items(ceil_div(columns, kLanes), [&](int64_t begin, int64_t end) {
+  parallel_items(ceil_div(columns, kLanes), kLanes * rows, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kLanes, last = std::min(end * kLanes, columns);
     copy_transposed(w + first, columns, rows, last - first, out + first * pitch, pitch, pitch);
   });
@@ -48,7 +48,7 @@ void pack_transposed(const T* w, int64_t rows, int64_t columns, int64_t pitch, T
 // W [rows, columns] as groups of R rows, transposed: [groups, columns, R], zeros beyond rows.
 template <int R, class T>
 void pack_row_groups(const T* w, int64_t rows, int64_t columns, T* out) {
-  parallel_items(ceil_div(rows, R), [&](int64_t begin, int64_t end) {
+  parallel_items(ceil_div(rows, R), R * columns, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       copy_transposed(w + g * R * columns, columns, std::min<int64_t>(R, rows - g * R), columns,
                       out + g * R * columns, R, R);
@@ -59,7 +59,7 @@ void pack_row_groups(const T* w, int64_t rows, int64_t columns, T* out) {
 // W [rows, columns] as groups of R columns: [groups, rows, R], zeros beyond columns.
 template <int R, class T>
 void pack_column_groups(const T* w, int64_t rows, int64_t columns, T* out) {
-  parallel_items(ceil_div(columns, R), [&](int64_t begin, int64_t end) {
+  parallel_items(ceil_div(columns, R), R * rows, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * R, valid = std::min<int64_t>(R, columns - first);
       T* to = out + first * rows;
@@ -89,13 +89,14 @@ inline void add_partials(T* total, int64_t threads, int64_t distance, int64_t co
 template <class T>
 void merge_transposed(T* partials, int64_t threads, int64_t distance, int64_t pitch, int64_t rows,
                       int64_t columns, T* out) {
-  parallel_items(ceil_div(columns, kLanes), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin * kLanes; c < std::min(end * kLanes, columns); c += kLanes) {
-      const int64_t valid = std::min<int64_t>(kLanes, columns - c);
-      add_partials(partials + c * pitch, threads, distance, valid * pitch);
-      copy_transposed(partials + c * pitch, pitch, valid, rows, out + c, columns, valid);
-    }
-  });
+  parallel_items(
+      ceil_div(columns, kLanes), threads * kLanes * pitch, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin * kLanes; c < std::min(end * kLanes, columns); c += kLanes) {
+          const int64_t valid = std::min<int64_t>(kLanes, columns - c);
+          add_partials(partials + c * pitch, threads, distance, valid * pitch);
+          copy_transposed(partials + c * pitch, pitch, valid, rows, out + c, columns, valid);
+        }
+      });
 }
 
 }  // namespace DENSENET_EXT_ISA
