@@ -177,7 +177,7 @@ def _wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
-class _Stage(torch.autograd.Function):
+class DenseStage(torch.autograd.Function):
     """Autograd of dense_stage by hand: with lists of hundreds of tensors register_autograd takes milliseconds a step."""
 
     @staticmethod
@@ -212,7 +212,7 @@ def _stage_autograd(keyset, *inputs):
 
     differentiable = (inputs[0], *inputs[1])
     if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
-        return _Stage.apply(below, inputs, *differentiable)
+        return DenseStage.apply(below, inputs, *differentiable)
     return below(*inputs)
 
 
