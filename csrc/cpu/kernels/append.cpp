@@ -26,7 +26,7 @@ void measure_plane(const Append<S>& a, int64_t n, int64_t c) {
 
 template <class S>
 void append_planes(const Append<S>& a) {
-  parallel_items(a.x.samples * a.x.channels, [&](int64_t begin, int64_t end) {
+  parallel_items(a.x.samples * a.x.channels, a.x.pixels(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / a.x.channels, c = i % a.x.channels;
       std::memcpy(a.features.plane(n, a.offset + c), a.x.plane(n, c), sizeof(S) * a.x.pixels());
@@ -38,7 +38,7 @@ void append_planes(const Append<S>& a) {
 template <class S>
 void append_pixels(const Append<S>& a) {
   const int64_t groups = ceil_div(a.x.channels, kLanes), pixels = a.x.pixels();
-  parallel_items(a.x.samples * groups, [&](int64_t begin, int64_t end) {
+  parallel_items(a.x.samples * groups, kLanes * a.x.pixels(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / groups, first = i % groups * kLanes,
                     count = std::min(kLanes, a.x.channels - first);
@@ -74,7 +74,7 @@ template <class S>
 void finish_planes(const FinishGradient<S>& a) {
   using T = Arithmetic<S>;
   const int64_t pixels = a.out.pixels();
-  parallel_items(a.out.samples * a.out.channels, [&](int64_t begin, int64_t end) {
+  parallel_items(a.out.samples * a.out.channels, a.out.pixels(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / a.out.channels, c = i % a.out.channels;
       const TrueGradient<S> gradient(a, n, a.offset + c);
@@ -110,7 +110,7 @@ template <class S>
 void finish_pixels(const FinishGradient<S>& a) {
   constexpr int64_t kBlock = 256;
   const int64_t pixels = a.out.pixels(), blocks = ceil_div(pixels, kBlock);
-  parallel_items(a.out.samples * blocks, [&](int64_t begin, int64_t end) {
+  parallel_items(a.out.samples * blocks, kBlock * a.out.channels, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / blocks, p = i % blocks * kBlock;
       for (int64_t c = 0; c < a.out.channels; c += kVec<Arithmetic<S>>)

@@ -91,7 +91,7 @@ template <class S>
 void normalize(const StemForward<S>& a, const Arithmetic<S>* sign) {
   using T = Arithmetic<S>;
   const int64_t channels = a.out.channels, pixels = a.out.pixels();
-  parallel_items(a.out.samples * channels, [&](int64_t begin, int64_t end) {
+  parallel_items(a.out.samples * channels, a.out.pixels(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / channels, c = i % channels;
       const ScaleShift<T> norm(a.weight[c], a.bias[c], a.mean[c], a.var[c], a.eps);
