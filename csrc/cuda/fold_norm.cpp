@@ -27,8 +27,7 @@ void fold_norm_of(const Tensor& mean, const Tensor& m2, int64_t pixels,
                   ", or a single one where post_mask is None, got ", a.shift_rows);
   if (!use_given) {
     STD_TORCH_CHECK(mean.dim() == 2 && mean.size(1) >= channels,
-                    "mean must have shape [rows, >= ", channels, "], got ",
-                    describe(mean.sizes()));
+                    "mean must have shape [rows, >= ", channels, "], got ", describe(mean.sizes()));
     a.rows = mean.size(0), a.pitch = mean.size(1);
     STD_TORCH_CHECK(!a.pre_mask.data || a.rows == samples,
                     "pre_mask must have one row for each row of mean, ", a.rows, ", got ", samples);
