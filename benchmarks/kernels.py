@@ -5,6 +5,8 @@
 The composition (compositions.py) is timed in both memory formats and the faster one counts. All ops of a size are timed
 in turn, with a large matrix product and a copy between them: a limit is the longer of the op's bytes at the copy's rate
 and its operations at the product's (roofline.py). GB/s are of those bytes, so what fits the caches can exceed the copy's.
+Tensors of all of them are in pages of 2 MB where the system has such, as the library's workspaces are. What comes out
+below half of its limit has its reason below the table.
 """
 
 import argparse
@@ -31,6 +33,33 @@ PAIRS = (
     ("growth 5", "growth 8", 16, (32, 32), (32, 32), 120, 5, 8),
     ("growth 40", "growth 32", 16, (32, 32), (32, 32), 120, 40, 32),
 )
+
+
+# Why an op may come out below half of its limit.
+REASONS = {
+    "fold_norm": "a few kilobytes: the time is that of calling an operator.",
+    "squeeze_excite_forward": "means and gates of a few kilobytes, and one pass over k channels that are still in cache.",
+    "squeeze_excite_backward": "as its forward.",
+    "append": "small maps: waking the second thread costs as much as the copy.",
+    "finish_gradient": "small maps: waking the second thread costs as much as the work.",
+    "head_forward": "one value a map is written: the limit of a few megabytes is a fraction of a millisecond, of which "
+    "waking the threads is a part.",
+    "head_backward": "as its forward.",
+    "stem_forward": "each output is the largest of nine inputs, whose comparisons take as long as the bytes; with moments.",
+    "stem_backward": "maxima are sought again, in one pass, and dx is written from them in another.",
+    "transition_forward": "normalizing and pooling the channels of a tile comes before its product and does not overlap "
+    "with it: the time is the sum of both. The product is small, being of pooled pixels, and on FMA units.",
+    "transition_backward": "as its forward, with two products.",
+    "bottleneck_forward": "few channels: b is written, and its lines are read for that first, 1.5 to 2 times the bytes "
+    "counted, and its moments are taken from the first-level cache. Many channels, on AMX: normalizing and splitting a value "
+    "into three parts takes about as long as its products of six, and the two overlap for two thirds. Small maps: "
+    "splitting W is not negligible.",
+    "bottleneck_backward": "db is formed and split twice, as the operand of either product, before the products of a tile; "
+    "few channels do not make up for that. Small maps: merging the threads' dW.",
+    "conv3x3_forward": "a width of 48 fills one and a half chunks of 32, a growth of 12 three quarters of a tile, one "
+    "column in 9 of an 8x8 map is padding: of the tile unit's products 40 to 60 % count. Small maps: splitting W.",
+    "conv3x3_backward": "as its forward; shifted copies of dy are made for both products.",
+}
 
 
 def parse_arguments(arguments=None):
@@ -174,11 +203,16 @@ def odd_ratios(rows):
             _seconds_an_operation(rows, s, channels, g) for s, g in zip((odd_size, even_size), growths, strict=True)
         ]
         if all(rate):
-            found.append({"pair": f"{odd} against {even}", "ratio": rate[0] / rate[1], "limit": ODD_LIMIT})
+            limits = [
+                _seconds_an_operation(rows, s, channels, g, "limit_seconds")
+                for s, g in zip((odd_size, even_size), growths, strict=True)
+            ]
+            ratios = {"ratio": rate[0] / rate[1], "ratio_of_limits": limits[0] / limits[1]}
+            found.append({"pair": f"{odd} against {even}", **ratios, "limit": ODD_LIMIT})
     return found
 
 
-def _seconds_an_operation(rows, size, channels, growth):
+def _seconds_an_operation(rows, size, channels, growth, seconds="seconds"):
     chosen = [
         r
         for r in rows
@@ -187,7 +221,7 @@ def _seconds_an_operation(rows, size, channels, growth):
         and (r["channels"], r["growth"]) == (channels, growth)
     ]
     flops = sum(r.get("flops", 0) for r in chosen)
-    return sum(r.get("seconds", 0) for r in chosen) / flops if flops else None
+    return sum(r.get(seconds, 0) for r in chosen) / flops if flops else None
 
 
 def markdown(rows, ratios):
@@ -204,9 +238,14 @@ def markdown(rows, ratios):
     parts = [machine.table(header, cells)]
     parts += ["\n".join(f"- {r['op']} {r['case']}: {r['error']}" for r in rows if "error" in r)]
     if ratios:
-        lines = [[r["pair"], f"<= {r['limit']}", f"{r['ratio']:.2f}"] for r in ratios]
-        parts.append("Seconds an operation of a layer, times the even size's:")
-        parts.append(machine.table(["sizes", "wanted", "found"], lines))
+        lines = [[r["pair"], f"<= {r['limit']}", f"{r['ratio']:.2f}", f"{r['ratio_of_limits']:.2f}"] for r in ratios]
+        parts.append(
+            "Seconds an operation of a layer, times the even size's; at their limits they would have the last:"
+        )
+        parts.append(machine.table(["sizes", "wanted", "found", "limits"], lines))
+    if below := sorted({r["op"] for r in rows if r.get("of_limit", HALF) < HALF}):
+        parts.append("Why an op is below half of its limit:")
+        parts.append("\n".join(f"- {op}: {REASONS[op]}" for op in below))
     parts.append("PyTorch's composition, the faster of two memory formats; bytes:")
     parts.append("\n".join(f"- {op}: {text}; {CPU_FORMULAS[op]}" for op, text in COMPOSITIONS.items()))
     return "\n\n".join(part for part in parts if part)
@@ -214,6 +253,7 @@ def markdown(rows, ratios):
 
 def main():
     args = parse_arguments()
+    machine.restart_with(machine.HUGE_PAGES)
     torch.set_num_threads(args.threads)
     description = machine.describe("cpu")
     print(machine.heading(description) + "\n", flush=True)

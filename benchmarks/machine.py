@@ -25,6 +25,15 @@ KEEP_PAGES = {
     "MALLOC_TOP_PAD_": "64000000",
 }
 
+# torch: ask for pages of 2 MB for large tensors, as the library does for its workspaces
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def restart_with(variables):
+    """Run this command again with these environment variables, which have to be there from the start of a process."""
+    if not variables.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | variables)
+
 
 def describe(device):
     """Processor, instruction set, device, versions, threads, date, commit and command line: a flat dict of strings."""
@@ -48,6 +57,8 @@ def describe(device):
         description["cuda"] = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     if "MALLOC_MMAP_MAX_" in os.environ:
         description["malloc"] = "pages are kept between steps"
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
+        description["malloc"] = "large tensors ask for pages of 2 MB"
     return description
 
 

@@ -8,7 +8,6 @@ harness.py says how the figures are taken, resident.py how the growth of the res
 """
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -174,8 +173,8 @@ def notes(rows):
 
 def main():
     args = parse_arguments()
-    if args.keep_pages and not machine.KEEP_PAGES.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | machine.KEEP_PAGES)
+    if args.keep_pages:
+        machine.restart_with(machine.KEEP_PAGES)
     deadline = time.monotonic() + args.time_limit
     torch.set_num_threads(args.threads)
     description = machine.describe(args.device)

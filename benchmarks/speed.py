@@ -13,7 +13,6 @@ many systems spend much of a step on fresh pages. Workloads: workloads.py, which
 """
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -141,8 +140,8 @@ def main():
     args = parse_arguments()
     if args.worker:
         return work(args)
-    if args.capability and not CAPABILITIES[args.capability].items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | CAPABILITIES[args.capability])
+    if args.capability:
+        machine.restart_with(CAPABILITIES[args.capability])
     torch.set_num_threads(args.threads)
     description = machine.describe("cpu") | {"capability": args.capability or "all that the processor has"}
     print(machine.heading(description) + "\n", flush=True)

@@ -409,8 +409,19 @@ def test_kernels(run, tmp_path):
         limit = max(r["bytes"] / r["copy_rate"], r["flops"] / r["matrix_rate"])
         assert r["of_limit"] == pytest.approx(limit / r["seconds"])
     odd, even = ([r for r in results["rows"] if r["net"] == "odd" and r["height"] == h] for h in (7, 8))
-    rates = [sum(r["seconds"] for r in rows) / sum(r["flops"] for r in rows) for rows in (odd, even)]
-    assert results["odd"] == [{"pair": "7x7 against 8x8", "ratio": pytest.approx(rates[0] / rates[1]), "limit": 1.5}]
+    rates, limits = (
+        [sum(r[key] for r in rows) / sum(r["flops"] for r in rows) for rows in (odd, even)]
+        for key in ("seconds", "limit_seconds")
+    )
+    assert results["odd"] == [
+        {
+            "pair": "7x7 against 8x8",
+            "ratio": pytest.approx(rates[0] / rates[1]),
+            "ratio_of_limits": pytest.approx(limits[0] / limits[1]),
+            "limit": 1.5,
+        }
+    ]
+    assert kernels.REASONS.keys() == roofline.CPU_FORMULAS.keys()
 
 
 @pytest.mark.parametrize("workload", ["cifar-ab", "densenet121"])

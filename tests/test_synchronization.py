@@ -312,7 +312,8 @@ def test_in_the_precision_of_training(processes, dtype):
     for name, want in exact.items():
         if want.is_floating_point():
             error, bound = ((numbers[name].double() - want).norm() for numbers in (two, one))
-            assert error <= 2 * bound + 1e-5 * want.norm(), name
+            # plain PyTorch's biases of squeeze-and-excitation are up to 5e-5 off, and more where they cancel
+            assert error <= 2 * bound + 5e-5 * want.norm(), name
 
 
 def cast_step(net, dtype, rank):
