@@ -25,6 +25,7 @@ import harness  # noqa: E402
 import kernels  # noqa: E402
 import largest_batch  # noqa: E402
 import limits  # noqa: E402
+import machine  # noqa: E402
 import roofline  # noqa: E402
 import speed_report  # noqa: E402
 import speed_steps  # noqa: E402
@@ -40,7 +41,17 @@ EAGER = [name for name in speed_steps.PEERS if "compile" not in name]
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a script with a command line as Python would, in this process, which has torch loaded already."""
+    """Runs a script with a command line as Python would, in this process, which has torch loaded already.
+
+    No script may start over: that would be the end of the tests.
+    """
+
+    def restarted(*_):
+        raise AssertionError("the script replaced the process")
+
+    monkeypatch.setattr(os, "execve", restarted)
+    for name, value in machine.HUGE_PAGES.items():
+        monkeypatch.setenv(name, value)
 
     def run(script, *arguments):
         path = ROOT / "benchmarks" / script
