@@ -190,12 +190,7 @@ void run_wide(const BottleneckForward<S>& a, int64_t pitch, int64_t chunks,
             const ColumnGroup<S> next = job.group(g + 1);
             job.run(group, next, g + 1 == end);
             group = next;
-            if (!a.mean) continue;
-            const int64_t first = columns.row(g * width),
-                          rows = columns.row((g + 1) * width) - first;
-            add_row_moments<S>(a.bottleneck + first * pitch, rows, pitch, pitch, count, mean,
-                               mean + pitch);
-            count += static_cast<double>(rows);
+            add_moments(a, columns, g * width, (g + 1) * width, pitch, count, mean);
           }
         });
 }

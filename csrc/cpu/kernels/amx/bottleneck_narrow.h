@@ -16,6 +16,17 @@ namespace DENSENET_EXT_ISA {
 
 constexpr int64_t kAhead = 16;  // columns from what is formed to what is fetched
 
+// Merges the moments of b in columns first .. last with those of `count` rows, mean and behind it
+// m2.
+template <class S>
+inline void add_moments(const BottleneckForward<S>& a, const Columns& columns, int64_t first,
+                        int64_t last, int64_t pitch, double& count, double* mean) {
+  if (!a.mean) return;
+  const int64_t row = columns.row(first), rows = columns.row(last) - row;
+  add_row_moments<S>(a.bottleneck + row * pitch, rows, pitch, pitch, count, mean, mean + pitch);
+  count += static_cast<double>(rows);
+}
+
 template <class S, int NR>
 class NarrowBottleneck {
  public:
@@ -61,12 +72,12 @@ class NarrowBottleneck {
       unrolled<kTiles>([&](auto t) __attribute__((always_inline)) {
         tile_store<decltype(t)::value>(sums_of(s) + t * kTileSums);
       });
-      if (s > begin) add_moments(s - 1, count, mean);
+      if (s > begin) strip_moments(s - 1, count, mean);
       before = now;
       now = next;
     }
     for (int64_t tile = 0; tile < kTiles; ++tile) finish(before, before, end - 1, tile);
-    add_moments(end - 1, count, mean);
+    strip_moments(end - 1, count, mean);
   }
 
  private:
@@ -161,13 +172,8 @@ class NarrowBottleneck {
     }
   }
 
-  void add_moments(int64_t strip, double& count, double* mean) const {
-    if (!a.mean) return;
-    const int64_t first = columns.row(strip * kWide),
-                  rows = columns.row((strip + 1) * kWide) - first;
-    add_row_moments<S>(a.bottleneck + first * kPitch, rows, kPitch, kPitch, count, mean,
-                       mean + kPitch);
-    count += static_cast<double>(rows);
+  void strip_moments(int64_t strip, double& count, double* mean) const {
+    add_moments(a, columns, strip * kWide, (strip + 1) * kWide, kPitch, count, mean);
   }
 
   static constexpr int64_t kPitch = NR * kSide;
