@@ -40,7 +40,7 @@ inline ScalarType arithmetic_type(ScalarType type) {
 }
 
 inline void check_shape(const char* name, const Tensor& t, Shape sizes) {
-  STD_TORCH_CHECK(t.sizes() == sizes, name, " must have shape ", describe(sizes), ", got ",
+  STD_TORCH_CHECK(t.sizes().equals(sizes), name, " must have shape ", describe(sizes), ", got ",
                   describe(t.sizes()));
 }
 inline void check_type(const char* name, const Tensor& t, ScalarType type) {
@@ -69,7 +69,7 @@ inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes&
                             ScalarType type) {
   using torch::stable::detail::from;
   int32_t device = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made = nullptr;
   // For these arguments only memory can be what is missing, and the error's own text may be lost.
   STD_TORCH_CHECK(
@@ -92,7 +92,7 @@ inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
 // A view of what a contiguous tensor holds from `offset` on.
 inline Tensor piece(const Tensor& t, int64_t offset, const Sizes& sizes) {
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
                                      contiguous_strides(sizes).data(), offset, &made));
   return Tensor(made);
