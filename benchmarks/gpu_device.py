@@ -143,7 +143,12 @@ class CudaDevice:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             function()
-        return graph.replay
+
+        def replay():
+            graph.replay()
+
+        replay.captured = function  # whose tensors the graph reads and writes: they must live as long
+        return replay
 
     def compile(self, model):
         return torch.compile(model, dynamic=False)

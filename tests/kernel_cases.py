@@ -323,7 +323,7 @@ def to_device(args, device):
             return value
         if id(value) not in moved:
             base = value if value._base is None else value._base
-            on_device = base.clone() if device == "cpu" else base.to(device)
+            on_device = base.to(device, copy=True)
             if value._base is not None:
                 on_device = on_device.as_strided(value.shape, value.stride(), value.storage_offset())
             moved[id(value)] = on_device

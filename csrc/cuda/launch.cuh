@@ -56,11 +56,13 @@ inline std::string device_name(int device) {
   return properties.name;
 }
 
-// Nothing is launched where the grid is empty.
+// Nothing is launched where the grid is empty. Shared memory is whole units of 16 bytes, because the
+// compiler may read it in such units, past the last value that is used.
 template <class... P>
 void launch(const Context& context, void (*kernel)(P...), Grid grid, int threads,
             int64_t shared_bytes, const P&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  shared_bytes = round_up(shared_bytes, 16);
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
