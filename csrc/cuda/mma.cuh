@@ -93,15 +93,16 @@ struct Half {
   }
 
   // a = relu(scale * a + shift); `low` and `high` are the tables of rows g and g+8 from A's first
-  // column on.
-  DEVICE static void norm_relu(A& a, const ScaleShift<float>* low, const ScaleShift<float>* high) {
+  // column on, the same one if so said.
+  DEVICE static void norm_relu(A& a, const ScaleShift<float>* low, const ScaleShift<float>* high,
+                               bool same) {
     const int t = lane_id() % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // columns 2t, 2t+1 and 2t+8, 2t+9
       ScaleShift<float> s[2];
       ld_pairs(low + 8 * half + 2 * t, s);
       a.r[2 * half] = norm_relu(a.r[2 * half], s);
-      if (high != low) ld_pairs(high + 8 * half + 2 * t, s);
+      if (!same) ld_pairs(high + 8 * half + 2 * t, s);
       a.r[2 * half + 1] = norm_relu(a.r[2 * half + 1], s);
     }
   }
@@ -110,8 +111,8 @@ struct Half {
 
  private:
   DEVICE static uint32_t norm_relu(uint32_t word, const ScaleShift<float> (&s)[2]) {
-    return narrow2<S>(relu(affine(widen_half<S>(word, 0), s[0].scale, s[0].shift)),
-                      relu(affine(widen_half<S>(word, 1), s[1].scale, s[1].shift)));
+    return narrow2_relu<S>(affine(widen_half<S>(word, 0), s[0].scale, s[0].shift),
+                           affine(widen_half<S>(word, 1), s[1].scale, s[1].shift));
   }
 };
 
@@ -166,13 +167,14 @@ struct Tf32 {
     mma_tf32(acc[1], a.r, b.r[1]);
   }
 
-  DEVICE static void norm_relu(A& a, const ScaleShift<float>* low, const ScaleShift<float>* high) {
+  DEVICE static void norm_relu(A& a, const ScaleShift<float>* low, const ScaleShift<float>* high,
+                               bool same) {
     const int t = lane_id() % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // columns t and t+4
       ScaleShift<float> s = low[4 * half + t];
       a.r[2 * half] = norm_relu(a.r[2 * half], s);
-      if (high != low) s = high[4 * half + t];
+      if (!same) s = high[4 * half + t];
       a.r[2 * half + 1] = norm_relu(a.r[2 * half + 1], s);
     }
   }
@@ -247,12 +249,13 @@ struct Exact {
           acc[tile][i] = affine(a.v[i / 2][k], b.v[tile][k][i % 2], acc[tile][i]);
   }
 
-  DEVICE static void norm_relu(A& a, const ScaleShift<E>* low, const ScaleShift<E>* high) {
+  DEVICE static void norm_relu(A& a, const ScaleShift<E>* low, const ScaleShift<E>* high,
+                               bool same) {
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
       ScaleShift<E> s = low[k];
       a.v[0][k] = relu(affine(a.v[0][k], s.scale, s.shift));
-      if (high != low) s = high[k];
+      if (!same) s = high[k];
       a.v[1][k] = relu(affine(a.v[1][k], s.scale, s.shift));
     }
   }

@@ -146,6 +146,22 @@ DEVICE uint32_t narrow2<Float16>(float low, float high) {
   return word;
 }
 
+// The same of max(v, 0); NaN stays NaN.
+template <class S>
+DEVICE uint32_t narrow2_relu(float low, float high);
+template <>
+DEVICE uint32_t narrow2_relu<BFloat16>(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;\n" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+template <>
+DEVICE uint32_t narrow2_relu<Float16>(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;\n" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
 #endif  // __CUDACC__
 
 // float and double are stored as they are.
