@@ -56,8 +56,8 @@ inline std::string device_name(int device) {
   return properties.name;
 }
 
-// Nothing is launched where the grid is empty. Shared memory is whole units of 16 bytes, because the
-// compiler may read it in such units, past the last value that is used.
+// Nothing is launched where the grid is empty. Shared memory is whole units of 16 bytes, because
+// the compiler may read it in such units, past the last value that is used.
 template <class... P>
 void launch(const Context& context, void (*kernel)(P...), Grid grid, int threads,
             int64_t shared_bytes, const P&... arguments) {

@@ -25,6 +25,10 @@ struct alignas(2 * sizeof(T)) ScaleShift {
 DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
 DEVICE int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
 
+// v, which the compiler does not know to be the same in every round of a loop: what follows from it
+// is not kept in registers from round to round.
+DEVICE int fresh(int v) { return __shfl_xor_sync(0xffffffff, v, 0); }
+
 // NaN stays NaN.
 template <class T>
 DEVICE T relu(T v) {

@@ -5,17 +5,20 @@
 //   dv1 = r [z > 0] dz            G += q gamma rstd dv1, S1 = sum dv1, S2 = sum dv1 xhat
 //
 // A block has a chunk of channels and a part of the rows: grid (chunks, parts). A warp owns 16
-// channels, all rows of a tile, and keeps their dW (kUnits * 16 rows of it), their S1 and S2, and
-// their columns of W in registers until the last tile. For each tile: all threads form db in shared
-// memory; the warp makes dz of 16 rows by 16 channels, and with it z over x and the new G over the
-// old one, in shared memory; it stores its G, and multiplies db^T by its z. x and G of the next
-// tile come by cp.async meanwhile, dv and b into registers. Two barriers a tile.
+// channels, alone or with a second one, and keeps their dW (all kUnits * 16 rows of it, or half of
+// them), their S1 and S2, and their columns of W in registers until the last tile. For each tile:
+// all threads form db in shared memory; the warp makes dz of 16 rows (all of the tile's, or half of
+// them) by 16 channels, and with it z over x and the new G over the old one, in shared memory; it
+// stores its G, and multiplies db^T by z. Meanwhile x and G of the next tiles come by cp.async, dv
+// and b of the next one into registers. A barrier a tile; two where warps share their channels.
 //
 // Where K2 is wider than kUnits * 16, db is formed in parts, one after the other for dz, and blocks
 // with another grid.z make the other rows of dW; they leave G alone.
 //
 // Sums over parts: partial results in scratch memory, added in their order by a second kernel.
 // Bytes a row: 3 C + 2 K2 for each chunk of channels (those 2 K2 from L2 but once).
+#include <limits>
+
 #include "norm_backward.cuh"
 #include "pack.cuh"
 
@@ -28,64 +31,82 @@ struct alignas(16) Channel {
   T scale, shift, mean, slope;  // slope = gamma rstd
 };
 
-template <class Math, int kUnits_>
+template <class Math, int kUnits_, bool kWide_, bool kMasked_>
 struct Shape {
   using S = typename Math::Storage;
   using T = typename Math::T;
-  static constexpr int kUnits = kUnits_;                 // of 16 bottleneck columns
-  static constexpr int kWarps = sizeof(T) == 8 ? 4 : 8;  // of 16 channels each
-  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kUnits = kUnits_;     // of 16 bottleneck columns
+  static constexpr bool kWide = kWide_;      // more columns than that
+  static constexpr bool kMasked = kMasked_;  // there may be masks
+  // Warps for 16 channels, and such groups of channels.
+  static constexpr int kSplit = sizeof(S) == 2 && !kWide && !kMasked && kUnits % 2 == 0 ? 2 : 1;
+  static constexpr int kGroups = sizeof(T) == 8 ? 4 : 8;
+  static constexpr int kThreads = kGroups * kSplit * kWarp;
   static constexpr int kBlocks =
       kUnits == 3 && Math::kTensor ? 2 : 1;  // on a multiprocessor, at least
-  static constexpr int kChannels = kWarps * 16;
+  static constexpr int kChannels = kGroups * 16;
   static constexpr int kWidth = kUnits * 16;
+  static constexpr int kOwnUnits = kUnits / kSplit;        // of dW, of a warp
   static constexpr int kRows = sizeof(S) == 2 ? 32 : 16;   // of a tile
+  static constexpr int kStages = 3;                        // tiles of x and G in shared memory
+  static constexpr int kBuffers = kWide ? 1 : 2;           // of db
   static constexpr int kElements = 16 / sizeof(S);         // of 16 bytes
   static constexpr int kMapPitch = kChannels + kElements;  // of x and G in shared memory
+  static constexpr int kMapSize = kRows * kMapPitch;
   static constexpr int kBottleneckPitch = kWidth + kElements;
-  static constexpr int kMapBytes = kRows * kMapPitch * sizeof(S);
-  static constexpr int kSharedBytes = 4 * kMapBytes +
-                                      kRows * kBottleneckPitch * static_cast<int>(sizeof(S)) +
-                                      kChannels * static_cast<int>(sizeof(Channel<T>));
+  static constexpr int kBottleneckSize = kRows * kBottleneckPitch;
   static constexpr int kPieces = kRows * kWidth / kElements;  // of dv and b, 16 bytes each
   static constexpr int kPiecesEach = (kPieces + kThreads - 1) / kThreads;
   static constexpr int kSteps = kWidth / Math::kDepth;
+  // Of a warp's columns of W, what registers hold; the rest is in shared memory, or stays outside.
+  static constexpr int kKept = !Math::kTensor || kWide ? 0 : kSplit > 1 ? kSteps / 2 : kSteps;
+  static constexpr int kRestPitch = (kSteps - kKept) * Math::kDepth + kElements;
+  static constexpr int kRestSize = kSplit > 1 ? kChannels * kRestPitch : 0;
+  static constexpr int kSharedBytes =
+      (kStages * 2 * kMapSize + kBuffers * kBottleneckSize + kRestSize) *
+          static_cast<int>(sizeof(S)) +
+      kChannels * static_cast<int>(sizeof(Channel<T>)) +
+      (kWide ? 0 : 3 * kWidth * static_cast<int>(sizeof(T)));
 };
 
 template <class S>
 struct Arguments {
   using T = Arithmetic<S>;
-  Rows<const S> x;
-  Rows<const S> grad_in;  // data null: 0
-  Rows<S> grad;
-  int64_t channels, width, pitch;
+  const S* x;        // [M, channels], x_pitch apart
+  const S* grad_in;  // null: 0
+  S* grad;
+  int x_pitch, grad_in_pitch, grad_pitch;
+  int rows, pixels;  // of all samples, of one
+  int channels, width, pitch;
   const S* dv;          // [M, pitch]
   const S* bottleneck;  // [M, pitch]
   const T* db_table;    // [3, width]
   const S* weight;      // transposed, [padded channels, padded width]
-  int64_t weight_pitch;
+  int weight_pitch;
   Table<T> table;
   PerChannel<T> pre_mask, post_mask;
   Norm<T> norm;
   int tiles_each;  // of a part
   int blocks;      // of kWidth bottleneck columns
   T* dweight;      // [parts, width, channels]
-  T* sums;         // [parts, 2, channels]
+  T* sums;         // [parts, kSplit, 2, channels]
 };
 
-// A tile of x or G, the chunk's channels; what does not exist becomes 0.
+// A tile of x or G, the chunk's channels; what does not exist becomes 0. A thread has the same
+// piece of 16 bytes in each kPerPass-th row.
 template <class K, class S>
-DEVICE void load_maps(const Rows<const S>& maps, int64_t channels, int64_t row0, int64_t channel0,
-                      S* tile) {
-  constexpr int kPieces = K::kChannels / K::kElements;
-  const int64_t rows = maps.count();
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < K::kRows * kPieces; i += K::kThreads) {
-    const int64_t row = row0 + i / kPieces, c = channel0 + i % kPieces * K::kElements;
-    const int64_t left = (channels - c) * static_cast<int64_t>(sizeof(S));
-    const int bytes = row >= rows || left <= 0 ? 0 : left >= 16 ? 16 : static_cast<int>(left);
-    cp_async16(tile + i / kPieces * K::kMapPitch + i % kPieces * K::kElements,
-               bytes > 0 ? maps.row(row) + c : maps.data, bytes);
+DEVICE void load_maps(const S* maps, int pitch, int rows, int channels, int row0, int channel0,
+                      int self, S* tile) {
+  constexpr int kPieces = K::kChannels / K::kElements, kPerPass = K::kThreads / kPieces;
+  const int first = self / kPieces, column = self % kPieces * K::kElements;
+  const int c = channel0 + column, left = (channels - c) * static_cast<int>(sizeof(S));
+  const int bytes = left >= 16 ? 16 : left > 0 ? left : 0;
+#pragma unroll
+  for (int i = 0; i < K::kRows; i += kPerPass) {
+    const int row = row0 + first + i;
+    const bool inside = row < rows && bytes > 0;
+    cp_async16(tile + (first + i) * K::kMapPitch + column,
+               inside ? maps + static_cast<int64_t>(row) * pitch + c : maps, inside ? bytes : 0);
   }
 }
 
@@ -96,114 +117,141 @@ struct Pieces {
 };
 
 template <class K, class S>
-DEVICE void load_pieces(const Arguments<S>& p, int64_t row0, int block, Pieces<K>& pieces) {
+DEVICE void load_pieces(const Arguments<S>& p, int row0, int block, int self, Pieces<K>& pieces) {
   constexpr int kRowPieces = K::kWidth / K::kElements;
 #pragma unroll
   for (int j = 0; j < K::kPiecesEach; ++j) {
-    const int i = static_cast<int>(threadIdx.x) + j * K::kThreads;
-    const int64_t row = row0 + i / kRowPieces;
-    const int64_t column = static_cast<int64_t>(block) * K::kWidth + i % kRowPieces * K::kElements;
-    if (i < K::kPieces && row < p.x.count() && column < p.pitch) {
-      pieces.dv[j] = ld16(p.dv + row * p.pitch + column);
-      pieces.b[j] = ld16(p.bottleneck + row * p.pitch + column);
+    const int i = self + j * K::kThreads;
+    const int row = row0 + i / kRowPieces;
+    const int column = block * K::kWidth + i % kRowPieces * K::kElements;
+    if (i < K::kPieces && row < p.rows && column < p.pitch) {
+      pieces.dv[j] = ld16(p.dv + static_cast<int64_t>(row) * p.pitch + column);
+      pieces.b[j] = ld16(p.bottleneck + static_cast<int64_t>(row) * p.pitch + column);
     }
   }
 }
 
-// db = t0 dv + t1 + t2 b, 0 where there is no row or no column.
-template <class Math, class K, class S>
-DEVICE void form_db(const Arguments<S>& p, int64_t row0, int block, const Pieces<K>& pieces,
-                    S* db) {
-  using T = typename Math::T;
+// db = t0 dv + t1 + t2 b, 0 where there is no row or no column. `table` is db_table in shared
+// memory, [3, kWidth]; wide ones stay where they are.
+template <class Math, class K, class S, class T>
+DEVICE void form_db(const Arguments<S>& p, int row0, int block, int self, const Pieces<K>& pieces,
+                    const T* table, S* db) {
   constexpr int kRowPieces = K::kWidth / K::kElements;
 #pragma unroll
   for (int j = 0; j < K::kPiecesEach; ++j) {
-    const int i = static_cast<int>(threadIdx.x) + j * K::kThreads;
+    const int i = self + j * K::kThreads;
     if (i >= K::kPieces) continue;
     const int row = i / kRowPieces, first = i % kRowPieces * K::kElements;
-    const bool exists = row0 + row < p.x.count();
-    Bytes16 out;
-    S* const values = reinterpret_cast<S*>(&out);
-    const S* const dv = reinterpret_cast<const S*>(&pieces.dv[j]);
-    const S* const b = reinterpret_cast<const S*>(&pieces.b[j]);
+    const int c = block * K::kWidth + first, left = p.width - c;
+    const int valid = row0 + row >= p.rows || left <= 0 ? 0
+                      : left < K::kElements             ? left
+                                                        : K::kElements;
+    T t[3][K::kElements], v[K::kElements], b[K::kElements];
 #pragma unroll
-    for (int e = 0; e < K::kElements; ++e) {
-      const int64_t c = static_cast<int64_t>(block) * K::kWidth + first + e;
-      T v = T(0);
-      if (exists && c < p.width)
-        v = affine(widen(dv[e]), p.db_table[c],
-                   affine(widen(b[e]), p.db_table[2 * p.width + c], p.db_table[p.width + c]));
-      values[e] = Math::operand(v);
+    for (int k = 0; k < 3; ++k) {
+      if constexpr (K::kWide) {
+        load_each<K::kElements>(p.db_table + static_cast<int64_t>(k) * p.width + c, valid, t[k]);
+      } else {
+        load_row(table + k * K::kWidth + first, t[k]);
+      }
     }
-    st16(db + row * K::kBottleneckPitch + first, out);
+    load<K::kElements>(reinterpret_cast<const S*>(&pieces.dv[j]), v);
+    load<K::kElements>(reinterpret_cast<const S*>(&pieces.b[j]), b);
+#pragma unroll
+    for (int e = 0; e < K::kElements; ++e)
+      v[e] = affine(v[e], t[0][e], affine(b[e], t[2][e], t[1][e]));
+    if (valid < K::kElements) {
+#pragma unroll
+      for (int e = 0; e < K::kElements; ++e) v[e] = e < valid ? v[e] : T(0);
+    }
+    store_operands<Math>(db + row * K::kBottleneckPitch + first, v);
   }
 }
 
-template <class Math, int kUnits, bool kWide>
-KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBlocks)
+template <class Math, int kUnits, bool kWide, bool kMasked>
+KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
+                         Shape<Math, kUnits, kWide, kMasked>::kBlocks)
     bottleneck_backward_kernel(Arguments<typename Math::Storage> p) {
-  using K = Shape<Math, kUnits>;
+  using K = Shape<Math, kUnits, kWide, kMasked>;
   using S = typename Math::Storage;
   using T = typename Math::T;
   DYNAMIC_SHARED(shared);
-  S* const maps = reinterpret_cast<S*>(shared);  // x, G of this tile and of the next
-  S* const db = maps + 4 * K::kRows * K::kMapPitch;
-  Channel<T>* const table = reinterpret_cast<Channel<T>*>(db + K::kRows * K::kBottleneckPitch);
+  S* const maps = reinterpret_cast<S*>(shared);  // x and G of kStages tiles
+  S* const buffers = maps + K::kStages * 2 * K::kMapSize;
+  S* const rest = buffers + K::kBuffers * K::kBottleneckSize;  // of W
+  Channel<T>* const channels = reinterpret_cast<Channel<T>*>(rest + K::kRestSize);
+  T* const db_table = reinterpret_cast<T*>(channels + K::kChannels);
   const int g = lane_id() / 4, t = lane_id() % 4;
-  const int64_t channel0 = static_cast<int64_t>(blockIdx.x) * K::kChannels;
-  const int own = warp_id() * 16;  // first channel of the warp in the chunk
-  const int64_t rows = p.x.count();
-  const int pixels = static_cast<int>(p.x.pixels());
-  const int tiles = static_cast<int>(ceil_div(rows, static_cast<int64_t>(K::kRows)));
+  const int channel0 = static_cast<int>(blockIdx.x) * K::kChannels;
+  const int own = warp_id() % K::kGroups * 16;  // first channel of the warp in the chunk
+  const int share = warp_id() / K::kGroups;     // which of the warps with these channels it is
+  const int tiles = (p.rows + K::kRows - 1) / K::kRows;
   const int first = static_cast<int>(blockIdx.y) * p.tiles_each;
   const int last = first + p.tiles_each < tiles ? first + p.tiles_each : tiles;
   const bool main = !kWide || blockIdx.z == 0;  // makes dz and G; the others only their part of dW
-  const bool per_sample =
-      p.table.sample_stride != 0 || p.pre_mask.data != nullptr || p.post_mask.data != nullptr;
 
   const S* const weight =
       p.weight + (channel0 + own) * p.weight_pitch;  // rows are the warp's channels
-  constexpr bool kKeepWeight = Math::kTensor && !kWide;
-  typename Math::B w[kKeepWeight ? K::kSteps : 1];
-  if constexpr (kKeepWeight) {
+  typename Math::B w[K::kKept > 0 ? K::kKept : 1];
 #pragma unroll
-    for (int k = 0; k < K::kSteps; ++k)
-      Math::load_b_direct(
-          w[k], [=](int n) { return weight + n * p.weight_pitch; }, k * Math::kDepth);
+  for (int k = 0; k < K::kKept; ++k)
+    Math::load_b_direct(w[k], [=](int n) { return weight + n * p.weight_pitch; }, k * Math::kDepth);
+  if constexpr (K::kSplit > 1) {
+    constexpr int kPieces = (K::kSteps - K::kKept) * Math::kDepth / K::kElements;
+    for (int i = static_cast<int>(threadIdx.x); i < K::kChannels * kPieces; i += K::kThreads) {
+      const int row = i / kPieces, column = i % kPieces * K::kElements;
+      st16(rest + row * K::kRestPitch + column,
+           ld16(p.weight + (channel0 + row) * static_cast<int64_t>(p.weight_pitch) +
+                K::kKept * Math::kDepth + column));
+    }
+  }
+  if constexpr (!kWide) {
+    for (int i = static_cast<int>(threadIdx.x); i < 3 * K::kWidth; i += K::kThreads) {
+      const int64_t c = i % K::kWidth;
+      db_table[i] = c < p.width ? p.db_table[i / K::kWidth * p.width + c] : T(0);
+    }
+    __syncthreads();
   }
 
   for (int i = static_cast<int>(threadIdx.x); i < K::kChannels; i += K::kThreads) {
-    const int64_t c = channel0 + i;
+    const int c = channel0 + i;
     const ScaleShift<T> entry = p.table.data[c];
     Channel<T> channel = {entry.scale, entry.shift, T(0), T(0)};
     if (c < p.channels) {
       channel.mean = p.norm.mean[c];
       channel.slope = p.norm.weight[c] / sqrt(p.norm.var[c] + static_cast<T>(p.norm.eps));
     }
-    table[i] = channel;
+    channels[i] = channel;
   }
-  T sum1[2][2] = {}, sum2[2][2] = {};  // of the thread's channels, 2t and 2t+1 of each 8
-  T acc[K::kUnits][2][4] = {};         // dW: rows of the unit by the warp's channels
+  T sum1[2][2] = {}, sum2[2][2] = {};  // of these channels
+  T acc[K::kOwnUnits][2][4] = {};      // dW: rows of the unit by the warp's channels
 
-  const auto load_tile = [&](int tile) {
-    const int64_t row0 = static_cast<int64_t>(tile) * K::kRows;
-    S* const to = maps + tile % 2 * 2 * K::kRows * K::kMapPitch;
-    load_maps<K>(p.x, p.channels, row0, channel0, to);
-    if (main && p.grad_in.data != nullptr)
-      load_maps<K>(p.grad_in, p.channels, row0, channel0, to + K::kRows * K::kMapPitch);
+  const auto load_tile = [&](int tile, int stage, int self) {
+    if (tile < last) {
+      const int row0 = tile * K::kRows;
+      S* const to = maps + stage * 2 * K::kMapSize;
+      load_maps<K>(p.x, p.x_pitch, p.rows, p.channels, row0, channel0, self, to);
+      if (main && p.grad_in != nullptr)
+        load_maps<K>(p.grad_in, p.grad_in_pitch, p.rows, p.channels, row0, channel0, self,
+                     to + K::kMapSize);
+    }
     cp_async_commit();
   };
   Pieces<K> pieces;
   const int start =
       main ? 1 % p.blocks : static_cast<int>(blockIdx.z);  // the part of db to form first
-  if (first < last) {
-    load_tile(first);
-    load_pieces<K>(p, static_cast<int64_t>(first) * K::kRows, start, pieces);
-  }
+  for (int i = 0; i < K::kStages - 1; ++i) load_tile(first + i, i, static_cast<int>(threadIdx.x));
+  if (first < last)
+    load_pieces<K>(p, first * K::kRows, start, static_cast<int>(threadIdx.x), pieces);
+  int stage = 0;
   for (int tile = first; tile < last; ++tile) {
-    const int64_t row0 = static_cast<int64_t>(tile) * K::kRows;
-    S* const x = maps + tile % 2 * 2 * K::kRows * K::kMapPitch;
-    S* const gradient = x + K::kRows * K::kMapPitch;
+    const int row0 = tile * K::kRows;
+    const int self = fresh(static_cast<int>(threadIdx.x));
+    const int g = self % kWarp / 4, t = self % 4;
+    const bool idle = channel0 + self / kWarp % K::kGroups * 16 >= p.channels;  // no channel here
+    S* const x = maps + stage * 2 * K::kMapSize;
+    S* const gradient = x + K::kMapSize;
+    S* const db = buffers + (tile - first) % K::kBuffers * K::kBottleneckSize;
     const auto db_row = [=](int i) { return db + i * K::kBottleneckPitch; };
     // dz of 16 rows, from the part of db that is in shared memory.
     const auto multiply = [&](int m, int block, T(&dz)[2][4]) {
@@ -211,13 +259,19 @@ KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBl
       for (int k = 0; k < K::kSteps; ++k) {
         typename Math::A a;
         Math::load_a(a, [=](int r) { return db_row(m * 16 + r); }, k * Math::kDepth);
-        if constexpr (kKeepWeight) {
-          Math::mma(dz, a, w[k]);
+        if (k < K::kKept) {
+          Math::mma(dz, a, w[k < K::kKept ? k : 0]);
         } else {
           typename Math::B b;
-          Math::load_b_direct(
-              b, [=](int n) { return weight + n * p.weight_pitch; },
-              block * K::kWidth + k * Math::kDepth);
+          if constexpr (K::kSplit > 1) {
+            Math::load_b(
+                b, [=](int n) { return rest + (own + n) * K::kRestPitch; },
+                (k - K::kKept) * Math::kDepth);
+          } else {
+            Math::load_b_direct(
+                b, [=](int n) { return weight + n * p.weight_pitch; },
+                block * K::kWidth + k * Math::kDepth);
+          }
           Math::mma(dz, a, b);
         }
       }
@@ -230,14 +284,14 @@ KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBl
       const bool is_last = !kWide || i == parts - 1;
       if (i > 0) {
         __syncthreads();  // the part before has been read
-        load_pieces<K>(p, row0, block, pieces);
+        load_pieces<K>(p, row0, block, self, pieces);
       }
-      form_db<Math, K>(p, row0, block, pieces, db);
-      if (is_last) cp_async_wait<0>();
-      __syncthreads();
-      if (is_last && tile + 1 < last) {
-        load_tile(tile + 1);
-        load_pieces<K>(p, row0 + K::kRows, start, pieces);
+      form_db<Math, K>(p, row0, block, self, pieces, db_table, db);
+      if (is_last) cp_async_wait<K::kStages - 2>();
+      __syncthreads();  // db and this tile's maps are there; the maps before have been read
+      if (is_last) {
+        load_tile(tile + K::kStages - 1, stage > 0 ? stage - 1 : K::kStages - 1, self);
+        if (tile + 1 < last) load_pieces<K>(p, row0 + K::kRows, start, self, pieces);
       }
       if constexpr (kWide) {
         if (main) {
@@ -248,33 +302,32 @@ KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBl
     }
     constexpr int kUnrolled =
         kWide ? K::kRows / 16 : 1;  // unrolled twice, it would need more registers
-    const int64_t sample0 = row0 / pixels;
-    const int pixel0 = static_cast<int>(row0 - sample0 * pixels);
 
     // z over x, the new gradient over the old one; each element belongs to one thread.
 #pragma unroll kUnrolled
-    for (int m = 0; m < K::kRows / 16; ++m) {
+    for (int i = 0; i < (idle ? 0 : K::kRows / 16 / K::kSplit); ++i) {
+      const int m = share + i * K::kSplit;
       T dz[2][4] = {};
       if constexpr (!kWide) multiply(m, 0, dz);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int r = m * 16 + g + 8 * half;
-        const int64_t row = row0 + r;
-        const int64_t n = per_sample ? sample0 + (pixel0 + (row < rows ? r : 0)) / pixels : 0;
+        int64_t n = 0;
+        if constexpr (kMasked) n = (row0 + r < p.rows ? row0 + r : p.rows - 1) / p.pixels;
 #pragma unroll
         for (int tile8 = 0; tile8 < 2; ++tile8) {
           const int column = own + 8 * tile8 + 2 * t;
-          const int64_t c = channel0 + column;
+          const int c = channel0 + column;
           T value[2], old[2] = {T(0), T(0)}, z[2], updated[2];
           load<2>(x + r * K::kMapPitch + column, value);
-          if (main && p.grad_in.data != nullptr) load<2>(gradient + r * K::kMapPitch + column, old);
+          if (main && p.grad_in != nullptr) load<2>(gradient + r * K::kMapPitch + column, old);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            Channel<T> channel = table[column + j];
+            Channel<T> channel = channels[column + j];
             T q = T(1), r2 = T(1);  // masks before and after
-            if (per_sample) {
-              const ScaleShift<T> own = p.table.row(n)[c + j];
-              channel.scale = own.scale, channel.shift = own.shift;
+            if constexpr (kMasked) {
+              const ScaleShift<T> entry = p.table.row(n)[c + j];
+              channel.scale = entry.scale, channel.shift = entry.shift;
               if (c + j < p.channels) {
                 if (p.pre_mask.data != nullptr) q = p.pre_mask.row(n)[c + j];
                 if (p.post_mask.data != nullptr) r2 = p.post_mask.row(n)[c + j];
@@ -292,55 +345,61 @@ KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBl
           if (main) store<2>(gradient + r * K::kMapPitch + column, updated);
         }
       }
-    }
-    __syncwarp();
+      __syncwarp();
 
-    if (main) {  // the warp's channels of G, in pieces of 16 bytes
-      constexpr int kPieces = 16 / K::kElements;
-#pragma unroll 1
-      for (int i = lane_id(); i < K::kRows * kPieces; i += kWarp) {
-        const int column = own + i % kPieces * K::kElements;
-        const int64_t row = row0 + i / kPieces, c = channel0 + column;
-        if (row >= rows || c >= p.channels) continue;
-        const S* const from = gradient + i / kPieces * K::kMapPitch + column;
-        S* const to = p.grad.row(row) + c;
-        if (c + K::kElements <= p.channels) {
-          st16(to, ld16(from));
-        } else {
-          for (int e = 0; c + e < p.channels; ++e) to[e] = from[e];
+      if (main) {  // these 16 rows of the warp's channels of G, in pieces of 16 bytes
+        constexpr int kPieces = 16 / K::kElements;
+#pragma unroll
+        for (int i = self % kWarp; i < 16 * kPieces; i += kWarp) {
+          const int column = own + i % kPieces * K::kElements;
+          const int row = row0 + m * 16 + i / kPieces;
+          const int c = channel0 + column;
+          if (row >= p.rows || c >= p.channels) continue;
+          const S* const from = gradient + (m * 16 + i / kPieces) * K::kMapPitch + column;
+          S* const to = p.grad + static_cast<int64_t>(row) * p.grad_pitch + c;
+          if (c + K::kElements <= p.channels) {
+            st16(to, ld16(from));
+          } else {
+            for (int e = 0; c + e < p.channels; ++e) to[e] = from[e];
+          }
         }
+        __syncwarp();  // lanes leave that loop at different times
       }
-      __syncwarp();  // lanes leave that loop at different times
     }
+    if constexpr (K::kSplit > 1) __syncthreads();  // all of z is there
+
 #pragma unroll(Math::kTensor ? K::kRows / Math::kDepth : 1)
-    for (int k = 0; k < K::kRows; k += Math::kDepth) {
+    for (int k = 0; k < (idle ? 0 : K::kRows); k += Math::kDepth) {
       typename Math::B z;
       Math::load_b_t(z, [=](int r) { return x + (k + r) * K::kMapPitch; }, own);
 #pragma unroll
-      for (int u = 0; u < K::kUnits; ++u) {
+      for (int u = 0; u < K::kOwnUnits; ++u) {
         typename Math::A a;
-        Math::load_a_t(a, [=](int r) { return db_row(k + r); }, u * 16);
+        Math::load_a_t(a, [=](int r) { return db_row(k + r); }, (share * K::kOwnUnits + u) * 16);
         Math::mma(acc[u], a, z);
       }
     }
-    __syncthreads();  // db and this tile's maps have been read
+    if constexpr (K::kBuffers == 1) __syncthreads();  // db has been read
+    stage = stage + 1 < K::kStages ? stage + 1 : 0;
   }
+  cp_async_wait<0>();
 
   T* const dweight = p.dweight + static_cast<int64_t>(blockIdx.y) * p.width * p.channels;
 #pragma unroll
-  for (int u = 0; u < K::kUnits; ++u) {
+  for (int u = 0; u < K::kOwnUnits; ++u) {
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t row = static_cast<int64_t>(blockIdx.z) * K::kWidth + u * 16 + g + i / 2 * 8;
-        const int64_t c = channel0 + own + 8 * tile + 2 * t + i % 2;
+        const int64_t row = static_cast<int64_t>(blockIdx.z) * K::kWidth +
+                            (share * K::kOwnUnits + u) * 16 + g + i / 2 * 8;
+        const int c = channel0 + own + 8 * tile + 2 * t + i % 2;
         if (row < p.width && c < p.channels) dweight[row * p.channels + c] = acc[u][tile][i];
       }
     }
   }
   if (!main) return;
-  T* const sums = p.sums + static_cast<int64_t>(blockIdx.y) * 2 * p.channels;
+  T* const sums = p.sums + (static_cast<int64_t>(blockIdx.y) * K::kSplit + share) * 2 * p.channels;
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
@@ -349,7 +408,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits>::kThreads, Shape<Math, kUnits>::kBl
         sum1[tile][j] += __shfl_xor_sync(0xffffffffu, sum1[tile][j], lanes);
         sum2[tile][j] += __shfl_xor_sync(0xffffffffu, sum2[tile][j], lanes);
       }
-      const int64_t c = channel0 + own + 8 * tile + 2 * t + j;
+      const int c = channel0 + own + 8 * tile + 2 * t + j;
       if (g == 0 && c < p.channels) {
         sums[c] = sum1[tile][j];
         sums[p.channels + c] = sum2[tile][j];
@@ -391,18 +450,18 @@ KERNEL __launch_bounds__(kMaxThreads) bottleneck_finish_kernel(Finish<T> p) {
   p.dweight[i] = sum;
 }
 
-template <class Math, int kUnits, bool kWide>
+template <class Math, int kUnits, bool kWide, bool kMasked>
 void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) {
-  using K = Shape<Math, kUnits>;
+  using K = Shape<Math, kUnits, kWide, kMasked>;
   using S = typename Math::Storage;
   using T = typename Math::T;
   const int64_t rows = a.features.count(), tiles = ceil_div(rows, K::kRows),
                 chunks = ceil_div(a.channels, K::kChannels), blocks = ceil_div(a.width, K::kWidth);
-  // As many parts as make two blocks for each multiprocessor and not one more, which would wait for
-  // all others; but no more partial sums than a half of what the kernel reads and writes anyway.
+  // As many parts as run at once and not one more, which would wait for all others; but no more
+  // partial sums than a half of what the kernel reads and writes anyway.
   const int64_t bytes = rows * (3 * a.channels + 2 * a.width) * static_cast<int64_t>(sizeof(S)),
                 partial = 2 * a.width * a.channels * static_cast<int64_t>(sizeof(T));
-  int64_t parts = 2 * multiprocessors() / (chunks * blocks);
+  int64_t parts = K::kBlocks * multiprocessors() / (chunks * blocks);
   if (parts > bytes / 2 / partial) parts = bytes / 2 / partial;
   if (parts > tiles) parts = tiles;
   if (parts < 1) parts = tiles > 0 ? 1 : 0;
@@ -412,26 +471,36 @@ void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) 
   const int64_t depth = chunks * K::kChannels;
   const auto packed = pack<Math>(a.weight, a.width, a.channels, depth, blocks * K::kWidth, true,
                                  a.table, a.features.samples, a.channels, depth, context);
-  const Arguments<S> p = {a.features,
-                          a.grad_in,
-                          a.grad,
-                          a.channels,
-                          a.width,
-                          round_up(a.width, kLanes),
+  const auto narrow = [](int64_t value) {
+    if (value > std::numeric_limits<int>::max() - K::kRows)
+      throw std::runtime_error("densenet_ext: more than 2^31 pixels are too many");
+    return static_cast<int>(value);
+  };
+  const Arguments<S> p = {a.features.data,
+                          a.grad_in.data,
+                          a.grad.data,
+                          narrow(a.features.pitch),
+                          narrow(a.grad_in.pitch),
+                          narrow(a.grad.pitch),
+                          narrow(rows),
+                          narrow(a.features.pixels()),
+                          narrow(a.channels),
+                          narrow(a.width),
+                          narrow(round_up(a.width, kLanes)),
                           a.dv,
                           a.bottleneck,
                           a.db_table,
                           packed.weight,
-                          blocks * K::kWidth,
+                          narrow(blocks * K::kWidth),
                           packed.table,
                           a.pre_mask,
                           a.post_mask,
                           a.norm,
-                          static_cast<int>(tiles_each),
-                          static_cast<int>(blocks),
+                          narrow(tiles_each),
+                          narrow(blocks),
                           context.scratch<T>(parts * a.width * a.channels),
-                          context.scratch<T>(parts * 2 * a.channels)};
-  launch(context, bottleneck_backward_kernel<Math, kUnits, kWide>, {chunks, parts, blocks},
+                          context.scratch<T>(parts * K::kSplit * 2 * a.channels)};
+  launch(context, bottleneck_backward_kernel<Math, kUnits, kWide, kMasked>, {chunks, parts, blocks},
          K::kThreads, K::kSharedBytes, p);
   const int64_t elements = a.width * a.channels;
   const Finish<T> f = {p.dweight,
@@ -439,8 +508,8 @@ void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) 
                        elements,
                        a.dweight,
                        ceil_div(elements, kWarp),
-                       {a.norm, p.sums, parts, a.channels, static_cast<double>(rows), a.coef,
-                        a.dnorm_weight, a.dnorm_bias, false, a.pre_mask}};
+                       {a.norm, p.sums, parts * K::kSplit, a.channels, static_cast<double>(rows),
+                        a.coef, a.dnorm_weight, a.dnorm_bias, false, a.pre_mask}};
   launch(context, bottleneck_finish_kernel<T>, {f.weight_blocks + narrow_blocks(a.channels)},
          kMaxThreads, kNormBackwardBytes, f);
 }
@@ -451,14 +520,16 @@ template <class S>
 void bottleneck_backward(const BottleneckBackward<S>& a, Context& context) {
   dispatch_math<S>(context, [&](auto math) {
     using Math = decltype(math);
+    const bool masked = a.table.scale.sample_stride != 0 || a.table.shift.sample_stride != 0 ||
+                        a.pre_mask.data != nullptr || a.post_mask.data != nullptr;
     if constexpr (!Math::kTensor) {
-      run<Math, 3, true>(a, context);
+      run<Math, 3, true, true>(a, context);
     } else if (a.width <= 48) {
-      run<Math, 3, false>(a, context);
+      masked ? run<Math, 3, false, true>(a, context) : run<Math, 3, false, false>(a, context);
     } else if (a.width <= 128) {
-      run<Math, 8, false>(a, context);
+      masked ? run<Math, 8, false, true>(a, context) : run<Math, 8, false, false>(a, context);
     } else {
-      run<Math, 8, true>(a, context);
+      run<Math, 8, true, true>(a, context);
     }
   });
 }

@@ -211,10 +211,6 @@ DEVICE void zero_shared(S* shared, int elements) {
     st16(shared + i, {{0, 0, 0, 0}});
 }
 
-// v, which the compiler does not know to be the same in every round of a loop: what follows from it
-// is not kept in registers from round to round.
-DEVICE int fresh(int v) { return __shfl_xor_sync(0xffffffff, v, 0); }
-
 // ---- partial sums ------------------------------------------------------------------------------
 
 // Threads of a block that finishes sums: 32 columns times kSlices slices of the partial sums.

@@ -38,6 +38,7 @@ DEVICE void store_word(void* to, const Word<bytes>& word) {
 template <int V, class S>
 DEVICE void load(const S* from, Arithmetic<S> (&v)[V]) {
   constexpr int bytes = V * sizeof(S);
+  static_assert(bytes <= 16, "the widest access");
   const Word<bytes> word = load_word<bytes>(from);
   S s[V];
   memcpy(s, &word, bytes);
@@ -60,6 +61,20 @@ DEVICE void store(S* to, const Arithmetic<S> (&v)[V]) {
     memcpy(&word, s, bytes);
   }
   store_word<bytes>(to, word);
+}
+
+// Longer runs of what is not rounded, at a multiple of 16 bytes.
+template <int V, class T>
+DEVICE void load_row(const T* from, T (&v)[V]) {
+  constexpr int each = 16 / sizeof(T);
+  static_assert(V % each == 0, "whole accesses");
+#pragma unroll
+  for (int i = 0; i < V; i += each) {
+    T part[each];
+    load<each>(from + i, part);
+#pragma unroll
+    for (int j = 0; j < each; ++j) v[i + j] = part[j];
+  }
 }
 
 // Runs of values as operands of a product.
