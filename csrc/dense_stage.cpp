@@ -7,13 +7,6 @@
 namespace densenet_ext {
 namespace {
 
-// What the next stage reads, in the workspace where there is one.
-Tensor stage_maps(const Tensor& like, int64_t samples, int64_t channels, int64_t height,
-                  int64_t width, ScalarType type) {
-  return is_channels_last(like) ? output_maps(like, samples, channels, height, width, type)
-                                : workspace(like, {samples, channels, height, width}, type);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_stage(
     const Tensor& x, const Tensors& params, const Tensors& masks, const Tensors& frozen_stats,
     int64_t mask_kind, double dropout_scale, std::vector<double> eps, std::vector<int64_t> frozen,

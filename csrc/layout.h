@@ -61,6 +61,13 @@ inline Tensor output_maps(const Tensor& like, int64_t samples, int64_t channels,
              : empty(like, {samples, channels, height, width}, type);
 }
 
+// The same for what the next stage reads, from the workspace where there is one.
+inline Tensor stage_maps(const Tensor& like, int64_t samples, int64_t channels, int64_t height,
+                         int64_t width, ScalarType type) {
+  return is_channels_last(like) ? output_maps(like, samples, channels, height, width, type)
+                                : workspace(like, {samples, channels, height, width}, type);
+}
+
 // Maps from the outside, as the kernels can read them: on CUDA they take any strides.
 inline Tensor readable(const Tensor& x) {
   return is_channels_last(x) ? x : torch::stable::contiguous(x);

@@ -178,8 +178,8 @@ class DenseNetBC(nn.Module):
         return self._classify(x)
 
     def _images(self, x: Tensor) -> Tensor:
-        """x as conv0 gets it: on a CPU channels last, which makes its output so. There oneDNN computes a planar output in
-        another layout first and then copies it."""
+        """x as conv0 gets it: channels last, which makes its output so, as the ops after it read it. (On a CPU oneDNN computes
+        a planar output in another layout first and then copies it.)"""
         if not isinstance(x, Tensor) or x.device.type not in ops.STEM_DEVICES:
             return x
         if x.dim() != 4 or fallback.input_reason([x]) is not None:
@@ -190,7 +190,7 @@ class DenseNetBC(nn.Module):
         return x
 
     def _fuses_stem(self, norm: nn.Module, rest: list, x: Tensor) -> bool:
-        """Whether norm0, and relu0 and pool0 after it, are computed by one op: on a CPU, where nothing hinders that."""
+        """Whether norm0, and relu0 and pool0 after it, are computed by one op: where nothing hinders that."""
         if x.device.type not in ops.STEM_DEVICES:
             return False
         reason = fallback.stem_reason([(f"features.{n}", m) for n, m in [("norm0", norm), *rest[:2]]], x)

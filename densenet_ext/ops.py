@@ -159,9 +159,9 @@ def _(grad, output, inputs, params, masks, stats, gates, bottlenecks, *options):
 
 @torch.library.register_fake("densenet_ext::dense_stem")
 def _(x, norm_weight, norm_bias, frozen_stats, eps):
-    count, channels, height, width = x.shape
+    channels, height, width = x.shape[1:]
     stats = x.new_empty((2, channels), dtype=arithmetic_dtype(x.dtype))
-    return x.new_empty((count, channels, (height + 1) // 2, (width + 1) // 2)), stats
+    return new_maps(x, channels, (height + 1) // 2, (width + 1) // 2), stats
 
 
 @torch.library.register_fake("densenet_ext::dense_stem_backward")

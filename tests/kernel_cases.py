@@ -293,8 +293,8 @@ class Problem:
 
     def stem_backward(self, training=True, need_dx=True):
         s = self.shape
-        out = self._stem_maps()
-        grad_out = self.grid(*out.shape).to(self.dtype)
+        grad_out = self._stem_maps()
+        grad_out.copy_(self.grid(*grad_out.shape))
         dx = self._stem_input(values=False) if need_dx else None
         return (
             self._stem_input(),

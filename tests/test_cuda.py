@@ -14,6 +14,7 @@ from kernel_cases import DEVICES
 from stage_cases import Case
 
 from densenet_ext import DenseNetBC, EfficientDenseBlock, ops
+from densenet_ext.functional import dense_stem
 from densenet_ext.reference.layout import is_channels_last
 
 DEVICE = next((d for d in DEVICES[::-1] if is_channels_last(torch.empty(0, device=d))), None)
@@ -55,6 +56,24 @@ def test_layer_equals_plain():
     assert error([got], [want]) < 1e-12
     leaves = [*inputs, *params]
     assert error(*(torch.autograd.grad(y, leaves, grad) for y in (got, want))) < 1e-10
+
+
+@needs_device
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+def test_stem_equals_plain(training, form):
+    x = torch.randn(3, 10, 15, 12, dtype=torch.double, device=DEVICE).to(memory_format=form).requires_grad_()
+    norm = torch.nn.BatchNorm2d(10, dtype=torch.double, device=DEVICE).train(training)
+    torch.nn.init.uniform_(norm.weight, -1, 1)
+    norms = norm, copy.deepcopy(norm)
+    got = dense_stem(x, norms[0])
+    want = F.max_pool2d(F.relu(norms[1](x)), 3, stride=2, padding=1)
+    grad = torch.randn_like(want)
+    results = [
+        [y, *torch.autograd.grad(y, [x, *norm.parameters()], grad), *norm.buffers()]
+        for y, norm in zip((got, want), norms, strict=True)
+    ]
+    assert error(*results) < 1e-12
 
 
 def step(model, x, labels, autocast=None):

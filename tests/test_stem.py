@@ -11,6 +11,7 @@ from torch import nn
 
 from densenet_ext import DenseNetBC, functional, ops, set_fallback
 from densenet_ext.functional import dense_stem
+from densenet_ext.reference.layout import is_channels_last
 
 pytestmark = pytest.mark.skipif("cpu" not in ops.STEM_DEVICES, reason="the stem is PyTorch's own operators there")
 
@@ -193,12 +194,12 @@ def test_repeated_runs_are_bit_equal(threads):
 
 
 @pytest.mark.parametrize("layout", ["planar", *LAYOUTS])
-def test_input_gradient_is_channels_last_and_output_planar(layout):
-    """As the convolution before and the stage after have them, whatever the input; the op alone takes any layout too."""
+def test_layouts_are_those_of_the_neighbors(layout):
+    """Of dx channels last, of the output the stage's, whatever the input's; the op alone takes any layout too."""
     x = LAYOUTS.get(layout, torch.clone)(torch.randn(2, 3, 9, 8, dtype=torch.double)).requires_grad_()
     norm = new_norm(3)
     for y in (dense_stem(x, norm), ops.dense_stem(x, norm.weight, norm.bias, [], norm.eps)[0]):
-        assert y.is_contiguous()
+        assert y.is_contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
         torch.testing.assert_close(y, plain_stem(x, norm), rtol=1e-9, atol=1e-9)
     _, stats = ops.dense_stem(x, norm.weight, norm.bias, [], norm.eps)
     dx, _, _ = ops.dense_stem_backward(torch.randn_like(y), x, norm.weight, norm.bias, stats, norm.eps, False, True)

@@ -204,6 +204,36 @@ struct HeadBackward {
   T* dnorm_bias;
 };
 
+// The statistics are read by backward, and by forward where they are given; else written.
+template <class T>
+struct StemNorm {
+  const T* weight;
+  const T* bias;
+  T* mean;
+  T* var;
+  double eps;
+};
+
+template <class S>
+struct StemForward {
+  Rows<const S> x;
+  StemNorm<Arithmetic<S>> norm;
+  bool use_given;
+  Rows<S> out;
+};
+
+template <class S>
+struct StemBackward {
+  using T = Arithmetic<S>;
+  Rows<const S> x;
+  StemNorm<T> norm;
+  bool training;
+  Rows<const S> grad_out;
+  Rows<S> dx;  // data null: not wanted
+  T* dnorm_weight;
+  T* dnorm_bias;
+};
+
 // Moments of channels [offset, offset + channels) as they stand in the maps; nothing where they are
 // not wanted.
 template <class S>
@@ -228,6 +258,10 @@ template <class S>
 void head_forward(const HeadForward<S>& arguments, Context& context);
 template <class S>
 void head_backward(const HeadBackward<S>& arguments, Context& context);
+template <class S>
+void stem_forward(const StemForward<S>& arguments, Context& context);
+template <class S>
+void stem_backward(const StemBackward<S>& arguments, Context& context);
 
 // relu(scale * b + shift) is what the 3x3 convolution reads.
 template <class S>

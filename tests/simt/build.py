@@ -42,7 +42,7 @@ KERNEL_FLAGS = [*CUDA_FLAGS, "-fsanitize=thread"]
 SANITIZERS = "address,undefined"
 SANITIZE_FLAGS = ["-O1", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 STUBS = "stubs.cpp"
-HOST_SOURCES = ["ops", "layers", "dense_stage", "dense_layer", "workspace"]
+HOST_SOURCES = ["ops", "layers", "dense_stage", "dense_layer", "dense_stem", "workspace"]
 
 
 def build(sanitize: bool = False, kernels: str = "*") -> Path:

@@ -1,11 +1,10 @@
 // The stem after its convolution as an operator of its own: batch normalization, ReLU and the 3x3
-// max pool of stride 2, from x and the parameters to new tensors. Only on CPU: elsewhere the
-// network calls PyTorch's operators. x and its gradient are channels last, as the convolution
-// before has them; the pooled maps are planar, as the stage after has them. What is large comes
-// from the workspace, since it lives within a step.
+// max pool of stride 2, from x and the parameters to new tensors. x and its gradient are channels
+// last, as the convolution before has them; the pooled maps lie as the stage after has them. On CPU
+// what is large comes from the workspace, since it lives within a step.
 #include <tuple>
 
-#include "../stage.h"
+#include "stage.h"
 
 namespace densenet_ext {
 namespace {
@@ -30,8 +29,8 @@ std::tuple<Tensor, Tensor> dense_stem(const Tensor& x, const Tensor& norm_weight
   }
   Tensor all = stats;
   const Tensor mean = select(all, 0, 0), var = select(all, 0, 1);
-  const Tensor output = workspace(
-      x, {x.size(0), x.size(1), (x.size(2) + 1) / 2, (x.size(3) + 1) / 2}, x.scalar_type());
+  const Tensor output = stage_maps(x, x.size(0), x.size(1), (x.size(2) + 1) / 2,
+                                   (x.size(3) + 1) / 2, x.scalar_type());
   call("densenet_ext::stem_forward", channels_last(x), norm_weight, norm_bias, eps,
        !frozen_stats.empty(), mean, var, output);
   return {output, stats};
@@ -50,7 +49,8 @@ std::tuple<Tensor, Tensor, Tensor> dense_stem_backward(const Tensor& grad, const
   Tensor all = stats;
   const Tensor mean = select(all, 0, 0), var = select(all, 0, 1);
   call("densenet_ext::stem_backward", channels_last(x), norm_weight, norm_bias, mean, var, eps,
-       !frozen, readable(grad), need_dx ? Optional(dx) : std::nullopt, dweight, dbias);
+       !frozen, is_channels_last(x) ? channels_last(grad) : readable(grad),
+       need_dx ? Optional(dx) : std::nullopt, dweight, dbias);
   return {dx, dweight, dbias};
 }
 
@@ -58,6 +58,10 @@ std::tuple<Tensor, Tensor, Tensor> dense_stem_backward(const Tensor& grad, const
 }  // namespace densenet_ext
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CPU, m) {
+  m.impl("dense_stem", TORCH_BOX(&densenet_ext::dense_stem));
+  m.impl("dense_stem_backward", TORCH_BOX(&densenet_ext::dense_stem_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(densenet_ext, CUDA, m) {
   m.impl("dense_stem", TORCH_BOX(&densenet_ext::dense_stem));
   m.impl("dense_stem_backward", TORCH_BOX(&densenet_ext::dense_stem_backward));
 }

@@ -1,0 +1,326 @@
+// Batch normalization, ReLU and the 3x3 max pool of stride 2 of the stem, forward and backward.
+//
+//   out = relu(max of a window of v),   v = scale*x + shift
+//   dv = dout at the maximum of each window where that is positive
+//   S1 = sum dv,  S2 = sum dv*(x-mean)*rstd
+//   dx = gamma*rstd*(dv - S1/M - (x-mean)*rstd*S2/M)
+//
+// A rectifier cannot change which value of a window is the largest as long as one is positive, and
+// where none is there is no gradient: so maxima are sought among v. As in PyTorch, the first of
+// equals is the maximum, and a NaN is larger than whatever came before. Threads take groups of
+// channels, blocks runs of pixels (pixels.cuh). Backward finds the maxima again, with the sums, and
+// notes the place of each in its window; then each pixel of dx gathers from the windows that it is
+// in, four at most. Bytes moved: x twice in forward, twice in backward, with dout and places twice
+// and dx once.
+#include "norm_backward.cuh"
+
+namespace densenet_ext::cuda {
+namespace {
+
+constexpr uint16_t kNowhere = 9;  // places are counted row by row from 0 to 8
+
+struct Windows {
+  int height, width;          // of x
+  int out_height, out_width;  // of what is pooled
+};
+
+// Whether the maximum so far gives way to a value that comes after it.
+template <class T>
+DEVICE bool gives_way(T best, T v) {
+  return v > best || v != v;
+}
+
+// Calls body(place, pixel) for the pixels of a window that exist.
+template <class F>
+DEVICE void for_window(const Windows& w, int64_t window, const F& body) {
+  const int top = static_cast<int>(window) / w.out_width * 2 - 1,
+            left = static_cast<int>(window) % w.out_width * 2 - 1;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+#pragma unroll
+    for (int j = 0; j < 3; ++j) {
+      const int y = top + i, x = left + j;
+      if (y >= 0 && y < w.height && x >= 0 && x < w.width)
+        body(3 * i + j, static_cast<int64_t>(y) * w.width + x);
+    }
+  }
+}
+
+// Along one side: the first of the windows that pixel x is in, and x's place in it; and the same
+// for the second one, which odd pixels are in. A window that does not exist has place -1.
+struct Around {
+  int window[2], place[2];
+
+  DEVICE Around(int x, int windows) {
+    const bool odd = x % 2 != 0;
+    window[0] = x / 2, place[0] = odd ? 2 : 1;
+    window[1] = x / 2 + 1, place[1] = odd && x / 2 + 1 < windows ? 0 : -1;
+  }
+};
+
+template <class S>
+struct PoolArgs {
+  using T = Arithmetic<S>;
+  Rows<const S> x;
+  Rows<S> out;
+  Windows windows;
+  const T* scale;
+  const T* shift;
+  Items items;
+  ThreadMap map;
+};
+
+template <class S, int V>
+KERNEL __launch_bounds__(kMaxThreads) stem_pool_kernel(PoolArgs<S> a) {
+  using T = Arithmetic<S>;
+  const Run run = a.items[blockIdx.x];
+  const Group group = group_of<V>(a.map, blockIdx.y, a.x.channels);
+  if (group.valid == 0) return;
+  T scale[V], shift[V];
+  load_each<V>(a.scale + group.first, group.valid, scale);
+  load_each<V>(a.shift + group.first, group.valid, shift);
+  const S* const from = a.x.row(run.sample * a.x.pixels()) + group.first;
+  S* const to = a.out.row(run.sample * a.items.pixels) + group.first;
+  for (int64_t p = run.begin + a.map.row(); p < run.end; p += a.map.rows) {
+    T best[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) best[v] = T(-INFINITY);
+    for_window(a.windows, p, [&](int, int64_t pixel) {
+      T x[V];
+      load_first<V>(from + pixel * a.x.pitch, group.valid, x);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const T value = affine(x[v], scale[v], shift[v]);
+        if (gives_way(best[v], value)) best[v] = value;
+      }
+    });
+#pragma unroll
+    for (int v = 0; v < V; ++v) best[v] = relu(best[v]);
+    store_first<V>(to + p * a.out.pitch, group.valid, best);
+  }
+}
+
+template <class S>
+struct MaximaArgs {
+  using T = Arithmetic<S>;
+  Rows<const S> x;
+  Rows<const S> grad_out;
+  Windows windows;
+  const T* scale;
+  const T* shift;
+  const T* mean;
+  Items items;
+  int64_t each;  // items of a block
+  ThreadMap map;
+  uint16_t* places;  // [windows, places_pitch]; null: not wanted
+  int64_t places_pitch;
+  T* sums;  // [blocks, 2, channels]: sum dv and sum dv*(x - mean)
+};
+
+template <class S, int V>
+KERNEL __launch_bounds__(kMaxThreads) stem_maxima_kernel(MaximaArgs<S> a) {
+  using T = Arithmetic<S>;
+  DYNAMIC_SHARED(memory);
+  const int64_t channels = a.x.channels, block = blockIdx.x;
+  const Group group = group_of<V>(a.map, blockIdx.y, channels);
+  T scale[V], shift[V], mean[V], sums[2][V] = {};
+  load_each<V>(a.scale + group.first, group.valid, scale);
+  load_each<V>(a.shift + group.first, group.valid, shift);
+  load_each<V>(a.mean + group.first, group.valid, mean);
+  for (int64_t i = block * a.each; i < (block + 1) * a.each && i < a.items.count(); ++i) {
+    if (group.valid == 0) break;
+    const Run run = a.items[i];
+    const S* const from = a.x.row(run.sample * a.x.pixels()) + group.first;
+    for (int64_t p = run.begin + a.map.row(); p < run.end; p += a.map.rows) {
+      const int64_t row = run.sample * a.items.pixels + p;
+      T best[V], at_best[V], dv[V];
+      uint16_t place[V];
+      load_first<V>(a.grad_out.row(row) + group.first, group.valid, dv);
+#pragma unroll
+      for (int v = 0; v < V; ++v) best[v] = T(-INFINITY), at_best[v] = T(0), place[v] = kNowhere;
+      for_window(a.windows, p, [&](int where, int64_t pixel) {
+        T x[V];
+        load_first<V>(from + pixel * a.x.pitch, group.valid, x);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const T value = affine(x[v], scale[v], shift[v]);
+          if (gives_way(best[v], value))
+            best[v] = value, at_best[v] = x[v], place[v] = static_cast<uint16_t>(where);
+        }
+      });
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        if (best[v] <= T(0)) dv[v] = T(0), place[v] = kNowhere;
+        sums[0][v] += dv[v];
+        sums[1][v] = affine(dv[v], at_best[v] - mean[v], sums[1][v]);
+      }
+      if (a.places != nullptr) {
+        Word<2 * V> word;
+        memcpy(&word, place, sizeof place);
+        store_word<2 * V>(a.places + row * a.places_pitch + group.first, word);
+      }
+    }
+  }
+  store_sums<V>(sums, reinterpret_cast<T*>(memory), a.map, group, a.sums + block * 2 * channels,
+                channels);
+}
+
+template <class S>
+struct InputArgs {
+  using T = Arithmetic<S>;
+  Rows<const S> x;
+  Rows<const S> grad_out;
+  Rows<S> dx;
+  Windows windows;
+  Norm<T> norm;
+  Coefficients<T> coef;  // of one row for all samples
+  Items items;
+  ThreadMap map;
+  const uint16_t* places;
+  int64_t places_pitch;
+};
+
+template <class S, int V>
+KERNEL __launch_bounds__(kMaxThreads) stem_input_kernel(InputArgs<S> a) {
+  using T = Arithmetic<S>;
+  const Run run = a.items[blockIdx.x];
+  const Group group = group_of<V>(a.map, blockIdx.y, a.x.channels);
+  if (group.valid == 0) return;
+  T step[V], constant[V], factor[V];
+  load_steps<V>(a.norm, group.first, group.valid, step);
+  load_each<V>(&a.coef.at(1, 0, group.first), group.valid, constant);
+  load_each<V>(&a.coef.at(2, 0, group.first), group.valid, factor);
+  const int64_t window0 =
+      run.sample * a.windows.out_height * static_cast<int64_t>(a.windows.out_width);
+  for (int64_t p = run.begin + a.map.row(); p < run.end; p += a.map.rows) {
+    const Around down(static_cast<int>(p) / a.windows.width, a.windows.out_height),
+        across(static_cast<int>(p) % a.windows.width, a.windows.out_width);
+    const int64_t row = run.sample * a.items.pixels + p;
+    T x[V], dv[V] = {};
+    load_first<V>(a.x.row(row) + group.first, group.valid, x);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (down.place[i] < 0 || across.place[j] < 0) continue;
+        const int own = 3 * down.place[i] + across.place[j];
+        const int64_t window = window0 + down.window[i] * a.windows.out_width + across.window[j];
+        T g[V];
+        uint16_t place[V];
+        load_first<V>(a.grad_out.row(window) + group.first, group.valid, g);
+        const Word<2 * V> word = load_word<2 * V>(a.places + window * a.places_pitch + group.first);
+        memcpy(place, &word, sizeof place);
+#pragma unroll
+        for (int v = 0; v < V; ++v) dv[v] += place[v] == own ? g[v] : T(0);
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      dv[v] *= step[v];
+      // otherwise only neighbors have to do with each other, even where x is NaN
+      if (a.norm.training) dv[v] += affine(x[v], factor[v], constant[v]);
+    }
+    store_first<V>(a.dx.row(row) + group.first, group.valid, dv);
+  }
+}
+
+template <class S, class E>
+Windows windows_of(const Rows<S>& x, const Rows<E>& pooled) {
+  return {static_cast<int>(x.height), static_cast<int>(x.width), static_cast<int>(pooled.height),
+          static_cast<int>(pooled.width)};
+}
+
+// scale and shift of all channels, and the batch's statistics where they are not given.
+template <class S>
+NormTable<Arithmetic<S>> fold_stem(const Rows<const S>& x, const StemNorm<Arithmetic<S>>& norm,
+                                   bool use_given, Context& context) {
+  using T = Arithmetic<S>;
+  T* const table = context.scratch<T>(2 * x.channels);
+  FoldNorm<T> a = {};
+  a.rows = x.samples, a.pitch = a.channels = x.channels, a.pixels = x.pixels();
+  if (!use_given) {
+    T* const mean = context.scratch<T>(x.samples * x.channels);
+    T* const m2 = context.scratch<T>(x.samples * x.channels);
+    slice_moments<S>(x, 0, x.channels, {mean, m2, x.channels}, context);
+    a.mean = mean, a.m2 = m2;
+  }
+  a.weight = norm.weight, a.bias = norm.bias, a.eps = norm.eps, a.use_given = use_given;
+  a.batch_mean = norm.mean, a.batch_var = norm.var;
+  a.scale = table, a.shift = table + x.channels, a.scale_rows = a.shift_rows = 1;
+  fold_norm<T>(a, context);
+  return {{table, 0}, {table + x.channels, 0}};
+}
+
+}  // namespace
+
+template <class S>
+void stem_forward(const StemForward<S>& a, Context& context) {
+  const auto table = fold_stem<S>(a.x, a.norm, a.use_given, context);
+  with_vector<S>(spacing(a.x) | spacing(a.out), [&](auto vector) {
+    constexpr int V = decltype(vector)::value;
+    const Plan p = plan(a.x.channels, V, a.x.samples, a.out.pixels());
+    launch(context, stem_pool_kernel<S, V>, p.grid(), p.threads, 0,
+           PoolArgs<S>{a.x, a.out, windows_of(a.x, a.out), table.scale.data, table.shift.data,
+                       p.items, p.map});
+  });
+}
+
+template <class S>
+void stem_backward(const StemBackward<S>& a, Context& context) {
+  using T = Arithmetic<S>;
+  const int64_t channels = a.x.channels, samples = a.x.samples, pixels = a.grad_out.pixels();
+  const auto table = fold_stem<S>(a.x, a.norm, true, context);
+  const Norm<T> norm = {a.norm.weight, a.norm.mean, a.norm.var, a.norm.eps, a.training};
+  const Windows windows = windows_of(a.x, a.grad_out);
+  const int64_t pitch = round_up(channels, kLanes);
+  uint16_t* const places =
+      a.dx.data ? context.scratch<uint16_t>(samples * pixels * pitch) : nullptr;
+  const uint64_t distances =
+      spacing(a.x) | spacing(a.grad_out) | (a.dx.data ? spacing(a.dx) : uint64_t{0});
+  T* const coef = context.scratch<T>(3 * channels);
+  with_vector<S>(distances, [&](auto vector) {
+    constexpr int V = decltype(vector)::value;
+    const Plan p = plan(channels, V, samples, pixels);
+    const int64_t most = ceil_div(wanted_blocks(), std::max<int64_t>(1, p.chunks)),
+                  each = std::max<int64_t>(1, ceil_div(p.items.count(), most)),
+                  blocks = ceil_div(p.items.count(), each);
+    T* const sums = context.scratch<T>(blocks * 2 * channels);
+    launch(context, stem_maxima_kernel<S, V>, {blocks, p.chunks}, p.threads,
+           V * p.threads * sizeof(T),
+           MaximaArgs<S>{a.x, a.grad_out, windows, table.scale.data, table.shift.data, norm.mean,
+                         p.items, each, p.map, places, pitch, sums});
+    norm_backward<T>({norm,
+                      sums,
+                      blocks,
+                      channels,
+                      static_cast<double>(samples * a.x.pixels()),
+                      {coef, 1, channels},
+                      a.dnorm_weight,
+                      a.dnorm_bias},
+                     context);
+    if (!a.dx.data) return;
+    const Plan q = plan(channels, V, samples, a.x.pixels());
+    launch(context, stem_input_kernel<S, V>, q.grid(), q.threads, 0,
+           InputArgs<S>{a.x,
+                        a.grad_out,
+                        a.dx,
+                        windows,
+                        norm,
+                        {coef, 1, channels},
+                        q.items,
+                        q.map,
+                        places,
+                        pitch});
+  });
+}
+
+#define INSTANTIATE(S)                                            \
+  template void stem_forward<S>(const StemForward<S>&, Context&); \
+  template void stem_backward<S>(const StemBackward<S>&, Context&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(BFloat16)
+INSTANTIATE(Float16)
+#undef INSTANTIATE
+
+}  // namespace densenet_ext::cuda
