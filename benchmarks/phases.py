@@ -117,15 +117,15 @@ def floors(spec, keep, rates):
     """{(part, phase, size): seconds} that no version takes less than."""
     net, n, e = spec.architecture(), spec.batch_size, STORAGE_BYTES[spec.dtype]
     found = defaultdict(float)
-    forward = list(step_ops(net, n, keep, training=False, fused_stem=True))
-    both = list(step_ops(net, n, keep, fused_stem=True))
+    forward = list(step_ops(net, n, keep, training=False))
+    both = list(step_ops(net, n, keep))
     for op, size in forward:
         both.remove((op, size))
     for part, ops in (("forward", forward), ("backward", both)):
         for op, size in ops:
             found[part, op, size.height] += floor(op_bytes(op, size, e), op_flops(op, size), rates)
-        moved = roofline.stem_bytes(net, n, e, training=False, fused_stem=True)
-        moved = moved if part == "forward" else roofline.stem_bytes(net, n, e, fused_stem=True) - moved
+        moved = roofline.stem_bytes(net, n, e, training=False)
+        moved = moved if part == "forward" else roofline.stem_bytes(net, n, e) - moved
         found[part, "stem", 0] = floor(moved, roofline.stem_flops(net, n), rates)
     parameters = roofline.parameters(net)
     found["optimizer", "optimizer", 0] = 5 * parameters * roofline.ARITHMETIC_BYTES / rates["bytes"]

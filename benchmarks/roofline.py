@@ -115,13 +115,10 @@ class Architecture:
     classes: int = 100
 
 
-def step_ops(net, samples, keep_bottleneck=False, training=True, fused_stem=False):
-    """(op, Size) of every kernel op in a fused step, block for block; of inference where not training.
-
-    fused_stem: as on a CPU, where what follows the convolution of an ImageNet stem is one op; elsewhere PyTorch's own.
-    """
+def step_ops(net, samples, keep_bottleneck=False, training=True):
+    """(op, Size) of every kernel op in a fused step, block for block; of inference where not training."""
     size, channels, width = net.size, net.stem_channels, net.bottleneck * net.growth
-    if fused_stem and not net.small_inputs:
+    if not net.small_inputs:
         stem = Size(samples, size // 2, size // 2, channels)
         yield from ((f"stem_{direction}", stem) for direction in ("forward", "backward")[: 1 + training])
     if not net.small_inputs:
@@ -147,15 +144,14 @@ def step_ops(net, samples, keep_bottleneck=False, training=True, fused_stem=Fals
             size, channels = size // 2, s.outputs
 
 
-def step_bytes(net, samples, e, keep_bottleneck=False, training=True, fused_stem=False):
+def step_bytes(net, samples, e, keep_bottleneck=False, training=True):
     """Bytes of a fused training step: forward, backward with the bottlenecks computed again unless kept, optimizer; or
     of inference.
 
-    The stem is counted as PyTorch's own operators compute it, with fused_stem only its convolution; everything else by
-    the formulas above.
+    The first convolution is counted as PyTorch computes it; everything else by the formulas above.
     """
-    ops = list(step_ops(net, samples, keep_bottleneck, training, fused_stem))
-    total = stem_bytes(net, samples, e, training, fused_stem) + sum(op_bytes(op, s, e) for op, s in ops)
+    ops = list(step_ops(net, samples, keep_bottleneck, training))
+    total = stem_bytes(net, samples, e, training) + sum(op_bytes(op, s, e) for op, s in ops)
     # SGD: weight, gradient and momentum read, two of them written
     return total + (5 * parameters(net) * ARITHMETIC_BYTES if training else 0)
 
@@ -196,14 +192,7 @@ def stem_flops(net, samples):
     return 2 * samples * side**2 * kernel**2 * 3 * net.stem_channels
 
 
-def stem_bytes(net, samples, e, training=True, fused_stem=False):
-    """conv0 alone, where the rest is an op of its own or there is none; or with norm0 (statistics, then the values), relu0
-    in place and pool0 (with its 8-byte indices)."""
-    image, c = samples * net.size**2 * 3, net.stem_channels
-    if net.small_inputs or fused_stem:
-        out = samples * (net.size if net.small_inputs else net.size // 2) ** 2 * c
-        return (image + out) * e * (1 + training)  # forward; gradient of the weight
-    out, pooled = samples * (net.size // 2) ** 2 * c, samples * (net.size // 4) ** 2 * c
-    forward = (image + out) * e + 3 * out * e + 2 * out * e + (out + pooled) * e + pooled * 8
-    backward = (image + out) * e + 5 * out * e + 3 * out * e + (out + pooled) * e + pooled * 8
-    return forward + (backward if training else 0)
+def stem_bytes(net, samples, e, training=True):
+    """Of its convolution: forward, and the gradient of the weight."""
+    side = net.size if net.small_inputs else net.size // 2
+    return samples * (net.size**2 * 3 + side**2 * net.stem_channels) * e * (1 + training)

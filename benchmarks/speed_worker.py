@@ -161,7 +161,7 @@ class WorkloadRun:
         )
         flops = roofline.step_flops(net, spec.batch_size, training)
         e = roofline.STORAGE_BYTES[spec.dtype]
-        moved = roofline.step_bytes(net, spec.batch_size, e, training=training, fused_stem=True)
+        moved = roofline.step_bytes(net, spec.batch_size, e, training=training)
         return {
             "flops": flops,
             "bytes": moved,

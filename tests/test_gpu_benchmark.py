@@ -63,9 +63,10 @@ def test_operations_are_those_of_the_products(op):
 
 
 def test_bytes_of_a_step_are_near_what_was_designed_for():
-    """DenseNet-121, batch 256, bfloat16: 51 to 60 GB; without the recomputed convolutions less."""
+    """DenseNet-121, batch 256, bfloat16: 51 to 60 GB with a stem of PyTorch's operators, of which the fused one saves a
+    part; without the recomputed convolutions less."""
     whole = roofline.step_bytes(IMAGENET, 256, 2)
-    assert 51e9 < whole < 60e9
+    assert 45e9 < whole < 55e9
     assert roofline.step_bytes(IMAGENET, 256, 2, keep_bottleneck=True) < whole
     assert roofline.step_bytes(IMAGENET, 128, 2) < 0.51 * whole
     assert 1.9 * whole < roofline.step_bytes(IMAGENET, 256, 4) < 2 * whole
