@@ -20,7 +20,7 @@ import torch
 from compositions import COMPOSITIONS, Composition
 from gpu_kernels import EXCITE, HEAD, LAYER, TRANSITION, Arguments, Case, layer_cases
 from limits import Limits, describe, floor
-from roofline import CPU_FORMULAS, STORAGE_BYTES, Size, op_bytes, op_flops
+from roofline import FORMULAS, STORAGE_BYTES, Size, op_bytes, op_flops
 from tqdm import tqdm
 
 STEM = ("stem_forward", "stem_backward")
@@ -65,9 +65,7 @@ REASONS = {
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--ops", type=machine.names(CPU_FORMULAS), default=tuple(CPU_FORMULAS), help="some of " + ",".join(CPU_FORMULAS)
-    )
+    add("--ops", type=machine.names(FORMULAS), default=tuple(FORMULAS), help="some of " + ",".join(FORMULAS))
     add("--nets", type=machine.names(NETS), default=NETS, help=",".join(NETS))
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--rounds", type=int, default=9)
@@ -252,7 +250,7 @@ def markdown(rows, ratios):
         parts.append("Why an op is below half of its limit:")
         parts.append("\n".join(f"- {op}: {REASONS[op]}" for op in below))
     parts.append("PyTorch's composition, the faster of two memory formats; bytes:")
-    parts.append("\n".join(f"- {op}: {text}; {CPU_FORMULAS[op]}" for op, text in COMPOSITIONS.items()))
+    parts.append("\n".join(f"- {op}: {text}; {FORMULAS[op]}" for op, text in COMPOSITIONS.items()))
     return "\n\n".join(part for part in parts if part)
 
 

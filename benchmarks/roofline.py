@@ -25,9 +25,6 @@ FORMULAS = {
     "head_forward": "M C e + N C e",
     "head_backward": "2 M C e + N C e",
     "finish_gradient": "3 M C e",
-}
-# with the ops that are PyTorch's own operators elsewhere
-CPU_FORMULAS = FORMULAS | {
     "stem_forward": "M C e + M C e / 4",
     "stem_backward": "2 M C e + M C e / 4",
 }
@@ -56,7 +53,7 @@ class Size:
 
 
 def op_bytes(op, s, e, a=ARITHMETIC_BYTES):
-    """Bytes of one kernel op at size `s`, as CPU_FORMULAS says."""
+    """Bytes of one kernel op at size `s`, as FORMULAS says."""
     m, n, c, k2, k, o = s.rows, s.samples, s.channels, s.pitch, s.growth, s.outputs
     pooled = s.samples * (s.height // 2) * (s.width // 2)
     stem_pooled = s.samples * ((s.height + 1) // 2) * ((s.width + 1) // 2)

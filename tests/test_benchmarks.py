@@ -316,9 +316,9 @@ def test_largest_where_memory_ends():
 
 
 def test_every_op_has_a_composition_and_cases():
-    assert COMPOSITIONS.keys() == roofline.CPU_FORMULAS.keys()
+    assert COMPOSITIONS.keys() == roofline.FORMULAS.keys()
     for tiny in (True, False):
-        assert {op for case in kernels.choose_cases(tiny) for op in case.ops} == set(roofline.CPU_FORMULAS)
+        assert {op for case in kernels.choose_cases(tiny) for op in case.ops} == set(roofline.FORMULAS)
     assert {(p[3], p[6]) for p in kernels.PAIRS} >= {((7, 7), 12), ((14, 14), 12), ((33, 31), 12), ((32, 32), 5)}
 
 
@@ -410,7 +410,7 @@ def test_kernels(run, tmp_path):
     file = tmp_path / "kernels.json"
     run("kernels.py", "--quick", "--rounds", 2, "--threads", 1, "--json", file, "--csv", tmp_path / "kernels.csv")
     results = json.loads(file.read_text())
-    assert {r["op"] for r in results["rows"]} == set(roofline.CPU_FORMULAS)
+    assert {r["op"] for r in results["rows"]} == set(roofline.FORMULAS)
     for r in results["rows"]:
         assert "error" not in r, r
         assert r["faster"] == pytest.approx(r["composition_seconds"] / r["seconds"])
@@ -430,7 +430,7 @@ def test_kernels(run, tmp_path):
             "limit": 1.5,
         }
     ]
-    assert kernels.REASONS.keys() == roofline.CPU_FORMULAS.keys()
+    assert kernels.REASONS.keys() == roofline.FORMULAS.keys()
 
 
 @pytest.mark.parametrize("workload", ["cifar-ab", "densenet121"])
@@ -448,7 +448,7 @@ def test_phases(run, tmp_path, workload):
             calls[op, size.height] = calls.get((op, size.height), 0) + 1
         found = {}
         for r in rows:
-            if r["phase"] in roofline.CPU_FORMULAS and r["phase"] != "fold_norm":
+            if r["phase"] in roofline.FORMULAS and r["phase"] != "fold_norm":
                 found[r["phase"], r["size"]] = found.get((r["phase"], r["size"]), 0) + r["calls"]
                 assert r["floor_milliseconds"] > 0
         assert found == calls

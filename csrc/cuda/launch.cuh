@@ -1,6 +1,7 @@
 // Starting a kernel, and what has to be known about the device for that.
 #pragma once
 
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -93,6 +94,13 @@ void launch(const Context&, void (*kernel)(P...), Grid grid, int threads, int64_
 }
 
 #endif
+
+// Kernels count pixels in 32 bits, a tile beyond the last one included.
+inline int as_int(int64_t value) {
+  if (value > std::numeric_limits<int>::max() - 1024)
+    throw std::runtime_error("densenet_ext: 2^31 pixels or more are too many");
+  return static_cast<int>(value);
+}
 
 // How many blocks of `threads` cover n items.
 inline Grid cover(int64_t n, int threads) { return {ceil_div(n, threads)}; }

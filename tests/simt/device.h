@@ -87,6 +87,7 @@ struct Bytes16;
 // Not inlined: the simulator does these accesses itself, and checks them.
 Bytes16 ld16(const void* from);
 void st16(void* to, const Bytes16& v);
+DEVICE void st16_global(void* to, const Bytes16& v) { st16(to, v); }
 void cp_async16(void* shared, const void* global, int bytes = 16);
 void cp_async_commit();
 template <int pending>

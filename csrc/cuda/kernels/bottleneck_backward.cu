@@ -17,8 +17,6 @@
 //
 // Sums over parts: partial results in scratch memory, added in their order by a second kernel.
 // Bytes a row: 3 C + 2 K2 for each chunk of channels (those 2 K2 from L2 but once).
-#include <limits>
-
 #include "norm_backward.cuh"
 #include "pack.cuh"
 
@@ -358,7 +356,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
           const S* const from = gradient + (m * 16 + i / kPieces) * K::kMapPitch + column;
           S* const to = p.grad + static_cast<int64_t>(row) * p.grad_pitch + c;
           if (c + K::kElements <= p.channels) {
-            st16(to, ld16(from));
+            st16_global(to, ld16(from));
           } else {
             for (int e = 0; c + e < p.channels; ++e) to[e] = from[e];
           }
@@ -471,33 +469,28 @@ void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) 
   const int64_t depth = chunks * K::kChannels;
   const auto packed = pack<Math>(a.weight, a.width, a.channels, depth, blocks * K::kWidth, true,
                                  a.table, a.features.samples, a.channels, depth, context);
-  const auto narrow = [](int64_t value) {
-    if (value > std::numeric_limits<int>::max() - K::kRows)
-      throw std::runtime_error("densenet_ext: more than 2^31 pixels are too many");
-    return static_cast<int>(value);
-  };
   const Arguments<S> p = {a.features.data,
                           a.grad_in.data,
                           a.grad.data,
-                          narrow(a.features.pitch),
-                          narrow(a.grad_in.pitch),
-                          narrow(a.grad.pitch),
-                          narrow(rows),
-                          narrow(a.features.pixels()),
-                          narrow(a.channels),
-                          narrow(a.width),
-                          narrow(round_up(a.width, kLanes)),
+                          as_int(a.features.pitch),
+                          as_int(a.grad_in.pitch),
+                          as_int(a.grad.pitch),
+                          as_int(rows),
+                          as_int(a.features.pixels()),
+                          as_int(a.channels),
+                          as_int(a.width),
+                          as_int(round_up(a.width, kLanes)),
                           a.dv,
                           a.bottleneck,
                           a.db_table,
                           packed.weight,
-                          narrow(blocks * K::kWidth),
+                          as_int(blocks * K::kWidth),
                           packed.table,
                           a.pre_mask,
                           a.post_mask,
                           a.norm,
-                          narrow(tiles_each),
-                          narrow(blocks),
+                          as_int(tiles_each),
+                          as_int(blocks),
                           context.scratch<T>(parts * a.width * a.channels),
                           context.scratch<T>(parts * K::kSplit * 2 * a.channels)};
   launch(context, bottleneck_backward_kernel<Math, kUnits, kWide, kMasked>, {chunks, parts, blocks},

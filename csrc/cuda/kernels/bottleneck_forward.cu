@@ -20,18 +20,20 @@ constexpr int kRows = kWarps * 16;  // of a block
 constexpr int kChunkBytes = 64, kPitchBytes = kChunkBytes + 16;
 constexpr int kStages = 3;
 
-template <class Math, int kUnits_>
+template <class Math, int kUnits_, bool kMasked_>
 struct Shape {
   using S = typename Math::Storage;
   using T = typename Math::T;
+  static constexpr bool kMasked = kMasked_;     // tables of samples may differ
   static constexpr int kUnits = kUnits_;        // of 16 columns
   static constexpr int kColumns = kUnits * 16;  // of a block
   static constexpr int kBlocks = !Math::kTensor ? 1
                                  : kUnits == 3  ? 3
                                                 : 2;      // on a multiprocessor, at least
   static constexpr int kChunk = kChunkBytes / sizeof(S);  // channels
-  // Of the products of a chunk; all of them would need more registers than TF32 has here.
-  static constexpr int kUnroll = sizeof(S) == 4 && kUnits > 3 ? 1 : kChunk / Math::kDepth;
+  // Of the products of a chunk: what the registers have room for.
+  static constexpr int kUnroll =
+      kUnits > 3 && (kMasked || sizeof(S) == 4) ? 1 : kChunk / Math::kDepth;
   static constexpr int kStageBytes = (kRows + kColumns) * kPitchBytes;
   static constexpr int kOutPitch = kColumns + 8;
   static constexpr int kOutBytes = kRows * kOutPitch * static_cast<int>(sizeof(S));
@@ -44,12 +46,14 @@ struct Shape {
 template <class S>
 struct Arguments {
   using T = Arithmetic<S>;
-  Rows<const S> x;
-  int64_t channels, depth;  // depth: channels padded to whole chunks
-  const S* weight;          // [>= width, depth]
+  const S* x;  // [M, channels], x_pitch apart
+  int x_pitch;
+  int rows, pixels;     // of all samples, of one
+  int channels, depth;  // depth: channels padded to whole chunks
+  const S* weight;      // [>= width, depth]
   Table<T> table;
   S* out;  // [M, pitch]
-  int64_t width, pitch;
+  int width, pitch;
   T* partial;  // [blocks, 2, width]: mean and centered squares of a block's rows; or null
 };
 
@@ -58,30 +62,28 @@ struct Arguments {
 template <class K, class S>
 class Loader {
  public:
-  DEVICE Loader(const Arguments<S>& p, int64_t row0, int64_t column0)
-      : x_(p.x.row(row0 + own_row()) + own_channel()),
-        weight_(static_cast<int>((column0 + own_row()) * p.depth) + own_channel()) {
-    const int64_t left = p.x.count() - row0 - own_row();
-    rows_ = left > kRows ? kRows : static_cast<int>(left);
-  }
+  DEVICE Loader(const Arguments<S>& p, int row0, int column0)
+      : x_(p.x + static_cast<int64_t>(row0 + own_row()) * p.x_pitch + own_channel()),
+        weight_((column0 + own_row()) * p.depth + own_channel()),
+        rows_(p.rows - row0 - own_row()),
+        bytes_((p.channels - own_channel()) * static_cast<int>(sizeof(S))) {}
 
-  DEVICE void load(const Arguments<S>& p, int channel0, unsigned char* stage) const {
+  // The next chunk.
+  DEVICE void load(const Arguments<S>& p, unsigned char* stage) {
     stage += own_row() * kPitchBytes + own_channel() * static_cast<int>(sizeof(S));
-    const int left =
-        (static_cast<int>(p.channels) - channel0 - own_channel()) * static_cast<int>(sizeof(S));
-    const int bytes = left >= 16 ? 16 : left > 0 ? left : 0;
+    const int bytes = bytes_ >= 16 ? 16 : bytes_ > 0 ? bytes_ : 0;
 #pragma unroll
     for (int i = 0; i < kRows; i += kPerPass) {
       const bool inside = i < rows_ && bytes > 0;
-      cp_async16(stage + i * kPitchBytes, inside ? x_ + i * p.x.pitch + channel0 : p.x.data,
+      cp_async16(stage + i * kPitchBytes, inside ? x_ + static_cast<int64_t>(i) * p.x_pitch : p.x,
                  inside ? bytes : 0);
     }
 #pragma unroll
     for (int i = 0; i < K::kColumns; i += kPerPass) {
       if (K::kColumns % kPerPass == 0 || i + own_row() < K::kColumns)
-        cp_async16(stage + (kRows + i) * kPitchBytes,
-                   p.weight + (weight_ + i * static_cast<int>(p.depth) + channel0));
+        cp_async16(stage + (kRows + i) * kPitchBytes, p.weight + (weight_ + i * p.depth));
     }
+    x_ += K::kChunk, weight_ += K::kChunk, bytes_ -= kChunkBytes;
   }
 
  private:
@@ -92,13 +94,13 @@ class Loader {
   }
 
   const S* x_;
-  int weight_, rows_;  // offset of the first piece; rows from the thread's first one on
+  int weight_, rows_, bytes_;  // offset of the piece; rows and bytes from the thread's first on
 };
 
 // Mean and centered squares of the columns of `out`, of its first `count` rows.
 template <class K, class S, class T>
 DEVICE void column_moments(const S* out, int count, T* scratch, const Arguments<S>& p,
-                           int64_t column0) {
+                           int column0) {
   const int column = static_cast<int>(threadIdx.x) % (K::kColumns / 2) * 2;
   const int group = static_cast<int>(threadIdx.x) / (K::kColumns / 2);
   const bool idle = group >= K::kGroups;
@@ -138,41 +140,37 @@ DEVICE void column_moments(const S* out, int count, T* scratch, const Arguments<
   }
 }
 
-template <class Math, int kUnits>
-KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits>::kBlocks)
+template <class Math, int kUnits, bool kMasked>
+KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits, kMasked>::kBlocks)
     bottleneck_forward_kernel(Arguments<typename Math::Storage> p) {
-  using K = Shape<Math, kUnits>;
+  using K = Shape<Math, kUnits, kMasked>;
   using S = typename Math::Storage;
   using T = typename Math::T;
   DYNAMIC_SHARED(shared);
-  const int g = lane_id() / 4, t = lane_id() % 4;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRows;
-  const int64_t column0 = static_cast<int64_t>(blockIdx.y) * K::kColumns;
-  const int64_t rows = p.x.count();
-  const int chunks = static_cast<int>(p.depth / K::kChunk);
-  const int warp_row = warp_id() * 16;
+  const int row0 = static_cast<int>(blockIdx.x) * kRows;
+  const int column0 = static_cast<int>(blockIdx.y) * K::kColumns;
 
-  const bool same = p.table.sample_stride == 0;
-  const ScaleShift<T>* low = p.table.data;
+  const ScaleShift<T>* low = p.table.data;  // of rows g and g + 8
   const ScaleShift<T>* high = p.table.data;
-  if (!same) {
-    const int64_t row = row0 + warp_row + g, last = rows - 1;
-    low = p.table.row((row < last ? row : last) / p.x.pixels());
-    high = p.table.row((row + 8 < last ? row + 8 : last) / p.x.pixels());
+  if constexpr (kMasked) {
+    const int row = row0 + warp_id() * 16 + lane_id() / 4, last = p.rows - 1;
+    const int stride = static_cast<int>(p.table.sample_stride);
+    low += (row < last ? row : last) / p.pixels * stride;
+    high += (row + 8 < last ? row + 8 : last) / p.pixels * stride;
   }
 
   T acc[K::kUnits][2][4] = {};
-  const Loader<K, S> loader(p, row0, column0);
+  Loader<K, S> loader(p, row0, column0);
   for (int chunk = 0; chunk < kStages - 1; ++chunk) {
-    if (chunk < chunks) loader.load(p, chunk * K::kChunk, shared + chunk * K::kStageBytes);
+    if (chunk * K::kChunk < p.depth) loader.load(p, shared + chunk * K::kStageBytes);
     cp_async_commit();
   }
-  int reading = 0, writing = kStages - 1;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
+  int reading = 0;
+  for (int c = 0; c < p.depth; c += K::kChunk) {
     cp_async_wait<kStages - 2>();
     __syncthreads();
-    const int next = chunk + kStages - 1;
-    if (next < chunks) loader.load(p, next * K::kChunk, shared + writing * K::kStageBytes);
+    const int writing = reading > 0 ? reading - 1 : kStages - 1;
+    if (c + (kStages - 1) * K::kChunk < p.depth) loader.load(p, shared + writing * K::kStageBytes);
     cp_async_commit();
 
     const unsigned char* const stage = shared + reading * K::kStageBytes;
@@ -182,8 +180,8 @@ KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits>::kBlocks)
 #pragma unroll(K::kUnroll)
     for (int k = 0; k < K::kChunk; k += Math::kDepth) {
       typename Math::A a;
-      Math::load_a(a, row_of(warp_row), k);
-      Math::norm_relu(a, low + k, high + k, same);
+      Math::load_a(a, row_of(warp_id() * 16), k);
+      Math::norm_relu(a, low + c + k, high + c + k, !kMasked);
 #pragma unroll
       for (int u = 0; u < K::kUnits; ++u) {
         typename Math::B b;
@@ -191,20 +189,20 @@ KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits>::kBlocks)
         Math::mma(acc[u], a, b);
       }
     }
-    low += K::kChunk, high += K::kChunk;
     reading = reading + 1 < kStages ? reading + 1 : 0;
-    writing = writing + 1 < kStages ? writing + 1 : 0;
   }
   cp_async_wait<0>();
   __syncthreads();  // the pipeline's memory is used for other things from here on
 
+  const int self = fresh(static_cast<int>(threadIdx.x)),
+            own_row = self / kWarp * 16 + self % kWarp / 4;
   S* const out = reinterpret_cast<S*>(shared);
   const bool ragged = column0 + K::kColumns > p.width;  // zeros beyond the width, even for NaN
 #pragma unroll
   for (int u = 0; u < K::kUnits; ++u) {
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-      const int column = u * 16 + tile * 8 + 2 * t;
+      const int column = u * 16 + tile * 8 + self % 4 * 2;
       T(&v)[4] = acc[u][tile];
       if (ragged) {
 #pragma unroll
@@ -212,19 +210,20 @@ KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits>::kBlocks)
           if (column0 + column + i % 2 >= p.width) v[i] = T(0);
         }
       }
-      store<2>(out + (warp_row + g) * K::kOutPitch + column, {v[0], v[1]});
-      store<2>(out + (warp_row + g + 8) * K::kOutPitch + column, {v[2], v[3]});
+      store<2>(out + own_row * K::kOutPitch + column, {v[0], v[1]});
+      store<2>(out + (own_row + 8) * K::kOutPitch + column, {v[2], v[3]});
     }
   }
   __syncthreads();
-  const int count = rows - row0 < kRows ? static_cast<int>(rows - row0) : kRows;
+  const int count = p.rows - row0 < kRows ? p.rows - row0 : kRows;
   constexpr int kElements = 16 / sizeof(S), kPieces = K::kColumns / kElements;
-#pragma unroll
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kThreads) {
+  S* const rows_out = p.out + static_cast<int64_t>(row0) * p.pitch + column0;
+#pragma unroll 4
+  for (int i = self; i < count * kPieces; i += kThreads) {
     const int row = i / kPieces, column = i % kPieces * kElements;
-    if (row < count && column0 + column < p.pitch)
-      st16(p.out + (row0 + row) * p.pitch + column0 + column,
-           ld16(out + row * K::kOutPitch + column));
+    const S* const from = out + row * K::kOutPitch + column;
+    S* const to = rows_out + row * p.pitch + column;
+    if (column0 + column < p.pitch) st16_global(to, ld16(from));
   }
   if (p.partial != nullptr)
     column_moments<K>(out, count, reinterpret_cast<T*>(shared + K::kOutBytes), p, column0);
@@ -305,9 +304,9 @@ void merge_moments(const T* partial, int64_t tiles, int64_t rows, int64_t width,
   launch_merge<T>({partial, tiles, tile_rows, rows, width, tiles, mean, m2, 0}, 1, context);
 }
 
-template <class Math, int kUnits>
-void run(const BottleneckForward<typename Math::Storage>& a, Context& context) {
-  using K = Shape<Math, kUnits>;
+template <class Math, int kUnits, bool kMasked>
+void run_as(const BottleneckForward<typename Math::Storage>& a, Context& context) {
+  using K = Shape<Math, kUnits, kMasked>;
   using S = typename Math::Storage;
   using T = typename Math::T;
   const int64_t rows = a.features.count(), tiles = ceil_div(rows, kRows),
@@ -315,12 +314,29 @@ void run(const BottleneckForward<typename Math::Storage>& a, Context& context) {
   const auto packed = pack<Math>(a.weight, a.width, a.channels, columns * K::kColumns, depth, false,
                                  a.norm, a.features.samples, a.channels, depth, context);
   T* const partial = a.mean ? context.scratch<T>(tiles * 2 * a.width) : nullptr;
-  const Arguments<S> p = {a.features,   a.channels,   depth,   packed.weight,
-                          packed.table, a.bottleneck, a.width, round_up(a.width, kLanes),
+  const Arguments<S> p = {a.features.data,
+                          as_int(a.features.pitch),
+                          as_int(rows),
+                          as_int(a.features.pixels()),
+                          as_int(a.channels),
+                          as_int(depth),
+                          packed.weight,
+                          packed.table,
+                          a.bottleneck,
+                          as_int(a.width),
+                          as_int(round_up(a.width, kLanes)),
                           partial};
-  launch(context, bottleneck_forward_kernel<Math, kUnits>, {tiles, columns}, kThreads,
+  as_int(a.features.samples * depth);  // the tables are indexed so
+  launch(context, bottleneck_forward_kernel<Math, kUnits, kMasked>, {tiles, columns}, kThreads,
          K::kSharedBytes, p);
   if (a.mean) merge_moments<T>(partial, tiles, rows, a.width, a.mean, a.m2, context);
+}
+
+template <class Math, int kUnits>
+void run(const BottleneckForward<typename Math::Storage>& a, Context& context) {
+  if (!Math::kTensor || a.norm.scale.sample_stride != 0 || a.norm.shift.sample_stride != 0)
+    return run_as<Math, kUnits, true>(a, context);
+  if constexpr (Math::kTensor) run_as<Math, kUnits, false>(a, context);
 }
 
 }  // namespace
