@@ -99,7 +99,8 @@ struct OutputGradientArgs {
   ThreadMap map;
 };
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads) conv3x3_output_gradient_kernel(OutputGradientArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, kFewBlocks)
+    conv3x3_output_gradient_kernel(OutputGradientArgs<S> a) {
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.growth);
@@ -141,7 +142,8 @@ struct InputGradientArgs {
   ThreadMap map;
 };
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads) conv3x3_input_gradient_kernel(InputGradientArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, kFewBlocks)
+    conv3x3_input_gradient_kernel(InputGradientArgs<S> a) {
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(shared);
   const Run run = a.items[blockIdx.x];
@@ -166,8 +168,12 @@ KERNEL __launch_bounds__(kMaxThreads) conv3x3_input_gradient_kernel(InputGradien
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const T v = affine(x[1][i], scale[i], shift[i]);
-      // The sums are those of what is stored: in norm2's gradient they have to cancel.
-      x[0][i] = v > T(0) ? rounded<S>(x[0][i] * mask[i]) : T(0);
+      x[0][i] = v > T(0) ? x[0][i] * mask[i] : T(0);
+    }
+    // The sums are those of what is stored: in norm2's gradient they have to cancel.
+    round_values<S>(x[0]);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
       sums[i] += x[0][i];
       sums[V + i] += x[0][i] * (x[1][i] - mean[i]);
     }
@@ -250,7 +256,7 @@ void conv3x3_output(const Conv3x3Forward<S>& f, const S* y, Context& context) {
 
 template <class S>
 void conv3x3_output_gradient(const Conv3x3Backward<S>& f, S* dy, Context& context) {
-  with_vector<S>(
+  with_vector<S, kFew<S>>(
       spacing(f.features, f.offset) | spacing(f.grad, f.offset) |
           spacing(dy, bytes_of<S>(f.growth)),
       [&](auto vector) {
@@ -279,20 +285,20 @@ void conv3x3_input_gradient(const Conv3x3Backward<S>& f, const S* dh, const Stri
   NormSums<T> sums = {
       nullptr,      0,      2 * f.width, f.width, f.norm2, f.features.count(), f.dnorm_weight,
       f.dnorm_bias, f.table};
-  with_vector<S>(spacing(f.bottleneck, bytes_of<S>(pitch)) | spacing(f.dv, 0) |
-                     spacing(dh, bytes_of<S>(f.width)),
-                 [&](auto vector) {
-                   constexpr int V = decltype(vector)::value;
-                   const Plan p = plan(pitch, V, f.features.samples, f.features.pixels());
-                   sums.count = p.items.count();
-                   T* const parts = context.scratch<T>(sums.count * sums.step);
-                   sums.parts = parts;
-                   launch(
-                       context, conv3x3_input_gradient_kernel<S, V>, p.grid(), p.threads,
-                       bytes_of<T>(2 * V * p.threads),
-                       InputGradientArgs<S>{f.bottleneck, pitch, f.norm, f.post_mask, f.norm2.mean,
-                                            f.width, dh, f.dv, parts, p.items, p.map});
-                 });
+  with_vector<S, kFew<S>>(
+      spacing(f.bottleneck, bytes_of<S>(pitch)) | spacing(f.dv, 0) |
+          spacing(dh, bytes_of<S>(f.width)),
+      [&](auto vector) {
+        constexpr int V = decltype(vector)::value;
+        const Plan p = plan(pitch, V, f.features.samples, f.features.pixels());
+        sums.count = p.items.count();
+        T* const parts = context.scratch<T>(sums.count * sums.step);
+        sums.parts = parts;
+        launch(context, conv3x3_input_gradient_kernel<S, V>, p.grid(), p.threads,
+               bytes_of<T>(2 * V * p.threads),
+               InputGradientArgs<S>{f.bottleneck, pitch, f.norm, f.post_mask, f.norm2.mean, f.width,
+                                    dh, f.dv, parts, p.items, p.map});
+      });
   const int64_t weight_blocks = ceil_div(kTaps * f.growth * f.width, kFinishThreads);
   launch(context, conv3x3_wide_finish_kernel<S>, {weight_blocks + ceil_div(f.width, 32)},
          kFinishThreads, kFinishShared, WideFinishArgs<S>{dw, f.dweight, weight_blocks, sums});

@@ -42,7 +42,7 @@ DEVICE void merge_rows(T (&mean)[V], T (&m2)[V], T count, T total, T* shared,
 }
 
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads, 2) moments_kernel(Args<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, kFewBlocks) moments_kernel(Args<S> a) {
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   constexpr int kAhead = 4;
@@ -132,7 +132,7 @@ void slice_moments(const Rows<const S>& features, int64_t offset, int64_t channe
                    const Moments<Arithmetic<S>>& moments, Context& context) {
   using T = Arithmetic<S>;
   if (!moments.mean || channels == 0) return;
-  with_vector<S>(spacing(features, offset), [&](auto vector) {
+  with_vector<S, kFew<S>>(spacing(features, offset), [&](auto vector) {
     constexpr int V = decltype(vector)::value;
     const Plan p = plan(channels, V, features.samples, features.pixels());
     T* const mean = moments.mean + offset;

@@ -118,7 +118,7 @@ struct MaximaArgs {
 };
 
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads) stem_maxima_kernel(MaximaArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, kFewBlocks) stem_maxima_kernel(MaximaArgs<S> a) {
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const int64_t channels = a.x.channels, block = blockIdx.x;
@@ -181,7 +181,7 @@ struct InputArgs {
 };
 
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads) stem_input_kernel(InputArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, kFewBlocks) stem_input_kernel(InputArgs<S> a) {
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.x.channels);
@@ -278,7 +278,7 @@ void stem_backward(const StemBackward<S>& a, Context& context) {
   const uint64_t distances =
       spacing(a.x) | spacing(a.grad_out) | (a.dx.data ? spacing(a.dx) : uint64_t{0});
   T* const coef = context.scratch<T>(3 * channels);
-  with_vector<S>(distances, [&](auto vector) {
+  with_vector<S, kFew<S>>(distances, [&](auto vector) {
     constexpr int V = decltype(vector)::value;
     const Plan p = plan(channels, V, samples, pixels);
     const int64_t most = ceil_div(wanted_blocks(), std::max<int64_t>(1, p.chunks)),

@@ -8,19 +8,24 @@ namespace densenet_ext::cuda {
 
 // Where a pixel of the pooled map comes from: the first of its four rows of the map.
 struct Windows {
-  int64_t height, width;                // of the map
-  int64_t pooled_height, pooled_width;  // height/2, width/2
+  int height, width;                // of the map
+  int pooled_height, pooled_width;  // height/2, width/2
 
   template <class E>
   DENSENET_EXT_BOTH static Windows of(const Rows<E>& maps) {
-    return {maps.height, maps.width, maps.height / 2, maps.width / 2};
+    const int height = static_cast<int>(maps.height), width = static_cast<int>(maps.width);
+    return {height, width, height / 2, width / 2};
   }
-  DENSENET_EXT_BOTH int64_t pooled_pixels() const { return pooled_height * pooled_width; }
-  DENSENET_EXT_BOTH int64_t corner(int64_t n, int64_t p) const {
+  DENSENET_EXT_BOTH int pooled_pixels() const { return pooled_height * pooled_width; }
+  DENSENET_EXT_BOTH int64_t corner(int64_t n, int p) const {
     return (n * height + p / pooled_width * 2) * width + p % pooled_width * 2;
   }
+  // Of pixel m of all samples' pooled maps.
+  DENSENET_EXT_BOTH int64_t corner(int m) const {
+    return corner(m / pooled_pixels(), m % pooled_pixels());
+  }
   // Rows from the first to the i-th of the four.
-  DENSENET_EXT_BOTH int64_t step(int i) const { return i / 2 * width + i % 2; }
+  DENSENET_EXT_BOTH int step(int i) const { return i / 2 * width + i % 2; }
 };
 
 // The weight [rows, columns] in the storage type, rows at multiples of 16 bytes.

@@ -37,22 +37,16 @@ struct SpreadArgs {
   T* sums;  // [parts, 2, channels]
 };
 
-// Channels of a thread: 16 bits in groups of 8 bytes, which leaves registers for two blocks on a
-// multiprocessor.
-template <class S>
-constexpr int kSpreadGroup = sizeof(S) == 8 ? 2 : 4;
-
 template <class Math>
 KERNEL __launch_bounds__(PooledProduct<Math>::kThreads, sizeof(typename Math::T) == 8 ? 1 : 2)
     spread_kernel(SpreadArgs<typename Math::Storage> a) {
   using P = PooledProduct<Math>;
   using S = typename P::S;
   using T = typename P::T;
-  constexpr int V = kSpreadGroup<S>;
+  constexpr int V = kFew<S>;
   DYNAMIC_SHARED(memory);
   const ThreadMap map = {P::kN / V, P::kThreads / (P::kN / V)};
-  const int64_t channels = a.features.channels, pixels = a.windows.pooled_pixels(),
-                part = blockIdx.y;
+  const int64_t channels = a.features.channels, part = blockIdx.y;
   const Group group = group_of<V>(map, blockIdx.x, channels);
   T* const dzp = reinterpret_cast<T*>(memory);
   T sums[2][V] = {};
@@ -72,7 +66,7 @@ KERNEL __launch_bounds__(PooledProduct<Math>::kThreads, sizeof(typename Math::T)
     for (int row = map.row(); row < P::kM; row += map.rows) {
       const int64_t m = at.m + row;
       if (m >= a.dout.rows || group.valid == 0) break;
-      const int64_t corner = a.windows.corner(m / pixels, m % pixels);
+      const int64_t corner = a.windows.corner(static_cast<int>(m));
       T x[4][V], mean[V] = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i)

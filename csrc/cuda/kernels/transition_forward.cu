@@ -34,7 +34,7 @@ KERNEL __launch_bounds__(kMaxThreads, 2) pool_kernel(PoolArgs<S> a) {
   load_each<V>(a.norm.scale.row(run.sample) + group.first, group.valid, scale);
   load_each<V>(a.norm.shift.row(run.sample) + group.first, group.valid, shift);
   for (int64_t p = run.begin + a.map.row(); p < run.end; p += a.map.rows) {
-    const int64_t corner = a.windows.corner(run.sample, p);
+    const int64_t corner = a.windows.corner(run.sample, static_cast<int>(p));
     T x[4][V], mean[V];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -77,6 +77,21 @@ DEVICE void load_row(const T* from, T (&v)[V]) {
   }
 }
 
+// v becomes what it is when it is stored and loaded again.
+template <class S, int V>
+DEVICE void round_values(Arithmetic<S> (&v)[V]) {
+  if constexpr (sizeof(S) == 2 && V > 1) {
+#pragma unroll
+    for (int i = 0; i < V; i += 2) {
+      const uint32_t pair = narrow2<S>(v[i], v[i + 1]);
+      v[i] = widen_half<S>(pair, 0), v[i + 1] = widen_half<S>(pair, 1);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = rounded<S>(v[i]);
+  }
+}
+
 // Runs of values as operands of a product.
 template <class Math, int V>
 DEVICE void store_operands(typename Math::Storage* to, const typename Math::T (&from)[V]) {
@@ -138,6 +153,13 @@ uint64_t spacing(const Strided<E>& maps) {
                         (maps.width > 1 ? maps.stride_w : 0);
   return spacing(maps.data, pitch * static_cast<int64_t>(sizeof(E)));
 }
+
+// Values of a thread where it keeps several numbers for each: with 8 bytes of 16-bit types more
+// threads fit, and more is on its way from memory.
+template <class S>
+constexpr int kFew = sizeof(S) == 8 ? 2 : 4;
+// Blocks of such kernels on a multiprocessor, at least.
+constexpr int kFewBlocks = 3;
 
 // Calls body with the largest V, as a constant, that these distances allow.
 template <class S, int V = 16 / sizeof(S), class F>
