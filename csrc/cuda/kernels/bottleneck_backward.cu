@@ -53,13 +53,19 @@ struct Shape {
   static constexpr int kMapSize = kRows * kMapPitch;
   static constexpr int kBottleneckPitch = kWidth + kElements;
   static constexpr int kBottleneckSize = kRows * kBottleneckPitch;
-  static constexpr int kPieces = kRows * kWidth / kElements;  // of dv and b, 16 bytes each
+  // Of dv and b a thread has pieces of four columns: their tables are read without conflicts.
+  static constexpr int kPiece = kElements < 4 ? kElements : 4;
+  static constexpr int kPieces = kRows * kWidth / kPiece;
   static constexpr int kPiecesEach = (kPieces + kThreads - 1) / kThreads;
   static constexpr int kSteps = kWidth / Math::kDepth;
   // Of a warp's columns of W, what registers hold; the rest is in shared memory, or stays outside.
-  static constexpr int kKept = !Math::kTensor || kWide ? 0 : kSplit > 1 ? kSteps / 2 : kSteps;
+  static constexpr int kKept = !Math::kTensor || kWide  ? 0
+                               : kSplit > 1             ? kSteps / 2
+                               : kMasked && kUnits == 3 ? kSteps / 3
+                                                        : kSteps;
+  static constexpr bool kHasRest = 0 < kKept && kKept < kSteps;
   static constexpr int kRestPitch = (kSteps - kKept) * Math::kDepth + kElements;
-  static constexpr int kRestSize = kSplit > 1 ? kChannels * kRestPitch : 0;
+  static constexpr int kRestSize = kHasRest ? kChannels * kRestPitch : 0;
   static constexpr int kSharedBytes =
       (kStages * 2 * kMapSize + kBuffers * kBottleneckSize + kRestSize) *
           static_cast<int>(sizeof(S)) +
@@ -111,20 +117,21 @@ DEVICE void load_maps(const S* maps, int pitch, int rows, int channels, int row0
 // The pieces of dv and b that a thread turns into db.
 template <class K>
 struct Pieces {
-  Bytes16 dv[K::kPiecesEach], b[K::kPiecesEach];
+  Word<K::kPiece * sizeof(typename K::S)> dv[K::kPiecesEach], b[K::kPiecesEach];
 };
 
 template <class K, class S>
 DEVICE void load_pieces(const Arguments<S>& p, int row0, int block, int self, Pieces<K>& pieces) {
-  constexpr int kRowPieces = K::kWidth / K::kElements;
+  constexpr int kRowPieces = K::kWidth / K::kPiece, kBytes = K::kPiece * sizeof(S);
 #pragma unroll
   for (int j = 0; j < K::kPiecesEach; ++j) {
     const int i = self + j * K::kThreads;
     const int row = row0 + i / kRowPieces;
-    const int column = block * K::kWidth + i % kRowPieces * K::kElements;
+    const int column = block * K::kWidth + i % kRowPieces * K::kPiece;
     if (i < K::kPieces && row < p.rows && column < p.pitch) {
-      pieces.dv[j] = ld16(p.dv + static_cast<int64_t>(row) * p.pitch + column);
-      pieces.b[j] = ld16(p.bottleneck + static_cast<int64_t>(row) * p.pitch + column);
+      const int64_t at = static_cast<int64_t>(row) * p.pitch + column;
+      pieces.dv[j] = load_word<kBytes>(p.dv + at);
+      pieces.b[j] = load_word<kBytes>(p.bottleneck + at);
     }
   }
 }
@@ -134,33 +141,30 @@ DEVICE void load_pieces(const Arguments<S>& p, int row0, int block, int self, Pi
 template <class Math, class K, class S, class T>
 DEVICE void form_db(const Arguments<S>& p, int row0, int block, int self, const Pieces<K>& pieces,
                     const T* table, S* db) {
-  constexpr int kRowPieces = K::kWidth / K::kElements;
+  constexpr int kRowPieces = K::kWidth / K::kPiece, V = K::kPiece;
 #pragma unroll
   for (int j = 0; j < K::kPiecesEach; ++j) {
     const int i = self + j * K::kThreads;
     if (i >= K::kPieces) continue;
-    const int row = i / kRowPieces, first = i % kRowPieces * K::kElements;
+    const int row = i / kRowPieces, first = i % kRowPieces * V;
     const int c = block * K::kWidth + first, left = p.width - c;
-    const int valid = row0 + row >= p.rows || left <= 0 ? 0
-                      : left < K::kElements             ? left
-                                                        : K::kElements;
-    T t[3][K::kElements], v[K::kElements], b[K::kElements];
+    const int valid = row0 + row >= p.rows || left <= 0 ? 0 : left < V ? left : V;
+    T t[3][V], v[V], b[V];
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
       if constexpr (K::kWide) {
-        load_each<K::kElements>(p.db_table + static_cast<int64_t>(k) * p.width + c, valid, t[k]);
+        load_each<V>(p.db_table + static_cast<int64_t>(k) * p.width + c, valid, t[k]);
       } else {
-        load_row(table + k * K::kWidth + first, t[k]);
+        load<V>(table + k * K::kWidth + first, t[k]);
       }
     }
-    load<K::kElements>(reinterpret_cast<const S*>(&pieces.dv[j]), v);
-    load<K::kElements>(reinterpret_cast<const S*>(&pieces.b[j]), b);
+    load<V>(reinterpret_cast<const S*>(&pieces.dv[j]), v);
+    load<V>(reinterpret_cast<const S*>(&pieces.b[j]), b);
 #pragma unroll
-    for (int e = 0; e < K::kElements; ++e)
-      v[e] = affine(v[e], t[0][e], affine(b[e], t[2][e], t[1][e]));
-    if (valid < K::kElements) {
+    for (int e = 0; e < V; ++e) v[e] = affine(v[e], t[0][e], affine(b[e], t[2][e], t[1][e]));
+    if (valid < V) {
 #pragma unroll
-      for (int e = 0; e < K::kElements; ++e) v[e] = e < valid ? v[e] : T(0);
+      for (int e = 0; e < V; ++e) v[e] = e < valid ? v[e] : T(0);
     }
     store_operands<Math>(db + row * K::kBottleneckPitch + first, v);
   }
@@ -194,7 +198,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
 #pragma unroll
   for (int k = 0; k < K::kKept; ++k)
     Math::load_b_direct(w[k], [=](int n) { return weight + n * p.weight_pitch; }, k * Math::kDepth);
-  if constexpr (K::kSplit > 1) {
+  if constexpr (K::kHasRest) {
     constexpr int kPieces = (K::kSteps - K::kKept) * Math::kDepth / K::kElements;
     for (int i = static_cast<int>(threadIdx.x); i < K::kChannels * kPieces; i += K::kThreads) {
       const int row = i / kPieces, column = i % kPieces * K::kElements;
@@ -261,7 +265,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
           Math::mma(dz, a, w[k < K::kKept ? k : 0]);
         } else {
           typename Math::B b;
-          if constexpr (K::kSplit > 1) {
+          if constexpr (K::kHasRest) {
             Math::load_b(
                 b, [=](int n) { return rest + (own + n) * K::kRestPitch; },
                 (k - K::kKept) * Math::kDepth);
@@ -308,27 +312,30 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
       T dz[2][4] = {};
       if constexpr (!kWide) multiply(m, 0, dz);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = m * 16 + g + 8 * half;
-        int64_t n = 0;
-        if constexpr (kMasked) n = (row0 + r < p.rows ? row0 + r : p.rows - 1) / p.pixels;
+      for (int tile8 = 0; tile8 < 2; ++tile8) {
+        const int column = own + 8 * tile8 + 2 * t;
+        const int c = channel0 + column;
+        const Channel<T> both[2] = {channels[column], channels[column + 1]};
 #pragma unroll
-        for (int tile8 = 0; tile8 < 2; ++tile8) {
-          const int column = own + 8 * tile8 + 2 * t;
-          const int c = channel0 + column;
+        for (int half = 0; half < 2; ++half) {
+          const int r = m * 16 + g + 8 * half;
+          const int n = (row0 + r < p.rows ? row0 + r : p.rows - 1) / p.pixels;
           T value[2], old[2] = {T(0), T(0)}, z[2], updated[2];
           load<2>(x + r * K::kMapPitch + column, value);
           if (main && p.grad_in != nullptr) load<2>(gradient + r * K::kMapPitch + column, old);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            Channel<T> channel = channels[column + j];
+            Channel<T> channel = kMasked ? channels[column + j] : both[j];  // fewer registers
             T q = T(1), r2 = T(1);  // masks before and after
             if constexpr (kMasked) {
-              const ScaleShift<T> entry = p.table.row(n)[c + j];
+              const ScaleShift<T> entry =
+                  p.table.data[n * static_cast<int>(p.table.sample_stride) + c + j];
               channel.scale = entry.scale, channel.shift = entry.shift;
               if (c + j < p.channels) {
-                if (p.pre_mask.data != nullptr) q = p.pre_mask.row(n)[c + j];
-                if (p.post_mask.data != nullptr) r2 = p.post_mask.row(n)[c + j];
+                if (p.pre_mask.data != nullptr)
+                  q = p.pre_mask.data[n * static_cast<int>(p.pre_mask.sample_stride) + c + j];
+                if (p.post_mask.data != nullptr)
+                  r2 = p.post_mask.data[n * static_cast<int>(p.post_mask.sample_stride) + c + j];
               }
             }
             const T v = affine(value[j], channel.scale, channel.shift);
@@ -493,6 +500,7 @@ void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) 
                           as_int(blocks),
                           context.scratch<T>(parts * a.width * a.channels),
                           context.scratch<T>(parts * K::kSplit * 2 * a.channels)};
+  as_int(a.features.samples * depth);  // the tables are indexed so
   launch(context, bottleneck_backward_kernel<Math, kUnits, kWide, kMasked>, {chunks, parts, blocks},
          K::kThreads, K::kSharedBytes, p);
   const int64_t elements = a.width * a.channels;

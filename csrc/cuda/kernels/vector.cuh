@@ -63,20 +63,6 @@ DEVICE void store(S* to, const Arithmetic<S> (&v)[V]) {
   store_word<bytes>(to, word);
 }
 
-// Longer runs of what is not rounded, at a multiple of 16 bytes.
-template <int V, class T>
-DEVICE void load_row(const T* from, T (&v)[V]) {
-  constexpr int each = 16 / sizeof(T);
-  static_assert(V % each == 0, "whole accesses");
-#pragma unroll
-  for (int i = 0; i < V; i += each) {
-    T part[each];
-    load<each>(from + i, part);
-#pragma unroll
-    for (int j = 0; j < each; ++j) v[i + j] = part[j];
-  }
-}
-
 // v becomes what it is when it is stored and loaded again.
 template <class S, int V>
 DEVICE void round_values(Arithmetic<S> (&v)[V]) {
