@@ -120,7 +120,7 @@ DEVICE T true_gradient(T factor, T constant, T slope, T g, T x) {
 }
 
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads, kFewBlocks) finish_rows_kernel(FinishArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, 2) finish_rows_kernel(FinishArgs<S> a) {
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.out.channels);
@@ -209,7 +209,7 @@ void finish_gradient(const FinishGradient<S>& a, Context& context) {
   if (channels_are_neighbors(a.out)) {
     const uint64_t distances =
         spacing(a.features, a.offset) | spacing(a.grad, a.offset) | spacing(a.out);
-    with_vector<S, kFew<S>>(distances, [&](auto vector) {
+    with_vector<S>(distances, [&](auto vector) {
       constexpr int V = decltype(vector)::value;
       const Plan p = plan(a.out.channels, V, a.out.samples, pixels);
       args.items = p.items, args.map = p.map;

@@ -34,7 +34,7 @@ struct InputArgs {
   ThreadMap map;
 };
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads) conv3x3_input_kernel(InputArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, 2) conv3x3_input_kernel(InputArgs<S> a) {
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.width);
@@ -99,8 +99,7 @@ struct OutputGradientArgs {
   ThreadMap map;
 };
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads, kFewBlocks)
-    conv3x3_output_gradient_kernel(OutputGradientArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, 2) conv3x3_output_gradient_kernel(OutputGradientArgs<S> a) {
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.growth);
@@ -142,8 +141,7 @@ struct InputGradientArgs {
   ThreadMap map;
 };
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads, kFewBlocks)
-    conv3x3_input_gradient_kernel(InputGradientArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, 2) conv3x3_input_gradient_kernel(InputGradientArgs<S> a) {
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(shared);
   const Run run = a.items[blockIdx.x];
@@ -239,7 +237,7 @@ void conv3x3_input(const S* bottleneck, const NormTable<Arithmetic<S>>& norm, in
 
 template <class S>
 void conv3x3_output(const Conv3x3Forward<S>& f, const S* y, Context& context) {
-  with_vector<S>(
+  with_vector<S, kFew<S>>(
       spacing(f.features, f.offset) | spacing(y, bytes_of<S>(f.growth)), [&](auto vector) {
         constexpr int V = decltype(vector)::value;
         const Plan p = plan(f.growth, V, f.features.samples, f.features.pixels());
@@ -256,7 +254,7 @@ void conv3x3_output(const Conv3x3Forward<S>& f, const S* y, Context& context) {
 
 template <class S>
 void conv3x3_output_gradient(const Conv3x3Backward<S>& f, S* dy, Context& context) {
-  with_vector<S, kFew<S>>(
+  with_vector<S>(
       spacing(f.features, f.offset) | spacing(f.grad, f.offset) |
           spacing(dy, bytes_of<S>(f.growth)),
       [&](auto vector) {
@@ -285,20 +283,20 @@ void conv3x3_input_gradient(const Conv3x3Backward<S>& f, const S* dh, const Stri
   NormSums<T> sums = {
       nullptr,      0,      2 * f.width, f.width, f.norm2, f.features.count(), f.dnorm_weight,
       f.dnorm_bias, f.table};
-  with_vector<S, kFew<S>>(
-      spacing(f.bottleneck, bytes_of<S>(pitch)) | spacing(f.dv, 0) |
-          spacing(dh, bytes_of<S>(f.width)),
-      [&](auto vector) {
-        constexpr int V = decltype(vector)::value;
-        const Plan p = plan(pitch, V, f.features.samples, f.features.pixels());
-        sums.count = p.items.count();
-        T* const parts = context.scratch<T>(sums.count * sums.step);
-        sums.parts = parts;
-        launch(context, conv3x3_input_gradient_kernel<S, V>, p.grid(), p.threads,
-               bytes_of<T>(2 * V * p.threads),
-               InputGradientArgs<S>{f.bottleneck, pitch, f.norm, f.post_mask, f.norm2.mean, f.width,
-                                    dh, f.dv, parts, p.items, p.map});
-      });
+  with_vector<S>(spacing(f.bottleneck, bytes_of<S>(pitch)) | spacing(f.dv, 0) |
+                     spacing(dh, bytes_of<S>(f.width)),
+                 [&](auto vector) {
+                   constexpr int V = decltype(vector)::value;
+                   const Plan p = plan(pitch, V, f.features.samples, f.features.pixels());
+                   sums.count = p.items.count();
+                   T* const parts = context.scratch<T>(sums.count * sums.step);
+                   sums.parts = parts;
+                   launch(
+                       context, conv3x3_input_gradient_kernel<S, V>, p.grid(), p.threads,
+                       bytes_of<T>(2 * V * p.threads),
+                       InputGradientArgs<S>{f.bottleneck, pitch, f.norm, f.post_mask, f.norm2.mean,
+                                            f.width, dh, f.dv, parts, p.items, p.map});
+                 });
   const int64_t weight_blocks = ceil_div(kTaps * f.growth * f.width, kFinishThreads);
   launch(context, conv3x3_wide_finish_kernel<S>, {weight_blocks + ceil_div(f.width, 32)},
          kFinishThreads, kFinishShared, WideFinishArgs<S>{dw, f.dweight, weight_blocks, sums});

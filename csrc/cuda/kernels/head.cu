@@ -145,7 +145,7 @@ void head_forward(const HeadForward<S>& a, Context& context) {
 template <class S>
 void head_backward(const HeadBackward<S>& a, Context& context) {
   using T = Arithmetic<S>;
-  constexpr int V = 16 / sizeof(S);
+  constexpr int V = kFew<S>;
   const int64_t channels = a.features.channels, samples = a.features.samples,
                 pixels = a.features.pixels();
   const Plan p = plan(channels, V, samples, pixels);

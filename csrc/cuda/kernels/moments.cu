@@ -42,7 +42,7 @@ DEVICE void merge_rows(T (&mean)[V], T (&m2)[V], T count, T total, T* shared,
 }
 
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads, kFewBlocks) moments_kernel(Args<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, 3) moments_kernel(Args<S> a) {
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   constexpr int kAhead = 4;

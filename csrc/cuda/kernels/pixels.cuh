@@ -80,25 +80,33 @@ inline Plan plan(int64_t channels, int V, int64_t samples, int64_t pixels) {
 }
 
 // Calls body(p, x) for the pixels p of a thread, x[k] its values there of K maps: `from` at the
-// sample's first pixel and the thread's first channel. Several loads are on their way at a time.
+// sample's first pixel and the thread's first channel. 128 bytes are on their way to a thread at a
+// time, as they come from memory: widened, they would need twice the registers.
 template <int V, int K, class S, class F>
 DEVICE void for_pixels(const Run& run, const ThreadMap& map, int valid, const S* const (&from)[K],
                        const int64_t (&pitch)[K], const F& body) {
-  constexpr int kAhead = 4 / K;
+  constexpr int kAhead = 8 / K;
   if (valid == 0) return;
   for (int64_t p = run.begin + map.row(); p < run.end; p += kAhead * map.rows) {
-    Arithmetic<S> x[kAhead][K][V];
+    S raw[kAhead][K][V];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (p + i * map.rows < run.end) {
 #pragma unroll
         for (int k = 0; k < K; ++k)
-          load_first<V>(from[k] + (p + i * map.rows) * pitch[k], valid, x[i][k]);
+          load_raw<V>(from[k] + (p + i * map.rows) * pitch[k], valid, raw[i][k]);
       }
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (p + i * map.rows < run.end) body(p + i * map.rows, x[i]);
+      if (p + i * map.rows >= run.end) break;
+      Arithmetic<S> x[K][V];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) x[k][v] = widen(raw[i][k][v]);
+      }
+      body(p + i * map.rows, x);
     }
   }
 }

@@ -8,10 +8,10 @@
 // A rectifier cannot change which value of a window is the largest as long as one is positive, and
 // where none is there is no gradient: so maxima are sought among v. As in PyTorch, the first of
 // equals is the maximum, and a NaN is larger than whatever came before. Threads take groups of
-// channels, blocks runs of pixels (pixels.cuh). Backward finds the maxima again, with the sums, and
-// notes the place of each in its window; then each pixel of dx gathers from the windows that it is
-// in, four at most. Bytes moved: x twice in forward, twice in backward, with dout and places twice
-// and dx once.
+// channels, blocks runs of windows (pixels.cuh). Backward finds the maxima again, with the sums,
+// and notes the place of each in its window; then a thread gathers dx of 2x2 pixels from the four
+// windows that they are in. Bytes moved: x twice in forward, twice in backward, with dout and
+// places twice and dx once.
 #include "norm_backward.cuh"
 
 namespace densenet_ext::cuda {
@@ -30,31 +30,27 @@ DEVICE bool gives_way(T best, T v) {
   return v > best || v != v;
 }
 
-// Calls body(place, pixel) for the pixels of a window that exist.
-template <class F>
-DEVICE void for_window(const Windows& w, int64_t window, const F& body) {
-  const int top = static_cast<int>(window) / w.out_width * 2 - 1,
-            left = static_cast<int>(window) % w.out_width * 2 - 1;
+// The pixels of a window, row by row: what does not exist is a copy of its neighbor in the window,
+// so that all can be loaded at once.
+template <int V, class S>
+struct Window {
+  S x[9][V];
+  bool exists[9];
+
+  DEVICE Window(const Windows& w, int window, const S* from, int64_t pitch, int valid) {
+    const int top = window / w.out_width * 2 - 1, left = window % w.out_width * 2 - 1;
 #pragma unroll
-  for (int i = 0; i < 3; ++i) {
-#pragma unroll
-    for (int j = 0; j < 3; ++j) {
-      const int y = top + i, x = left + j;
-      if (y >= 0 && y < w.height && x >= 0 && x < w.width)
-        body(3 * i + j, static_cast<int64_t>(y) * w.width + x);
+    for (int i = 0; i < 9; ++i) {
+      const int row = top + i / 3, column = left + i % 3;
+      const int y = row < 0          ? 0
+                    : row < w.height ? row
+                                     : w.height - 1,
+                c = column < 0         ? 0
+                    : column < w.width ? column
+                                       : w.width - 1;
+      exists[i] = y == row && c == column;
+      load_raw<V>(from + (static_cast<int64_t>(y) * w.width + c) * pitch, valid, x[i]);
     }
-  }
-}
-
-// Along one side: the first of the windows that pixel x is in, and x's place in it; and the same
-// for the second one, which odd pixels are in. A window that does not exist has place -1.
-struct Around {
-  int window[2], place[2];
-
-  DEVICE Around(int x, int windows) {
-    const bool odd = x % 2 != 0;
-    window[0] = x / 2, place[0] = odd ? 2 : 1;
-    window[1] = x / 2 + 1, place[1] = odd && x / 2 + 1 < windows ? 0 : -1;
   }
 };
 
@@ -82,18 +78,18 @@ KERNEL __launch_bounds__(kMaxThreads) stem_pool_kernel(PoolArgs<S> a) {
   const S* const from = a.x.row(run.sample * a.x.pixels()) + group.first;
   S* const to = a.out.row(run.sample * a.items.pixels) + group.first;
   for (int64_t p = run.begin + a.map.row(); p < run.end; p += a.map.rows) {
+    const Window<V, S> window(a.windows, static_cast<int>(p), from, a.x.pitch, group.valid);
     T best[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) best[v] = T(-INFINITY);
-    for_window(a.windows, p, [&](int, int64_t pixel) {
-      T x[V];
-      load_first<V>(from + pixel * a.x.pitch, group.valid, x);
+#pragma unroll
+    for (int i = 0; i < 9; ++i) {  // copies change nothing
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const T value = affine(x[v], scale[v], shift[v]);
+        const T value = affine(widen(window.x[i][v]), scale[v], shift[v]);
         if (gives_way(best[v], value)) best[v] = value;
       }
-    });
+    }
 #pragma unroll
     for (int v = 0; v < V; ++v) best[v] = relu(best[v]);
     store_first<V>(to + p * a.out.pitch, group.valid, best);
@@ -118,7 +114,7 @@ struct MaximaArgs {
 };
 
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads, kFewBlocks) stem_maxima_kernel(MaximaArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, 2) stem_maxima_kernel(MaximaArgs<S> a) {
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const int64_t channels = a.x.channels, block = blockIdx.x;
@@ -133,21 +129,21 @@ KERNEL __launch_bounds__(kMaxThreads, kFewBlocks) stem_maxima_kernel(MaximaArgs<
     const S* const from = a.x.row(run.sample * a.x.pixels()) + group.first;
     for (int64_t p = run.begin + a.map.row(); p < run.end; p += a.map.rows) {
       const int64_t row = run.sample * a.items.pixels + p;
+      const Window<V, S> window(a.windows, static_cast<int>(p), from, a.x.pitch, group.valid);
       T best[V], at_best[V], dv[V];
       uint16_t place[V];
       load_first<V>(a.grad_out.row(row) + group.first, group.valid, dv);
 #pragma unroll
       for (int v = 0; v < V; ++v) best[v] = T(-INFINITY), at_best[v] = T(0), place[v] = kNowhere;
-      for_window(a.windows, p, [&](int where, int64_t pixel) {
-        T x[V];
-        load_first<V>(from + pixel * a.x.pitch, group.valid, x);
+#pragma unroll
+      for (int i = 0; i < 9; ++i) {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          const T value = affine(x[v], scale[v], shift[v]);
-          if (gives_way(best[v], value))
-            best[v] = value, at_best[v] = x[v], place[v] = static_cast<uint16_t>(where);
+          const T x = widen(window.x[i][v]), value = affine(x, scale[v], shift[v]);
+          if (window.exists[i] && gives_way(best[v], value))
+            best[v] = value, at_best[v] = x, place[v] = static_cast<uint16_t>(i);
         }
-      });
+      }
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         if (best[v] <= T(0)) dv[v] = T(0), place[v] = kNowhere;
@@ -181,7 +177,7 @@ struct InputArgs {
 };
 
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads, kFewBlocks) stem_input_kernel(InputArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, 2) stem_input_kernel(InputArgs<S> a) {
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.x.channels);
@@ -190,37 +186,49 @@ KERNEL __launch_bounds__(kMaxThreads, kFewBlocks) stem_input_kernel(InputArgs<S>
   load_steps<V>(a.norm, group.first, group.valid, step);
   load_each<V>(&a.coef.at(1, 0, group.first), group.valid, constant);
   load_each<V>(&a.coef.at(2, 0, group.first), group.valid, factor);
-  const int64_t window0 =
-      run.sample * a.windows.out_height * static_cast<int64_t>(a.windows.out_width);
+  const int width = a.windows.width, across = a.windows.out_width;
+  const int64_t pixel0 = run.sample * a.x.pixels(), window0 = run.sample * a.items.pixels;
   for (int64_t p = run.begin + a.map.row(); p < run.end; p += a.map.rows) {
-    const Around down(static_cast<int>(p) / a.windows.width, a.windows.out_height),
-        across(static_cast<int>(p) % a.windows.width, a.windows.out_width);
-    const int64_t row = run.sample * a.items.pixels + p;
-    T x[V], dv[V] = {};
-    load_first<V>(a.x.row(row) + group.first, group.valid, x);
+    // This window and those after it to the right and below, where they exist; and the pixels from
+    // its middle on.
+    const int top = static_cast<int>(p) / across, left = static_cast<int>(p) % across;
+    S g[4][V], x[4][V];
+    uint16_t place[4][V];
+    int64_t pixel[4];
+    bool inside[4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 4; ++i) {
+      const bool exists = top + i / 2 < a.windows.out_height && left + i % 2 < across;
+      const int64_t window = window0 + p + (exists ? i / 2 * across + i % 2 : 0);
+      load_raw<V>(a.grad_out.row(window) + group.first, group.valid, g[i]);
+      const Word<2 * V> word = load_word<2 * V>(a.places + window * a.places_pitch + group.first);
+      memcpy(place[i], &word, sizeof word);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if (down.place[i] < 0 || across.place[j] < 0) continue;
-        const int own = 3 * down.place[i] + across.place[j];
-        const int64_t window = window0 + down.window[i] * a.windows.out_width + across.window[j];
-        T g[V];
-        uint16_t place[V];
-        load_first<V>(a.grad_out.row(window) + group.first, group.valid, g);
-        const Word<2 * V> word = load_word<2 * V>(a.places + window * a.places_pitch + group.first);
-        memcpy(place, &word, sizeof place);
+      for (int v = 0; v < V; ++v) place[i][v] = exists ? place[i][v] : kNowhere;
+      const int y = 2 * top + i / 2, c = 2 * left + i % 2;
+      inside[i] = y < a.windows.height && c < width;
+      pixel[i] = pixel0 + (inside[i] ? static_cast<int64_t>(y) * width + c : 0);
+      load_raw<V>(a.x.row(pixel[i]) + group.first, group.valid, x[i]);
+    }
 #pragma unroll
-        for (int v = 0; v < V; ++v) dv[v] += place[v] == own ? g[v] : T(0);
+    for (int i = 0; i < 4; ++i) {
+      if (!inside[i]) continue;
+      T dv[V] = {};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {  // the pixel's place in window j
+        const int y = 1 + i / 2 - 2 * (j / 2), c = 1 + i % 2 - 2 * (j % 2);
+        if (y < 0 || c < 0) continue;
+#pragma unroll
+        for (int v = 0; v < V; ++v) dv[v] += place[j][v] == 3 * y + c ? widen(g[j][v]) : T(0);
       }
-    }
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      dv[v] *= step[v];
-      // otherwise only neighbors have to do with each other, even where x is NaN
-      if (a.norm.training) dv[v] += affine(x[v], factor[v], constant[v]);
+      for (int v = 0; v < V; ++v) {
+        dv[v] *= step[v];
+        // otherwise only neighbors have to do with each other, even where x is NaN
+        if (a.norm.training) dv[v] += affine(widen(x[i][v]), factor[v], constant[v]);
+      }
+      store_first<V>(a.dx.row(pixel[i]) + group.first, group.valid, dv);
     }
-    store_first<V>(a.dx.row(row) + group.first, group.valid, dv);
   }
 }
 
@@ -299,16 +307,15 @@ void stem_backward(const StemBackward<S>& a, Context& context) {
                       a.dnorm_bias},
                      context);
     if (!a.dx.data) return;
-    const Plan q = plan(channels, V, samples, a.x.pixels());
-    launch(context, stem_input_kernel<S, V>, q.grid(), q.threads, 0,
+    launch(context, stem_input_kernel<S, V>, p.grid(), p.threads, 0,
            InputArgs<S>{a.x,
                         a.grad_out,
                         a.dx,
                         windows,
                         norm,
                         {coef, 1, channels},
-                        q.items,
-                        q.map,
+                        p.items,
+                        p.map,
                         places,
                         pitch});
   });

@@ -91,6 +91,18 @@ DEVICE void store_operands(typename Math::Storage* to, const typename Math::T (&
   }
 }
 
+// The first `valid` values as they are stored, 0 beyond them.
+template <int V, class S>
+DEVICE void load_raw(const S* from, int valid, S (&v)[V]) {
+  if (valid >= V) {
+    const Word<V * sizeof(S)> word = load_word<V * sizeof(S)>(from);
+    memcpy(v, &word, sizeof v);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i) v[i] = i < valid ? from[i] : S{};
+}
+
 // load and store for the first `valid` values; those beyond are loaded as 0.
 template <int V, class S>
 DEVICE void load_first(const S* from, int valid, Arithmetic<S> (&v)[V]) {
@@ -144,8 +156,6 @@ uint64_t spacing(const Strided<E>& maps) {
 // threads fit, and more is on its way from memory.
 template <class S>
 constexpr int kFew = sizeof(S) == 8 ? 2 : 4;
-// Blocks of such kernels on a multiprocessor, at least.
-constexpr int kFewBlocks = 3;
 
 // Calls body with the largest V, as a constant, that these distances allow.
 template <class S, int V = 16 / sizeof(S), class F>
