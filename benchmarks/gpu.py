@@ -30,6 +30,7 @@ PARTS = ("build", "tests", "sanitizer", "compile", "kernels", "steps", "profile"
 # Seconds at most. The checks leave the measurements those that stand beside them.
 LIMITS = {"build": 240, "tests": 150, "sanitizer": 120, "compile": 190, "kernels": 50, "profile": 60}
 KEPT_FOR = {"kernels": 30, "steps": 130, "profile": 30}
+COMPILING = 150  # seconds at least for compiling, where anything is to come of it
 VARIANTS = ("BC", "vanilla", "A", "B", "A+B")
 
 
@@ -182,7 +183,10 @@ def check(run):
             process = Process(command, run.folder / f"{tool}.log", run.limit("sanitizer"), environment)
             waiting[tool] = process, lambda p, tool=tool: found.update({tool: gpu_checks.sanitizer_summary(p)})
     compiled = "compile" in (run.args.implementations or "compile").split(",")
-    if run.wants("compile") and run.wants("steps") and compiled:
+    if run.wants("compile") and run.wants("steps") and compiled and not simulated and run.limit("compile") < COMPILING:
+        run.results["notes"].append("compile: not enough time for anything")
+        (run.folder / "compile.jsonl").touch()  # nothing was compiled
+    elif run.wants("compile") and run.wants("steps") and compiled:
         worker = Worker("compile", run.args, run.folder, run.limit("compile"), run.environment)
         waiting["compile"] = worker, lambda w: read_compiled(run, w)
     wait_for(run, waiting)

@@ -239,6 +239,18 @@ def test_part_without_time_is_a_note(tmp_path):
     assert run.results["notes"][1:] == ["steps: out of time"]
 
 
+def test_nothing_is_compiled_in_too_little_time(tmp_path, monkeypatch):
+    """The compiler would take what is left and have nothing to show; steps are then told that nothing was compiled."""
+    monkeypatch.setattr(gpu, "Worker", lambda *_: pytest.fail("a compiler was started"))
+    args = gpu.parse_arguments(
+        ["--output", str(tmp_path / "x.json"), "--parts", "compile,steps", "--time-limit", "200"]
+    )
+    run = gpu.Run(args, tmp_path)
+    gpu.check(run)
+    assert run.results["notes"] == ["compile: not enough time for anything"]
+    assert Findings(tmp_path / "compile.jsonl").rows == {} and (tmp_path / "compile.jsonl").exists()
+
+
 def test_rehearsal_needs_an_output(capsys):
     with pytest.raises(SystemExit):
         gpu.parse_arguments(["--simulate"])
