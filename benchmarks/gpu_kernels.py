@@ -55,13 +55,13 @@ def choose_cases(tiny):
         return [
             *layer_cases("cifar", 2, 8, 24, (8, 20), 16, 4, excite=EXCITE, consumer=TRANSITION, outputs=12),
             *layer_cases("densenet121", 2, 4, 40, (32,), 32, 8, consumer=HEAD),
-            Case("densenet121", Size(2, 8, 8, 8), STEM),
+            Case("densenet121", Size(2, 8, 8, 8, total=8), STEM),
         ]
     cifar = {"width": 48, "growth": 12}
     imagenet = {"width": 128, "growth": 32}
     return [
         *layer_cases("densenet121", 256, 56, 256, (64, 128, 224), **imagenet, consumer=TRANSITION, outputs=128),
-        Case("densenet121", Size(256, 112, 112, 64), STEM),
+        Case("densenet121", Size(256, 112, 112, 64, total=64), STEM),
         *layer_cases("cifar", 64, 32, 216, (24, 120, 204), **cifar, excite=EXCITE, consumer=TRANSITION, outputs=108),
         *layer_cases("cifar", 256, 32, 216, (24, 120, 204), **cifar, excite=EXCITE, consumer=TRANSITION, outputs=108),
         *layer_cases("densenet121", 256, 14, 1024, (256, 640, 992), **imagenet),
