@@ -128,7 +128,7 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         max_pool2d(relu(norm(x)), kernel_size=3, stride=2, padding=1)
 
     Args:
-        x: [N, C, H, W], as in dense_stage; on a type of device in ops.STEM_DEVICES. Copied unless it is channels last.
+        x: [N, C, H, W], as in dense_stage. Copied unless it is channels last.
         norm: batch normalization of C channels, of this process's samples alone.
 
     Returns:

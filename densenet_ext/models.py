@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import fallback, functional, ops
+from . import fallback, functional
 from .layers import EfficientDenseBlock, EfficientDenseLayer, Transition, check_efficient
 from .squeeze_excitation import check_positive
 
@@ -180,9 +180,7 @@ class DenseNetBC(nn.Module):
     def _images(self, x: Tensor) -> Tensor:
         """x as conv0 gets it: channels last, which makes its output so, as the ops after it read it. (On a CPU oneDNN computes
         a planar output in another layout first and then copies it.)"""
-        if not isinstance(x, Tensor) or x.device.type not in ops.STEM_DEVICES:
-            return x
-        if x.dim() != 4 or fallback.input_reason([x]) is not None:
+        if not isinstance(x, Tensor) or x.dim() != 4 or fallback.input_reason([x]) is not None:
             return x
         x = x.contiguous(memory_format=torch.channels_last)
         if x.shape[1] == 1:  # in either layout; the strides have to tell which is meant
@@ -191,8 +189,6 @@ class DenseNetBC(nn.Module):
 
     def _fuses_stem(self, norm: nn.Module, rest: list, x: Tensor) -> bool:
         """Whether norm0, and relu0 and pool0 after it, are computed by one op: where nothing hinders that."""
-        if x.device.type not in ops.STEM_DEVICES:
-            return False
         reason = fallback.stem_reason([(f"features.{n}", m) for n, m in [("norm0", norm), *rest[:2]]], x)
         if reason is not None:
             fallback.report(reason)

@@ -49,7 +49,6 @@ dense_stem_backward = torch.ops.densenet_ext.dense_stem_backward.default
 
 __all__ = [
     "DEVICES",
-    "STEM_DEVICES",
     "MASK_DROPOUT",
     "MASK_PRE_CONV1",
     "MASK_PRE_CONV2",
@@ -74,9 +73,8 @@ def _devices_of(op: str) -> frozenset[str]:
     return frozenset(device for device, key in keys if has_kernel(f"densenet_ext::{op}", key))
 
 
-# Types of device that the loaded library has kernels for; those of the stem alone where the stem is one op too.
+# Types of device that the loaded library has kernels for.
 DEVICES = _devices_of("append")
-STEM_DEVICES = _devices_of("dense_stem")
 
 
 def require_kernels(x: Tensor) -> None:

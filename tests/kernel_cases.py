@@ -20,11 +20,6 @@ DEVICES = [
 ]
 
 
-def serves(op, device):
-    """Whether the op has a kernel on that device: the stem's have none but on a CPU."""
-    return device in (ops.STEM_DEVICES if op.startswith("stem") else ops.DEVICES)
-
-
 @dataclass(frozen=True)
 class Shape:
     """N samples of H x W pixels, c of them read, width K2 of the bottleneck, growth k; `why` it is tested."""

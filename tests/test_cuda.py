@@ -170,7 +170,7 @@ def test_repeated_steps_are_bit_equal():
     first, again = step(model, x, labels), step(model, x, labels)
     first = [g.clone() for g in first]
     again = step(model, x, labels)
-    # the stem and the classifier are PyTorch's own
+    # the first convolution and the classifier are PyTorch's own
     names = ["loss", *(name for name, _ in model.named_parameters())]
     differing = [n for n, a, b in zip(names, first, again, strict=True) if not a.equal(b)]
     assert not [n for n in differing if "conv0" not in n and "classifier" not in n]

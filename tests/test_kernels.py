@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICES, SHAPES, Problem, Shape, serves, to_device
+from kernel_cases import DEVICES, SHAPES, Problem, Shape, to_device
 
 from densenet_ext import reference
 from densenet_ext._load import load_extension
@@ -131,11 +131,6 @@ def problems(shape, dtype, op, device="cpu"):
     return [Problem(shape, dtype, masks, device=device) for masks in kinds]
 
 
-def require(op, device):
-    if not serves(op, device):
-        pytest.skip(f"{op} is PyTorch's own operators on that device")
-
-
 def fits(op, shape):
     return not op.startswith("transition") or (shape.height > 1 and shape.width > 1)
 
@@ -151,7 +146,6 @@ def label(value):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("op", "options"), CASES, ids=label)
 def test_kernel_equals_twin(op, options, shape, dtype, device):
-    require(op, device)
     if not fits(op, shape):
         pytest.skip("a transition needs 2x2 pixels")
     for problem in problems(shape, dtype, op, device):
@@ -173,7 +167,6 @@ def test_tf32(op, shape, device):
 @pytest.mark.parametrize("op", OPS)
 def test_any_number_of_threads(op, threads):
     """5 threads are more than there are samples, and do not divide the rows."""
-    require(op, "cpu")
     torch.set_num_threads(threads)
     for shape in (Shape("", samples=3, height=33, width=31), Shape("", samples=1, height=12, width=12, bottleneck=40)):
         for problem in problems(shape, torch.float32, op):
@@ -183,7 +176,6 @@ def test_any_number_of_threads(op, threads):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", OPS)
 def test_repeated_run_is_bit_equal(op, device):
-    require(op, device)
     shape = Shape("", samples=3, height=17, width=19, channels=20, bottleneck=24, growth=6)
     problem = problems(shape, torch.float32, op, device)[-1]
     args = getattr(problem, op)()
@@ -201,7 +193,6 @@ FORWARD = {"bottleneck_forward": 4, "conv3x3_forward": 6, "transition_forward": 
 @pytest.mark.parametrize("op", FORWARD)
 def test_nan_reaches_what_depends_on_it(op, device):
     """One NaN among the inputs: relu(NaN) is NaN, as in PyTorch."""
-    require(op, device)
     options = {"use_given": True} if op == "stem_forward" else {}
     args = getattr(Problem(Shape("", height=8, width=8), torch.float32, device=device), op)(**options)
     first = args[0]
@@ -212,7 +203,6 @@ def test_nan_reaches_what_depends_on_it(op, device):
     assert torch.equal(actual[out].isnan(), expected[out].isnan())
 
 
-@pytest.mark.skipif(not serves("stem_backward", "cpu"), reason="PyTorch's own operators on that device")
 @pytest.mark.parametrize("training", [True, False])
 def test_gradient_goes_to_the_last_nan_of_a_window(training):
     """As in torch.nn.MaxPool2d, to which every NaN is larger than what came before."""

@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-import warnings
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from torch import nn
 from densenet_ext import DenseNetBC, functional, ops, set_fallback
 from densenet_ext.functional import dense_stem
 from densenet_ext.reference.layout import is_channels_last
-
-pytestmark = pytest.mark.skipif("cpu" not in ops.STEM_DEVICES, reason="the stem is PyTorch's own operators there")
 
 SIZES = {
     "odd": (2, 3, 33, 47),
@@ -311,16 +308,6 @@ def test_norm_that_shares_with_nobody_is_fused(calls):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(network())
     torch.testing.assert_close(step(model, "fused"), step(model, False), rtol=1e-9, atol=1e-9)
     assert len(calls) == 1
-
-
-def test_other_devices_run_the_modules_and_say_nothing(calls, monkeypatch):
-    monkeypatch.setattr(ops, "STEM_DEVICES", frozenset())
-    model = network()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        got = step(model, "fused")
-    torch.testing.assert_close(got, step(model, False), rtol=1e-9, atol=1e-9)
-    assert not calls
 
 
 @pytest.mark.slow
