@@ -152,8 +152,8 @@ uint64_t spacing(const Strided<E>& maps) {
   return spacing(maps.data, pitch * static_cast<int64_t>(sizeof(E)));
 }
 
-// Values of a thread where it keeps several numbers for each: with 8 bytes of 16-bit types more
-// threads fit, and more is on its way from memory.
+// Values of a thread where it keeps several numbers for each: with 16 bytes of 16-bit types its
+// registers would not do.
 template <class S>
 constexpr int kFew = sizeof(S) == 8 ? 2 : 4;
 
