@@ -183,12 +183,14 @@ def check(run):
             process = Process(command, run.folder / f"{tool}.log", run.limit("sanitizer"), environment)
             waiting[tool] = process, lambda p, tool=tool: found.update({tool: gpu_checks.sanitizer_summary(p)})
     compiled = "compile" in (run.args.implementations or "compile").split(",")
-    if run.wants("compile") and run.wants("steps") and compiled and not simulated and run.limit("compile") < COMPILING:
-        run.results["notes"].append("compile: not enough time for anything")
-        (run.folder / "compile.jsonl").touch()  # nothing was compiled
-    elif run.wants("compile") and run.wants("steps") and compiled:
-        worker = Worker("compile", run.args, run.folder, run.limit("compile"), run.environment)
-        waiting["compile"] = worker, lambda w: read_compiled(run, w)
+    if run.wants("compile") and run.wants("steps") and compiled:
+        seconds = run.limit("compile")
+        if simulated or seconds >= COMPILING:
+            worker = Worker("compile", run.args, run.folder, seconds, run.environment)
+            waiting["compile"] = worker, lambda w: read_compiled(run, w)
+        else:
+            run.results["notes"].append("compile: not enough time for anything")
+            (run.folder / "compile.jsonl").touch()  # nothing was compiled
     wait_for(run, waiting)
 
 

@@ -18,12 +18,11 @@ import harness
 import machine
 import torch
 from compositions import COMPOSITIONS, Composition
-from gpu_kernels import EXCITE, HEAD, LAYER, TRANSITION, Arguments, Case, layer_cases
+from gpu_kernels import EXCITE, HEAD, LAYER, STEM, TRANSITION, Arguments, Case, layer_cases
 from limits import Limits, describe, floor
 from roofline import FORMULAS, STORAGE_BYTES, Size, op_bytes, op_flops
 from tqdm import tqdm
 
-STEM = ("stem_forward", "stem_backward")
 HALF = 0.5  # of the limit: an op below it wants a reason
 ODD_LIMIT = 1.5  # times an even size's seconds an operation
 # (odd, even, samples, height and width of each, channels, growth of each): what is held against what

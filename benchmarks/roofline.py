@@ -118,7 +118,6 @@ def step_ops(net, samples, keep_bottleneck=False, training=True):
     if not net.small_inputs:
         stem = Size(samples, size // 2, size // 2, channels)
         yield from ((f"stem_{direction}", stem) for direction in ("forward", "backward")[: 1 + training])
-    if not net.small_inputs:
         size //= 4
     ops = ["bottleneck_forward", "conv3x3_forward"] + ["squeeze_excite_forward"] * net.squeeze_excite
     if training:

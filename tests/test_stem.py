@@ -310,6 +310,16 @@ def test_norm_that_shares_with_nobody_is_fused(calls):
     assert len(calls) == 1
 
 
+def test_devices_without_kernels_run_the_modules_and_say_so(calls, monkeypatch):
+    monkeypatch.setattr(ops, "DEVICES", frozenset())
+    set_fallback("warn")
+    model = network()
+    with pytest.warns(UserWarning, match="no kernels for cpu"):
+        got = step(model, "fused")
+    torch.testing.assert_close(got, step(model, False), rtol=1e-9, atol=1e-9)
+    assert not calls
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_network_equals_the_network():

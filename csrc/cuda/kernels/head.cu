@@ -149,9 +149,7 @@ void head_backward(const HeadBackward<S>& a, Context& context) {
   const int64_t channels = a.features.channels, samples = a.features.samples,
                 pixels = a.features.pixels();
   const Plan p = plan(channels, V, samples, pixels);
-  const int64_t most = ceil_div(wanted_blocks(), std::max<int64_t>(1, p.chunks)),
-                each = std::max<int64_t>(1, ceil_div(p.items.count(), most)),
-                blocks = ceil_div(p.items.count(), each);
+  const int64_t each = p.each(), blocks = ceil_div(p.items.count(), each);
   T* const sums = context.scratch<T>(blocks * 2 * channels);
   launch(
       context, head_backward_kernel<S, V>, {blocks, p.chunks}, p.threads, V * p.threads * sizeof(T),

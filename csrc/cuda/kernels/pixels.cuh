@@ -59,10 +59,17 @@ struct Plan {
   Items items;
 
   Grid grid() const { return {items.count(), chunks}; }
+  // Items of a block, where a block leaves sums that have to be added.
+  int64_t each() const;
 };
 
 // Blocks that keep the device busy: whole waves do not matter, the kernels' blocks are short.
 inline int64_t wanted_blocks() { return 8 * static_cast<int64_t>(multiprocessors()); }
+
+inline int64_t Plan::each() const {
+  const int64_t most = ceil_div(wanted_blocks(), std::max<int64_t>(1, chunks));
+  return std::max<int64_t>(1, ceil_div(items.count(), most));
+}
 
 // The threads and blocks for groups of V channels of all pixels. A sample is cut where there are
 // too few of them to fill the device, into runs of four pixels a thread at least.

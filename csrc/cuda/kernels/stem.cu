@@ -289,9 +289,7 @@ void stem_backward(const StemBackward<S>& a, Context& context) {
   with_vector<S, kFew<S>>(distances, [&](auto vector) {
     constexpr int V = decltype(vector)::value;
     const Plan p = plan(channels, V, samples, pixels);
-    const int64_t most = ceil_div(wanted_blocks(), std::max<int64_t>(1, p.chunks)),
-                  each = std::max<int64_t>(1, ceil_div(p.items.count(), most)),
-                  blocks = ceil_div(p.items.count(), each);
+    const int64_t each = p.each(), blocks = ceil_div(p.items.count(), each);
     T* const sums = context.scratch<T>(blocks * 2 * channels);
     launch(context, stem_maxima_kernel<S, V>, {blocks, p.chunks}, p.threads,
            V * p.threads * sizeof(T),
