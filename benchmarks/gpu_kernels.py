@@ -128,7 +128,8 @@ class Arguments:
         dv = self.rows().to(gradient_dtype(self.like))
         inputs = (self.buffer(), *self.table(s.channels), None, None, weight, dv, self.rows())
         outputs = (self.coefficients(), torch.empty_like(weight), self.normal(s.channels), self.normal(s.channels))
-        return *inputs, self.normal(3, s.bottleneck), *self.norm(s.channels), grad, grad, *outputs, True
+        earlier = (None, None, None)
+        return *inputs, self.normal(3, s.bottleneck), *self.norm(s.channels), grad, grad, *outputs, *earlier, True
 
     def conv3x3_forward(self):
         s = self.size

@@ -5,7 +5,7 @@ outputs of a transition, N samples; e bytes of a stored value (4 float32, 2 bflo
 Each input is read once and each output written once; tables of a few numbers a channel are left out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ARITHMETIC_BYTES = 4
 STORAGE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -42,6 +42,7 @@ class Size:
     growth: int = 0
     outputs: int = 0
     total: int = 0
+    earlier: int = 0  # channels that the layer reads whose b is computed again on the way; 0: none is
 
     @property
     def rows(self):
@@ -58,11 +59,12 @@ def op_bytes(op, s, e, a=ARITHMETIC_BYTES):
     pooled = s.samples * (s.height // 2) * (s.width // 2)
     stem_pooled = s.samples * ((s.height + 1) // 2) * ((s.width + 1) // 2)
     weight1, weight3, weight_out = s.bottleneck * c * a, 9 * s.bottleneck * k * a, o * c * a
+    again = m * k2 * e + s.bottleneck * s.earlier * a if s.earlier else 0
     return {
         "append": 2 * m * c * e,
         "fold_norm": 2 * n * c * a,
         "bottleneck_forward": m * (c + k2) * e + weight1,
-        "bottleneck_backward": m * (3 * c + 2 * k2) * e + 2 * weight1,
+        "bottleneck_backward": m * (3 * c + 2 * k2) * e + 2 * weight1 + again,
         "conv3x3_forward": m * (k2 + k) * e + weight3,
         "conv3x3_backward": m * (2 * k2 + 2 * k) * e + 2 * weight3,
         "squeeze_excite_forward": 2 * m * k * e,
@@ -85,7 +87,7 @@ def op_flops(op, s):
     transition = 2 * pooled * s.channels * s.outputs
     return {
         "bottleneck_forward": product,
-        "bottleneck_backward": 2 * product,
+        "bottleneck_backward": 2 * product + 2 * s.rows * s.earlier * s.bottleneck,
         "conv3x3_forward": convolution,
         "conv3x3_backward": 2 * convolution,
         "transition_forward": transition,
@@ -121,16 +123,20 @@ def step_ops(net, samples, keep_bottleneck=False, training=True):
         size //= 4
     ops = ["bottleneck_forward", "conv3x3_forward"] + ["squeeze_excite_forward"] * net.squeeze_excite
     if training:
-        ops += ["conv3x3_backward", "bottleneck_backward"] + ["squeeze_excite_backward"] * net.squeeze_excite
-        ops += ["bottleneck_forward"] * (not keep_bottleneck)
+        ops += ["conv3x3_backward"] + ["squeeze_excite_backward"] * net.squeeze_excite
     for i, layers in enumerate(net.blocks):
         entering = Size(samples, size, size, channels)
         yield "append", entering
         if training:
             yield "finish_gradient", entering
-        for _ in range(layers):
+        for layer in range(layers):
             s = Size(samples, size, size, channels, width, net.growth)
             yield from ((op, s) for op in ops)
+            if training:
+                earlier = channels - net.growth if layer and not keep_bottleneck else 0
+                yield "bottleneck_backward", replace(s, earlier=earlier)
+                if layer + 1 == layers and not keep_bottleneck:
+                    yield "bottleneck_forward", s
             channels += net.growth
         last = i + 1 == len(net.blocks)
         s = Size(samples, size, size, channels, outputs=0 if last else channels // 2)

@@ -95,14 +95,16 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
   const Tensor db_table = empty(features, {3, stage.bottleneck_width}, stage.arithmetic),
                db_coef = piece(db_table, 0, {3, 1, stage.bottleneck_width});
 
+  const auto fold_first = [&](const Layer& layer) {
+    return stage.fold_again(layer.norm1, layer.pre_norm, layer.pre_conv1);
+  };
+  Layer layer = stage.layer(stage.layers - 1);
+  Folded table1 = fold_first(layer);
+  if (!kept) run_bottleneck(stage, layer, features, table1, shared, std::nullopt, std::nullopt);
   for (int64_t l = stage.layers - 1; l >= 0; --l) {
-    const Layer layer = stage.layer(l);
     Tensor* const d = dparams.data() + l * stage.per_layer;
-    const Folded table1 = stage.fold_again(layer.norm1, layer.pre_norm, layer.pre_conv1);
     const Folded table2 = stage.fold_again(layer.norm2, std::nullopt, layer.pre_conv2);
     const Tensor bottleneck = kept ? stage.bottleneck(bottlenecks, l) : shared;
-    if (!kept)
-      run_bottleneck(stage, layer, features, table1, bottleneck, std::nullopt, std::nullopt);
     if (const auto& se = layer.se) {
       call("densenet_ext::squeeze_excite_backward", features, source, layer.channels,
            se->fc1_weight, se->fc2_weight, se->pooled, se->hidden, se->gate, coef, d[6], d[7], d[8],
@@ -113,13 +115,30 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
          layer.channels, layer.norm2.weight, layer.norm2.mean, layer.norm2.var, layer.norm2.eps,
          layer.norm2.local(), dv, d[5], d[3], d[4], db_table, stage.options.allow_tf32);
     stage.finish_norm_backward(layer.norm2, d[3], d[4], std::nullopt, db_coef);
+    // Of the layer that comes next, whose bottleneck takes the place of this one's unless kept.
+    std::optional<Layer> earlier;
+    Folded table;
+    Optional scale, shift, weight;
+    if (l > 0) {
+      earlier = stage.layer(l - 1);
+      table = fold_first(*earlier);
+      if (!kept) {
+        scale = table.scale;
+        shift = table.shift;
+        weight = earlier->conv1;
+      }
+    }
     call("densenet_ext::bottleneck_backward", features, table1.scale, table1.shift, layer.pre_norm,
          layer.pre_conv1, layer.conv1, dv, bottleneck, db_table, layer.norm1.weight,
          layer.norm1.mean, layer.norm1.var, layer.norm1.eps, layer.norm1.local(), grad_in, grad,
-         coef, d[2], d[0], d[1], stage.options.allow_tf32);
+         coef, d[2], d[0], d[1], scale, shift, weight, stage.options.allow_tf32);
     stage.finish_norm_backward(layer.norm1, d[0], d[1], layer.pre_norm, coef);
     source = grad;
     grad_in = grad;
+    if (earlier) {
+      layer = *earlier;
+      table1 = table;
+    }
   }
 }
 

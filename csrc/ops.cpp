@@ -18,11 +18,11 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
       "bottleneck, Tensor(b!)? mean, Tensor(c!)? m2, bool allow_tf32=False) -> ()");
   m.def(
       "bottleneck_backward(Tensor features, Tensor scale, Tensor shift, Tensor? pre_mask, Tensor? "
-      "post_mask, Tensor weight, Tensor dv, Tensor bottleneck, "
+      "post_mask, Tensor weight, Tensor dv, Tensor(a!) bottleneck, "
       "Tensor table, Tensor norm_weight, Tensor batch_mean, Tensor batch_var, float eps, bool "
-      "training, Tensor? grad_in, Tensor(a!) grad, Tensor(b!) coef, "
-      "Tensor(c!) dweight, Tensor(d!) dnorm_weight, Tensor(e!) dnorm_bias, bool "
-      "allow_tf32=False) -> ()");
+      "training, Tensor? grad_in, Tensor(b!) grad, Tensor(c!) coef, "
+      "Tensor(d!) dweight, Tensor(e!) dnorm_weight, Tensor(f!) dnorm_bias, Tensor? "
+      "earlier_scale, Tensor? earlier_shift, Tensor? earlier_weight, bool allow_tf32=False) -> ()");
   m.def(
       "conv3x3_forward(Tensor bottleneck, Tensor scale, Tensor shift, Tensor weight, Tensor? "
       "dropout_mask, float dropout_scale, Tensor(a!) features, "

@@ -220,8 +220,8 @@ class Problem:
         inputs = (self.bottleneck(), *tables, post_mask, weight, *self.dropout(), features, grad, coef, s.channels)
         return *inputs, *self.norm(s.bottleneck, training), *outputs
 
-    def bottleneck_backward(self, training=True, grad_in="none"):
-        """grad_in: 'none', the 'same' as grad, or 'other' tensor."""
+    def bottleneck_backward(self, training=True, grad_in="none", earlier=False):
+        """grad_in: 'none', the 'same' as grad, or 'other' tensor; earlier: with the layer before."""
         s = self.shape
         weight = self.normal(s.bottleneck, s.channels, 1, 1, scale=0.1)
         table = self.normal(3, s.bottleneck)
@@ -234,7 +234,14 @@ class Problem:
         outputs = (grad, coef, torch.full_like(weight, torch.nan), self.new(s.channels), self.new(s.channels))
         masks = (self.pre_mask, self.post_mask)
         inputs = (self.buffer(s.channels), scale, shift, *masks, weight, dv, self.bottleneck(), table)
-        return *inputs, *self.norm(s.channels, training), incoming, *outputs
+        before = self._earlier() if earlier else (None, None, None)
+        return *inputs, *self.norm(s.channels, training), incoming, *outputs, *before
+
+    def _earlier(self):
+        """Table and weight of a layer that reads fewer channels."""
+        channels = max(1, self.shape.channels - self.shape.growth)
+        masks = [mask if mask is None else mask[:, :channels] for mask in (self.pre_mask, self.post_mask)]
+        return *self.table(channels, *masks), self.normal(self.shape.bottleneck, channels, 1, 1, scale=0.1)
 
     def _whole(self, values=True, dtype=None):
         """A buffer that is used whole, with gaps between its planes."""

@@ -30,7 +30,10 @@ OPS = {
     "squeeze_excite_forward": [{}],
     "squeeze_excite_backward": [{}],
     "conv3x3_backward": [{}, {"training": False}],
-    "bottleneck_backward": [{}, {"training": False}, {"grad_in": "same"}, {"grad_in": "other"}],
+    "bottleneck_backward": [
+        *({}, {"training": False}, {"grad_in": "same"}, {"grad_in": "other"}),
+        *({"earlier": True}, {"earlier": True, "grad_in": "same"}),
+    ],
     "transition_forward": [{}],
     "transition_backward": [{}, {"training": False}],
     "head_forward": [{}],

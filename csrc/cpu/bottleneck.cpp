@@ -29,7 +29,9 @@ void bottleneck_backward_cpu(const Tensor& features, const Tensor& scale, const 
                              const Tensor& batch_var, double eps, bool training,
                              const std::optional<Tensor>& grad_in, const Tensor& grad,
                              const Tensor& coef, const Tensor& dweight, const Tensor& dnorm_weight,
-                             const Tensor& dnorm_bias, bool /*allow_tf32*/) {
+                             const Tensor& dnorm_bias, const std::optional<Tensor>& earlier_scale,
+                             const std::optional<Tensor>& earlier_shift,
+                             const std::optional<Tensor>& earlier_weight, bool /*allow_tf32*/) {
   dispatch_storage("features", features, [&](auto storage, const auto& kernels) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
@@ -37,20 +39,32 @@ void bottleneck_backward_cpu(const Tensor& features, const Tensor& scale, const 
     const int64_t width = weight.size(0), channels = weight.size(1),
                   pitch = round_up(width, kLanes);
     check_range("features", f, 0, channels);
+    S* const b = pointer<S>("bottleneck", bottleneck, {rows_of(f), pitch});
+    BottleneckForward<S> earlier = {};
+    if (earlier_weight.has_value()) {
+      const int64_t c = earlier_weight->size(1);
+      check_range("features", f, 0, c);
+      earlier = {f,
+                 norm_table<T>(*earlier_scale, *earlier_shift, f.samples, c),
+                 matrix<const T>("earlier_weight", *earlier_weight, width, c),
+                 c,
+                 width,
+                 b,
+                 nullptr,
+                 nullptr};
+    }
     kernels.bottleneck_backward(
         {f, norm_table<T>(scale, shift, f.samples, channels),
          per_channel<T>("pre_mask", pre_mask, f.samples, channels),
          per_channel<T>("post_mask", post_mask, f.samples, channels),
          matrix<const T>("weight", weight, width, channels), channels, width,
-         pointer<T>("dv", dv, {rows_of(f), pitch}),
-         pointer<S>("bottleneck", bottleneck, {rows_of(f), pitch}),
-         pointer<T>("table", table, {3, width}),
+         pointer<T>("dv", dv, {rows_of(f), pitch}), b, pointer<T>("table", table, {3, width}),
          norm<T>(norm_weight, batch_mean, batch_var, eps, training, channels),
          grad_in.has_value() ? maps_like<const T>("grad_in", *grad_in, f) : Maps<const T>{},
          maps_like<T>("grad", grad, f), coefficients<T>(coef, f),
          matrix<T>("dweight", dweight, width, channels),
          pointer<T>("dnorm_weight", dnorm_weight, {channels}),
-         pointer<T>("dnorm_bias", dnorm_bias, {channels})});
+         pointer<T>("dnorm_bias", dnorm_bias, {channels}), earlier});
   });
 }
 

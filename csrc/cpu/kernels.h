@@ -63,9 +63,9 @@ struct BottleneckBackward {
   PerChannel<T> pre_mask, post_mask;  // data null: all ones
   const T* weight;                    // [width, channels]
   int64_t channels, width;
-  const T* dv;          // [M, round_up(width, kLanes)]
-  const S* bottleneck;  // the same shape
-  const T* db_table;    // [3, width]: db = t0*dv + t1 + t2*b
+  const T* dv;        // [M, round_up(width, kLanes)]
+  S* bottleneck;      // the same shape; at the end that of `earlier`
+  const T* db_table;  // [3, width]: db = t0*dv + t1 + t2*b
   Norm<T> norm;
   Maps<const T> grad_in;  // data null: the gradient starts here
   Maps<T> grad;
@@ -73,6 +73,7 @@ struct BottleneckBackward {
   T* dweight;  // [width, channels]
   T* dnorm_weight;
   T* dnorm_bias;
+  BottleneckForward<S> earlier;  // weight null: none; without moments
 };
 
 template <class S>

@@ -31,7 +31,9 @@ void bottleneck_backward_cuda(const Tensor& features, const Tensor& scale, const
                               const Tensor& batch_var, double eps, bool training,
                               const std::optional<Tensor>& grad_in, const Tensor& grad,
                               const Tensor& coef, const Tensor& dweight, const Tensor& dnorm_weight,
-                              const Tensor& dnorm_bias, bool allow_tf32) {
+                              const Tensor& dnorm_bias, const std::optional<Tensor>& earlier_scale,
+                              const std::optional<Tensor>& earlier_shift,
+                              const std::optional<Tensor>& earlier_weight, bool allow_tf32) {
   DeviceContext context(features, allow_tf32);
   dispatch_storage("features", features, [&](auto storage) {
     using S = decltype(storage);
@@ -40,13 +42,13 @@ void bottleneck_backward_cuda(const Tensor& features, const Tensor& scale, const
     const int64_t width = weight.size(0), channels = weight.size(1),
                   pitch = round_up(width, kLanes);
     check_range("features", f, 0, channels);
+    S* const b = pointer<S>("bottleneck", bottleneck, {f.count(), pitch});
     bottleneck_backward<S>(
         {f, norm_table<T>(scale, shift, f.samples, channels),
          per_channel<T>("pre_mask", pre_mask, f.samples, channels),
          per_channel<T>("post_mask", post_mask, f.samples, channels),
          matrix<const T>("weight", weight, width, channels), channels, width,
-         pointer<const S>("dv", dv, {f.count(), pitch}),
-         pointer<const S>("bottleneck", bottleneck, {f.count(), pitch}),
+         pointer<const S>("dv", dv, {f.count(), pitch}), b,
          pointer<const T>("table", table, {3, width}),
          norm<T>(norm_weight, batch_mean, batch_var, eps, training, channels),
          grad_in.has_value() ? rows_like<const S>("grad_in", *grad_in, f) : Rows<const S>{},
@@ -55,6 +57,13 @@ void bottleneck_backward_cuda(const Tensor& features, const Tensor& scale, const
          pointer<T>("dnorm_weight", dnorm_weight, {channels}),
          pointer<T>("dnorm_bias", dnorm_bias, {channels})},
         context);
+    if (!earlier_weight.has_value()) return;
+    const int64_t c = earlier_weight->size(1);
+    check_range("features", f, 0, c);
+    bottleneck_forward<S>({f, norm_table<T>(*earlier_scale, *earlier_shift, f.samples, c),
+                           matrix<const T>("earlier_weight", *earlier_weight, width, c), c, width,
+                           b, nullptr, nullptr},
+                          context);
   });
 }
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from .forward import bottleneck_forward
 from .layout import planes, read, spread, write, write_rows
 
 
@@ -147,6 +148,9 @@ def bottleneck_backward(
     dweight: Tensor,
     dnorm_weight: Tensor,
     dnorm_bias: Tensor,
+    earlier_scale: Tensor | None,
+    earlier_shift: Tensor | None,
+    earlier_weight: Tensor | None,
     allow_tf32: bool = False,
 ) -> None:
     """Joint backward of norm1, ReLU and the 1x1 convolution, accumulating into the first c channels of grad and coef.
@@ -160,6 +164,8 @@ def bottleneck_backward(
     bottleneck b [M, K2p] S; table [3, K2], norm_weight, batch_mean, batch_var [c] A; grad_in [N, C, H, W] A, which
     may be grad itself. Written, all A: grad [N, C, H, W] and coef [3, N, C] at the first c channels, dweight like
     weight, dnorm_weight, dnorm_bias [c].
+    With the table and the weight [K2, c'] of the earlier layer, which backward comes to next, its b is computed again and
+    takes this one's place in `bottleneck`.
     """
     width, channels = weight.shape[:2]
     columns = slice(channels)
@@ -178,12 +184,14 @@ def bottleneck_backward(
     sum1, sum2 = _norm_sums(spread(q) * x, dvalue, batch_mean, rstd)
     dnorm_bias.copy_(sum1)
     dnorm_weight.copy_(sum2)
-    earlier = 0 if grad_in is None else grad_in[:, columns]
-    grad[:, columns] = earlier + spread(q * slope) * dvalue
+    before = 0 if grad_in is None else grad_in[:, columns]
+    grad[:, columns] = before + spread(q * slope) * dvalue
     values = x.numel() // channels
     constant, factor = _statistics_terms(slope, batch_mean, rstd, sum1, sum2, values, training)
     coef[1, :, columns] += q * constant
     coef[2, :, columns] += q.square() * factor
+    if earlier_weight is not None:
+        bottleneck_forward(features, earlier_scale, earlier_shift, earlier_weight, bottleneck, None, None)
 
 
 def _consumer_backward(

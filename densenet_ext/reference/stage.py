@@ -161,7 +161,7 @@ def _backward(stage: _Stage, features, source, grad, coef, stats, gates, bottlen
         kernels.bottleneck_backward(
             *(features, scale1, shift1, q, r1, conv1, dv, b, table),
             *(weight1, *s.statistics(stats, 2 * i), s.eps[2 * i], s.local(2 * i)),
-            *(source, grad, coef, dconv1, dweight1, dbias1),
+            *(source, grad, coef, dconv1, dweight1, dbias1, None, None, None),
         )
         s.finish_norm_backward(2 * i, dweight1, dbias1, weight1, stats, q, coef)
         source = grad

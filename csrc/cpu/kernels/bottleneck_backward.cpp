@@ -178,6 +178,9 @@ struct Job {
 }  // namespace
 
 template <class S>
+void bottleneck_forward(const BottleneckForward<S>&);
+
+template <class S>
 void bottleneck_backward(const BottleneckBackward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t pitch = round_up(a.width, kLanes), channels = round_up(a.channels, kGroup);
@@ -235,6 +238,7 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
       static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
   finish_norm_backward(a.norm, total, a.channels, rows, a.pre_mask, a.coef, true, a.dnorm_weight,
                        a.dnorm_bias);
+  if (a.earlier.weight) bottleneck_forward(a.earlier);
 }
 
 DENSENET_EXT_INSTANTIATE(bottleneck_backward, BottleneckBackward)

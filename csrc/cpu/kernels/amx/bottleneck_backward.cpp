@@ -5,10 +5,12 @@
 // channels at a time: dz from W, while z of the next channels is formed; dW from z, while the sweep
 // masks and sums dz and updates G. The unit works while the vector instructions that follow its own
 // in the program go on, so this work comes in small portions between its instructions. Rows of
-// either product are channels, which lie in the planes as a left operand and its sums do.
+// either product are channels, which lie in the planes as a left operand and its sums do. Last, b
+// of the earlier layer: bottleneck_earlier.h.
 #include "../../parallel.h"
 #include "../norm_backward.h"
 #include "../tile.h"
+#include "bottleneck_earlier.h"
 #include "tiles.h"
 
 namespace densenet_ext {
@@ -57,6 +59,7 @@ struct Job {
   float* dweight;  // [channels / 16, pitch / 16, 16, 16]
   double* sums;    // [channels, 2]
   Plan<S>* plans;  // of three tiles
+  const EarlierBottleneck<S>& earlier;
 
   int64_t outputs() const { return pitch / kSide; }
   int64_t count(int64_t c0) const { return std::min(kGroup, a.channels - c0); }
@@ -443,6 +446,8 @@ struct Job {
         sweep<FIRST>(sweeping);
         add_moments(c0);
       }
+      if (earlier)
+        earlier.template run<kGroup * kRun>(tiling[tile], reinterpret_cast<uint32_t*>(dz));
     }
   }
 };
@@ -472,6 +477,9 @@ void pack_weight(const BottleneckBackward<S>& a, int64_t c0, int64_t depths, uin
 }  // namespace
 
 template <class S>
+void bottleneck_forward(const BottleneckForward<S>&);
+
+template <class S>
 void bottleneck_backward(const BottleneckBackward<S>& a) {
   using Work = Job<S>;
   if (a.channels == 0) return;
@@ -489,6 +497,7 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
   const Tiling tiling(a.features.samples, a.features.pixels(), capacity);
   const int64_t threads = thread_count(tiling.count);
 
+  const EarlierBottleneck<S> earlier(a.earlier);
   const Scratch packed(4 * rows * depths * Work::kChunk);
   parallel(rows, thread_count(rows, kSide * pitch), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
@@ -533,7 +542,8 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
                    dz + kGroup * kRun,
                    partials.as<float>() + thread * partial,
                    sums.as<double>() + thread * 2 * a.channels,
-                   plans};
+                   plans,
+                   earlier};
     if (a.grad_in.data) {
       job.template run<false>(begin);
     } else {
@@ -571,6 +581,7 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
       static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
   finish_norm_backward(a.norm, total, a.channels, all, a.pre_mask, a.coef, true, a.dnorm_weight,
                        a.dnorm_bias);
+  if (a.earlier.weight && !earlier) bottleneck_forward(a.earlier);
 }
 
 template void bottleneck_backward<float>(const BottleneckBackward<float>&);

@@ -155,20 +155,23 @@ void share(const BottleneckForward<S>& a, int64_t items, int64_t own, int64_t pi
                        a.m2);
 }
 
-template <class S, int NR>
-void run_narrow(const BottleneckForward<S>& a, int64_t chunks, const uint32_t* weight) {
-  using Narrow = NarrowBottleneck<S, NR>;
+template <class S>
+bool run_narrow(const BottleneckForward<S>& a, const ForwardWeight<S>& weight) {
   const Columns columns(a.features.samples, a.features.pixels());
-  share(a, ceil_div(columns.count, Narrow::kWide), Narrow::kOwn, NR * kSide,
-        [&](uint32_t* own, int64_t begin, int64_t end, double& count, double* mean) {
-          Narrow(a, columns, chunks, weight, own).run(begin, end, count, mean);
-        });
+  return dispatch_narrow<S>(weight.outputs, [&](auto type) {
+    using Narrow = typename decltype(type)::type;
+    share(a, ceil_div(columns.count, Narrow::kWide), Narrow::kOwn, Narrow::kPitch,
+          [&](uint32_t* own, int64_t begin, int64_t end, double& count, double* mean) {
+            Narrow(a, columns, weight, own).run(begin, end, count, mean);
+          });
+  });
 }
 
 template <class S>
-void run_wide(const BottleneckForward<S>& a, int64_t pitch, int64_t chunks,
-              const uint32_t* weight) {
+void run_wide(const BottleneckForward<S>& a, const ForwardWeight<S>& packed) {
   using Work = Job<S>;
+  const uint32_t* const weight = packed.data();
+  const int64_t pitch = packed.outputs * kSide, chunks = packed.chunks;
   const Columns columns(a.features.samples, a.features.pixels());
   // one line more than a power of two, so that a row's columns do not share cache sets
   const int64_t column_step = chunks * Work::kChunk + kSide;
@@ -199,30 +202,8 @@ void run_wide(const BottleneckForward<S>& a, int64_t pitch, int64_t chunks,
 
 template <class S>
 void bottleneck_forward(const BottleneckForward<S>& a) {
-  constexpr int P = kParts<S>;
-  constexpr int64_t chunk = P * kTilePairs;
-  const int64_t pitch = round_up(a.width, kLanes),
-                chunks = std::max<int64_t>(1, ceil_div(a.channels, kDepth)),
-                outputs = pitch / kSide;
-  const Scratch packed(4 * outputs * chunks * chunk);
-  parallel(outputs, thread_count(outputs, kSide * a.channels),
-           [&](int64_t, int64_t begin, int64_t end) {
-             for (int64_t o = begin * kSide; o < end * kSide; ++o) {
-               uint32_t* const row =
-                   packed.as<uint32_t>() + o / kSide * chunks * chunk + o % kSide * kSide;
-               split_row<P>(a.weight + o * a.channels, o < a.width ? a.channels : 0, chunks, row);
-             }
-           });
-  const uint32_t* const weight = packed.as<uint32_t>();
-  if (outputs == 1) {
-    run_narrow<S, 1>(a, chunks, weight);
-  } else if (outputs == 2) {
-    run_narrow<S, 2>(a, chunks, weight);
-  } else if (outputs == 3) {
-    run_narrow<S, 3>(a, chunks, weight);
-  } else {
-    run_wide<S>(a, pitch, chunks, weight);
-  }
+  const ForwardWeight<S> weight(a);
+  if (!run_narrow(a, weight)) run_wide(a, weight);
 }
 
 template void bottleneck_forward<float>(const BottleneckForward<float>&);

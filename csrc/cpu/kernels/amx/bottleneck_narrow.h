@@ -16,6 +16,30 @@ namespace DENSENET_EXT_ISA {
 
 constexpr int64_t kAhead = 16;  // columns from what is formed to what is fetched
 
+// W as left operand: [pitch / 16, chunks, parts, 16, 16], rows are outputs.
+template <class S>
+struct ForwardWeight {
+  static constexpr int64_t kChunk = kParts<S> * kTilePairs;
+  const int64_t outputs, chunks;
+  const Scratch packed;
+
+  explicit ForwardWeight(const BottleneckForward<S>& a)
+      : outputs(ceil_div(a.width, kSide)),
+        chunks(std::max<int64_t>(1, ceil_div(a.channels, kDepth))),
+        packed(4 * outputs * chunks * kChunk) {
+    parallel(outputs, thread_count(outputs, kSide * a.channels),
+             [&](int64_t, int64_t begin, int64_t end) {
+               for (int64_t o = begin * kSide; o < end * kSide; ++o) {
+                 uint32_t* const row =
+                     packed.as<uint32_t>() + o / kSide * chunks * kChunk + o % kSide * kSide;
+                 split_row<kParts<S>>(a.weight + o * a.channels, o < a.width ? a.channels : 0,
+                                      chunks, row);
+               }
+             });
+  }
+  const uint32_t* data() const { return packed.as<uint32_t>(); }
+};
+
 // Merges the moments of b in columns first .. last with those of `count` rows, mean and behind it
 // m2.
 template <class S>
@@ -30,18 +54,22 @@ inline void add_moments(const BottleneckForward<S>& a, const Columns& columns, i
 template <class S, int NR>
 class NarrowBottleneck {
  public:
+  struct Type {
+    using type = NarrowBottleneck;
+  };
   static constexpr int P = kParts<S>;
+  static constexpr int64_t kPitch = NR * kSide;
   static constexpr int64_t kWide = 2;  // columns of a strip
   static constexpr int64_t kTiles = NR * kWide, kTileSums = kSide * kSide;
   static constexpr int64_t kChunk = P * kTilePairs, kZ = kWide * kChunk;
   static constexpr int64_t kOwn = 2 * kZ + 2 * kTiles * kTileSums;  // values of a thread
 
-  NarrowBottleneck(const BottleneckForward<S>& a, const Columns& columns, int64_t chunks,
-                   const uint32_t* weight, uint32_t* own)
+  NarrowBottleneck(const BottleneckForward<S>& a, const Columns& columns,
+                   const ForwardWeight<S>& weight, uint32_t* own)
       : a(a),
         columns(columns),
-        chunks(chunks),
-        weight(weight),
+        chunks(weight.chunks),
+        weight(weight.data()),
         z(own),
         sums(reinterpret_cast<float*>(own + 2 * kZ)) {}
 
@@ -176,7 +204,6 @@ class NarrowBottleneck {
     add_moments(a, columns, strip * kWide, (strip + 1) * kWide, kPitch, count, mean);
   }
 
-  static constexpr int64_t kPitch = NR * kSide;
   const BottleneckForward<S>& a;
   const Columns& columns;
   const int64_t chunks;
@@ -185,6 +212,23 @@ class NarrowBottleneck {
   float* const sums;             // [2, NR, kWide, 16, 16]
   int64_t turn = 0;              // chunks multiplied
 };
+
+inline bool is_narrow(int64_t width) { return width <= 3 * kSide; }
+
+// body(NarrowBottleneck<S, NR> of the width of `a`, as a type) where that is narrow; else false.
+template <class S, class F>
+bool dispatch_narrow(int64_t outputs, const F& body) {
+  if (outputs == 1) {
+    body(typename NarrowBottleneck<S, 1>::Type{});
+  } else if (outputs == 2) {
+    body(typename NarrowBottleneck<S, 2>::Type{});
+  } else if (outputs == 3) {
+    body(typename NarrowBottleneck<S, 3>::Type{});
+  } else {
+    return false;
+  }
+  return true;
+}
 
 }  // namespace DENSENET_EXT_ISA
 }  // namespace densenet_ext

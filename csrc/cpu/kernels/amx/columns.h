@@ -14,20 +14,30 @@ struct Column {
 };
 
 struct Columns {
-  int64_t samples, pixels, a_map, count;
+  int64_t samples, pixels, a_map, count, first = 0;
 
   Columns(int64_t samples, int64_t pixels)
       : samples(samples), pixels(pixels), a_map(ceil_div(pixels, kLanes)), count(samples * a_map) {}
 
+  // Columns from .. to of these, counted from 0.
+  Columns part(int64_t from, int64_t to) const {
+    Columns part = *this;
+    part.first = first + from;
+    part.count = to - from;
+    return part;
+  }
+
   Column operator[](int64_t i) const {
     if (i >= count) return {0, 0, 0};
+    i += first;
     const int64_t pixel = i % a_map * kLanes;
     return {i / a_map, pixel, std::min(kLanes, pixels - pixel)};
   }
 
   // The row of a [samples * pixels] matrix at which column i begins.
   int64_t row(int64_t i) const {
-    return i >= count ? samples * pixels : i / a_map * pixels + i % a_map * kLanes;
+    i = first + std::min(i, count);
+    return i / a_map * pixels + i % a_map * kLanes;
   }
 };
 
