@@ -78,7 +78,7 @@ void append(const Tensor& x, const Tensor& features, int64_t offset,
        moments ? Optional(moments->m2) : std::nullopt);
 }
 
-Tensors empty_gradients(const Tensors& params) {
+Tensors new_gradients(const Tensors& params) {
   Tensors gradients;
   gradients.reserve(params.size());
   for (const Tensor& p : params) gradients.push_back(empty(p, sizes_of(p), p.scalar_type()));
@@ -87,7 +87,7 @@ Tensors empty_gradients(const Tensors& params) {
 
 void run_layers_backward(const Stage& stage, const Tensor& features, const Tensor& bottlenecks,
                          Tensor source, Optional grad_in, const Tensor& grad, const Tensor& coef,
-                         Tensors& dparams) {
+                         const Tensors& dparams) {
   const Sizes rows = {stage.rows(), stage.bottleneck_pitch()};
   const bool kept = bottlenecks.dim() == 3;
   const Tensor shared = kept ? bottlenecks : workspace(features, rows, stage.storage);
@@ -97,7 +97,7 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
 
   for (int64_t l = stage.layers - 1; l >= 0; --l) {
     const Layer layer = stage.layer(l);
-    Tensor* const d = dparams.data() + l * stage.per_layer;
+    const Tensor* const d = dparams.data() + l * stage.per_layer;
     const Folded table1 = stage.fold_again(layer.norm1, layer.pre_norm, layer.pre_conv1);
     const Folded table2 = stage.fold_again(layer.norm2, std::nullopt, layer.pre_conv2);
     const Tensor bottleneck = kept ? stage.bottleneck(bottlenecks, l) : shared;
