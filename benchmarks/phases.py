@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 PARTS = ("forward", "backward", "optimizer")
 STAGE = "stages, outside of kernels"
-FUSED = ("dense_stage", "DenseStage", "dense_stem")
+FUSED = ("dense_stage", "dense_tail", "dense_block", "new_gradients", "dense_stem")
+FUSED += ("DenseStage", "DenseTail", "DenseBlock")
 # by words in the names of torch's operators and of autograd's nodes; the first that fits
 OTHERS = {
     "gradients handed over": ("AccumulateGrad",),

@@ -83,7 +83,7 @@ std::tuple<Tensors, Tensors> dense_layer_backward(
   Tensor own = torch::stable::narrow(grad, 1, checked.channels, stage.growth);
   torch::stable::copy_(own, grad_output);
   const Tensor coef = start_coefficients(stage, first);
-  Tensors dparams = empty_gradients(params);
+  const Tensors dparams = new_gradients(params);
   run_layers_backward(stage, features, bottlenecks, grad, std::nullopt, grad, coef, dparams);
 
   Tensors dinputs;

@@ -78,7 +78,7 @@ void append(const Tensor& x, const Tensor& features, int64_t offset,
        moments ? Optional(moments->m2) : std::nullopt);
 }
 
-Tensors empty_gradients(const Tensors& params) {
+Tensors new_gradients(const Tensors& params) {
   Tensors gradients;
   gradients.reserve(params.size());
   for (const Tensor& p : params) gradients.push_back(empty(p, sizes_of(p), p.scalar_type()));
@@ -87,7 +87,7 @@ Tensors empty_gradients(const Tensors& params) {
 
 void run_layers_backward(const Stage& stage, const Tensor& features, const Tensor& bottlenecks,
                          Tensor source, Optional grad_in, const Tensor& grad, const Tensor& coef,
-                         Tensors& dparams) {
+                         const Tensors& dparams) {
   const Sizes rows = {stage.rows(), stage.bottleneck_pitch()};
   const bool kept = bottlenecks.dim() == 3;
   const Tensor shared = kept ? bottlenecks : workspace(features, rows, stage.storage);
@@ -102,7 +102,7 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
   Folded table1 = fold_first(layer);
   if (!kept) run_bottleneck(stage, layer, features, table1, shared, std::nullopt, std::nullopt);
   for (int64_t l = stage.layers - 1; l >= 0; --l) {
-    Tensor* const d = dparams.data() + l * stage.per_layer;
+    const Tensor* const d = dparams.data() + l * stage.per_layer;
     const Folded table2 = stage.fold_again(layer.norm2, std::nullopt, layer.pre_conv2);
     const Tensor bottleneck = kept ? stage.bottleneck(bottlenecks, l) : shared;
     if (const auto& se = layer.se) {

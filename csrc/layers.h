@@ -33,7 +33,7 @@ Tensor run_layers(const Stage& stage, const Tensor& features,
                   const std::optional<Moments>& moments);
 
 // Room for the gradients of the parameters, in their order.
-Tensors empty_gradients(const Tensors& params);
+Tensors new_gradients(const Tensors& params);
 
 // The coefficients of a gradient that is G itself.
 Tensor start_coefficients(const Stage& stage, const Tensor& like);
@@ -45,6 +45,6 @@ Tensor start_coefficients(const Stage& stage, const Tensor& like);
 // starts there.
 void run_layers_backward(const Stage& stage, const Tensor& features, const Tensor& bottlenecks,
                          Tensor source, Optional grad_in, const Tensor& grad, const Tensor& coef,
-                         Tensors& dparams);
+                         const Tensors& dparams);
 
 }  // namespace densenet_ext

@@ -47,8 +47,9 @@ inline Tensor feature_buffer(const Tensor& like, int64_t samples, int64_t channe
   }
   const int64_t pixels = height * width, groups = (pixels + 15) / 16;
   const int64_t pitch = pixels < 256 ? pixels : 16 * (groups % 2 ? groups : groups + 1);
-  if (pitch == pixels) return workspace(like, {samples, channels, height, width}, type);
-  Tensor padded = workspace(like, {samples, channels, pitch}, type);
+  if (pitch == pixels)
+    return workspace(like, {samples, channels, height, width}, type, Use::kBuffer);
+  Tensor padded = workspace(like, {samples, channels, pitch}, type, Use::kBuffer);
   return torch::stable::view(torch::stable::narrow(padded, 2, 0, pixels),
                              Sizes{samples, channels, height, width});
 }
@@ -66,6 +67,16 @@ inline Tensor stage_maps(const Tensor& like, int64_t samples, int64_t channels, 
                          int64_t width, ScalarType type) {
   return is_channels_last(like) ? output_maps(like, samples, channels, height, width, type)
                                 : workspace(like, {samples, channels, height, width}, type);
+}
+
+// The same for the gradient of what the stage before has returned, which is held while that stage's
+// gradient buffer is allocated: as large as its feature buffer, but maybe of another type.
+// leaving: the tensors of this stage, `like` with them.
+inline Tensor gradient_maps(const Tensor& like, int64_t samples, int64_t channels, int64_t height,
+                            int64_t width, ScalarType type, const std::vector<Tensor>& leaving) {
+  if (is_channels_last(like)) return output_maps(like, samples, channels, height, width, type);
+  const int64_t times = element_size(arithmetic_type(type)) / element_size(type);
+  return workspace_aside(like, {samples, channels, height, width}, type, times, leaving);
 }
 
 // Maps from the outside, as the kernels can read them: on CUDA they take any strides.

@@ -88,6 +88,17 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
       "stats, Tensor gates, Tensor bottlenecks, int mask_kind, "
       "float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite, int tail, int "
       "in_channels, int dx_layout, bool allow_tf32, int group) -> (Tensor dx, Tensor[] dparams)");
+  // The same in two parts, for a stage with a tail: what the tail starts, the block works on. The
+  // gradients of the block's parameters are written into new_gradients of those.
+  m.def("new_gradients(Tensor[] params) -> Tensor[]");
+  m.def(
+      "dense_tail_backward(Tensor grad, Tensor features, Tensor[] params, Tensor stats, float eps, "
+      "bool frozen, bool allow_tf32, int group) -> (Tensor buffer, Tensor coef, Tensor[] dparams)");
+  m.def(
+      "dense_block_backward(Tensor(a!) buffer, Tensor(b!) coef, Tensor(c!)[] dparams, Tensor "
+      "features, Tensor[] params, Tensor[] masks, Tensor stats, Tensor gates, Tensor bottlenecks, "
+      "int mask_kind, float dropout_scale, float[] eps, int[] frozen, bool squeeze_excite, int "
+      "tail, int in_channels, int dx_layout, bool allow_tf32, int group) -> Tensor dx");
   m.def(
       "dense_layer(Tensor[] inputs, Tensor[] params, Tensor[] masks, Tensor[] frozen_stats, int "
       "mask_kind, float dropout_scale, float[] eps, int[] frozen, "

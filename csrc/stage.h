@@ -66,6 +66,19 @@ struct Folded {
   Tensor scale, shift;
 };
 
+// The number of values a channel that all processes have, at the end of a stage's statistics.
+inline Tensor total_of(const Tensor& stats) { return piece(stats, stats.size(1) - 1, {1}); }
+
+// What BN's statistics add to the gradient of its input, into coef [3, samples or 1, >= width],
+// where the kernel has left it out because it takes the sums of all processes.
+inline void finish_norm_backward(const NormSite& site, const Tensor& stats, const Tensor& dweight,
+                                 const Tensor& dbias, const Optional& pre_mask, int64_t group,
+                                 const Tensor& coef) {
+  if (!site.shared) return;
+  call("densenet_ext::synchronize_gradient", dweight, dbias, site.weight, site.mean, site.var,
+       site.eps, total_of(stats), pre_mask, group, coef);
+}
+
 struct SqueezeExcitation {
   Tensor fc1_weight, fc1_bias, fc2_weight, fc2_bias;
   Tensor pooled, hidden, gate;  // kept for backward
@@ -229,18 +242,14 @@ class Stage {
     run(given);
     if (site.shared && !given) {
       call("densenet_ext::synchronize_statistics", site.mean, site.var, rows(), options.group,
-           total());
+           total_of(stats));
       run(true);
     }
     return folded;
   }
-  // What BN's statistics add to the gradient of its input, into coef [3, samples or 1, >= width],
-  // where the kernel has left it out because it takes the sums of all processes.
   void finish_norm_backward(const NormSite& site, const Tensor& dweight, const Tensor& dbias,
                             const Optional& pre_mask, const Tensor& coef) const {
-    if (!site.shared) return;
-    call("densenet_ext::synchronize_gradient", dweight, dbias, site.weight, site.mean, site.var,
-         site.eps, total(), pre_mask, options.group, coef);
+    densenet_ext::finish_norm_backward(site, stats, dweight, dbias, pre_mask, options.group, coef);
   }
   Folded fold_again(const NormSite& site, const Optional& pre_mask,
                     const Optional& post_mask) const {
@@ -249,8 +258,6 @@ class Stage {
 
  private:
   int64_t masks_per_layer;
-
-  Tensor total() const { return piece(stats, stats_width(), {1}); }
 
   std::optional<SqueezeExcitation> squeeze_excitation(int64_t l) const {
     if (!options.squeeze_excite) return std::nullopt;

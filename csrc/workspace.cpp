@@ -1,5 +1,6 @@
 #include "workspace.h"
 
+#include <algorithm>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -29,43 +30,42 @@ class Arena {
   Arena() : limit_(machine_memory() / 4) {}
 
   // Null where there is no room.
-  void* allocate(int64_t bytes) {
+  void* allocate(int64_t bytes, Use use) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return reserve() ? first_fit(rounded(bytes), use) : nullptr;
+  }
+  void* allocate_aside(int64_t bytes, int64_t times, const std::vector<Tensor>& leaving) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (!reserve()) return nullptr;
-    const int64_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    for (auto it = free_.begin(); it != free_.end(); ++it) {
-      const int64_t offset = it->first, room = it->second;
-      if (room < size) continue;
-      free_.erase(it);
-      if (room > size) free_[offset + size] = room - size;
-      used_[offset] = size;
-      in_use_ += size;
-      for (int64_t p = offset / kPage; p * kPage < offset + size; ++p) touched_.insert(p);
-      return base_ + offset;
+    std::map<int64_t, Block> staying = used_;
+    Ranges then_free = free_;
+    for (const Tensor& tensor : leaving) {
+      const auto block = staying.find(static_cast<char*>(tensor.data_ptr()) - base_);
+      if (block == staying.end()) continue;  // not of the arena
+      add(then_free, block->first, block->second.size);
+      staying.erase(block);
     }
-    return nullptr;
+    int64_t room = 0, latest = 0;
+    for (const auto& [offset, block] : staying)
+      if (block.buffer > latest) latest = block.buffer, room = times * block.size;
+    const auto next = std::find_if(then_free.begin(), then_free.end(),
+                                   [&](const auto& range) { return range.second >= room; });
+    const int64_t size = rounded(bytes), above = next == then_free.end() ? 0 : next->first + room;
+    const auto range = free_.upper_bound(above);
+    if (range == free_.begin()) return first_fit(size, Use::kOther);
+    const auto [start, space] = *std::prev(range);
+    return above + size <= start + space ? take(std::prev(range), above, size, Use::kOther)
+                                         : first_fit(size, Use::kOther);
   }
 
   void free(void* pointer) {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto block = used_.find(static_cast<char*>(pointer) - base_);
-    int64_t offset = block->first, size = block->second;
+    const int64_t offset = block->first, size = block->second.size;
     used_.erase(block);
     in_use_ -= size;
-    auto next = free_.lower_bound(offset);
-    if (next != free_.end() && next->first == offset + size) {
-      size += next->second;
-      next = free_.erase(next);
-    }
-    if (next != free_.begin()) {
-      const auto before = std::prev(next);
-      if (before->first + before->second == offset) {
-        offset = before->first;
-        size += before->second;
-      }
-    }
-    free_[offset] = size;
-    if (idle() > limit_) release_range(offset, size);
+    const auto range = add(free_, offset, size);
+    if (idle() > limit_) release_range(range->first, range->second);
   }
 
   void release() {
@@ -89,6 +89,50 @@ class Arena {
   std::mutex mutex;
 
  private:
+  struct Block {
+    int64_t size;
+    int64_t buffer;  // how many buffers there had been, with this one; 0: it is none
+  };
+  using Ranges = std::map<int64_t, int64_t>;  // offset: size
+
+  static int64_t rounded(int64_t bytes) {
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+
+  void* first_fit(int64_t size, Use use) {
+    const auto range = std::find_if(free_.begin(), free_.end(),
+                                    [&](const auto& range) { return range.second >= size; });
+    return range == free_.end() ? nullptr : take(range, range->first, size, use);
+  }
+  // A block at that offset of a free range.
+  void* take(Ranges::iterator range, int64_t offset, int64_t size, Use use) {
+    const int64_t start = range->first, end = start + range->second;
+    free_.erase(range);
+    if (offset > start) free_[start] = offset - start;
+    if (end > offset + size) free_[offset + size] = end - offset - size;
+    used_[offset] = {size, use == Use::kBuffer ? ++buffers_ : 0};
+    in_use_ += size;
+    for (int64_t p = offset / kPage; p * kPage < offset + size; ++p) touched_.insert(p);
+    return base_ + offset;
+  }
+
+  // A range among others, one with its neighbors.
+  static Ranges::iterator add(Ranges& ranges, int64_t offset, int64_t size) {
+    auto next = ranges.lower_bound(offset);
+    if (next != ranges.end() && next->first == offset + size) {
+      size += next->second;
+      next = ranges.erase(next);
+    }
+    if (next != ranges.begin()) {
+      const auto before = std::prev(next);
+      if (before->first + before->second == offset) {
+        before->second += size;
+        return before;
+      }
+    }
+    return ranges.emplace(offset, size).first;
+  }
+
   static int64_t machine_memory() { return sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE); }
   int64_t resident() const { return static_cast<int64_t>(touched_.size()) * kPage; }
   int64_t idle() const { return resident() - in_use_; }
@@ -119,9 +163,10 @@ class Arena {
 
   char* base_ = nullptr;
   bool failed_ = false;
-  std::map<int64_t, int64_t> free_, used_;  // offset: size
-  std::set<int64_t> touched_;               // pages
-  int64_t in_use_ = 0, limit_;
+  Ranges free_;
+  std::map<int64_t, Block> used_;  // by offset
+  std::set<int64_t> touched_;      // pages
+  int64_t in_use_ = 0, buffers_ = 0, limit_;
 };
 
 // Never destroyed: tensors may outlive static objects. A child of fork() has the arena as it was;
@@ -139,17 +184,28 @@ Arena& arena() {
 
 }  // namespace
 
-Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type) {
+// A tensor in the block that `allocate` finds for so many bytes.
+template <class F>
+static Tensor in_arena(const Tensor& like, const Sizes& sizes, ScalarType type, const F& allocate) {
   int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
   for (const int64_t size : sizes) bytes *= size;
-  void* const block = like.is_cpu() ? allocate_block(bytes) : nullptr;
+  void* const block = like.is_cpu() && bytes >= kSmallest ? allocate(bytes) : nullptr;
   if (!block) return empty(like, sizes, type);
   return torch::stable::from_blob(block, sizes, contiguous_strides(sizes), like.device(), type,
                                   free_block);
 }
 
+Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type, Use use) {
+  return in_arena(like, sizes, type, [&](int64_t bytes) { return arena().allocate(bytes, use); });
+}
+Tensor workspace_aside(const Tensor& like, const Sizes& sizes, ScalarType type, int64_t times,
+                       const std::vector<Tensor>& leaving) {
+  return in_arena(like, sizes, type,
+                  [&](int64_t bytes) { return arena().allocate_aside(bytes, times, leaving); });
+}
+
 void* allocate_block(int64_t bytes) {
-  return bytes >= kSmallest ? arena().allocate(bytes) : nullptr;
+  return bytes >= kSmallest ? arena().allocate(bytes, Use::kOther) : nullptr;
 }
 void free_block(void* block) { arena().free(block); }
 
@@ -159,7 +215,11 @@ void set_workspace_limit(int64_t bytes) { arena().set_limit(bytes); }
 
 #else
 
-Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type) {
+Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type, Use) {
+  return empty(like, sizes, type);
+}
+Tensor workspace_aside(const Tensor& like, const Sizes& sizes, ScalarType type, int64_t,
+                       const std::vector<Tensor>&) {
   return empty(like, sizes, type);
 }
 void* allocate_block(int64_t) { return nullptr; }

@@ -14,8 +14,17 @@
 
 namespace densenet_ext {
 
+enum class Use { kBuffer, kOther };  // buffer: of feature maps or of their gradients
+
 // An uninitialized contiguous tensor: from the arena if it is large and on CPU, else from torch.
-Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type);
+Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type, Use use = Use::kOther);
+
+// The same for what is still held when the stage before allocates its gradient buffer: above where
+// that will go, first fit, once the tensors of `leaving` are free; anywhere if that place is taken,
+// which moves the buffer up by no more. Its size is `times` that of the latest buffer that stays,
+// the feature maps of that stage.
+Tensor workspace_aside(const Tensor& like, const Sizes& sizes, ScalarType type, int64_t times,
+                       const std::vector<Tensor>& leaving);
 
 // The same without a tensor around it: null where the arena does not serve that size or has no
 // room.

@@ -1,7 +1,7 @@
 """The stage ops as PyTorch knows them: loads the compiled library, adds shape functions and autograd.
 
-The ops are `torch.ops.densenet_ext.*`; `reference/stage.py` describes their arguments. The four that have autograd or are
-part of it are functional; the kernel ops below them write into their arguments and have no autograd.
+The ops are `torch.ops.densenet_ext.*`; `reference/stage.py` describes their arguments. Those that have autograd are
+functional; `dense_block_backward` and the kernel ops write into their arguments and have none.
 """
 
 from collections.abc import Iterator
@@ -10,16 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import synchronization
+from . import shapes, synchronization  # noqa: F401 (shapes registers itself)
 from ._load import cuda_status, load_extension
-from .reference.layout import (
-    CHANNELS_LAST_DEVICES,
-    arithmetic_dtype,
-    lies_channels_last,
-    new_features,
-    new_maps,
-    padded_width,
-)
+from .reference.layout import CHANNELS_LAST_DEVICES, arithmetic_dtype, gradient_dtype, lies_channels_last
 from .reference.stage import (
     DX_CHANNELS_LAST,
     DX_NONE,
@@ -42,6 +35,9 @@ for _name in ("synchronize_statistics", "synchronize_gradient"):
 
 dense_stage = torch.ops.densenet_ext.dense_stage.default
 dense_stage_backward = torch.ops.densenet_ext.dense_stage_backward.default
+dense_tail_backward = torch.ops.densenet_ext.dense_tail_backward.default
+dense_block_backward = torch.ops.densenet_ext.dense_block_backward.default
+new_gradients = torch.ops.densenet_ext.new_gradients.default
 dense_layer = torch.ops.densenet_ext.dense_layer.default
 dense_layer_backward = torch.ops.densenet_ext.dense_layer_backward.default
 dense_stem = torch.ops.densenet_ext.dense_stem.default
@@ -56,12 +52,14 @@ __all__ = [
     "TAIL_HEAD",
     "TAIL_NONE",
     "TAIL_TRANSITION",
+    "dense_block_backward",
     "dense_layer",
     "dense_layer_backward",
     "dense_stage",
     "dense_stage_backward",
     "dense_stem",
     "dense_stem_backward",
+    "dense_tail_backward",
     "memory_errors",
     "require_kernels",
 ]
@@ -97,77 +95,6 @@ def memory_errors() -> Iterator[None]:
         raise
 
 
-# ---- shapes ------------------------------------------------------------------------------------------------------------
-
-
-def _saved(
-    x: Tensor, params: list[Tensor], squeeze_excite: bool, tail: int, keep: bool, group: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty stats, gates and bottlenecks of a stage with input x."""
-    each, extra = 10 if squeeze_excite else 6, (0, 3, 2)[tail]
-    count = (len(params) - extra) // each
-    width, growth = params[2].shape[0], params[5].shape[0]
-    norms = [i * each + j for i in range(count) for j in (0, 3)] + ([count * each] if tail else [])
-    dtype = arithmetic_dtype(x.dtype)
-    stats = x.new_empty((2, sum(params[i].shape[0] for i in norms) + (group >= 0)), dtype=dtype)
-    size = (count, x.shape[0] * (2 * growth + params[6].shape[0])) if squeeze_excite else (0,)
-    gates = x.new_empty(size, dtype=dtype)
-    rows = x.shape[0] * x.shape[2] * x.shape[3]
-    bottlenecks = x.new_empty((count, rows, padded_width(width)) if keep else (0,))
-    return stats, gates, bottlenecks
-
-
-@torch.library.register_fake("densenet_ext::dense_stage")
-def _(x, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, tail, keep, _, group):
-    stats, gates, bottlenecks = _saved(x, params, squeeze_excite, tail, keep, group)
-    count, _, height, width = x.shape
-    layers = (len(params) - (0, 3, 2)[tail]) // (10 if squeeze_excite else 6)
-    channels = x.shape[1] + layers * params[5].shape[0]
-    features = new_features(x, channels, gaps=tail != TAIL_NONE)
-    if tail == TAIL_NONE:
-        return features, x.new_empty((0,)), stats, gates, bottlenecks
-    if tail == TAIL_TRANSITION:
-        output = new_maps(x, params[-1].shape[0], height // 2, width // 2)
-    else:
-        output = x.new_empty((count, channels))
-    return output, features, stats, gates, bottlenecks
-
-
-@torch.library.register_fake("densenet_ext::dense_stage_backward")
-def _(grad, features, params, masks, stats, gates, bottlenecks, *options):
-    in_channels, layout = options[-4:-2]
-    if layout == DX_NONE:
-        dx = features.new_empty((0,))
-    else:
-        dx = new_maps(features, in_channels, *features.shape[2:], channels_last=layout == DX_CHANNELS_LAST)
-    return dx, [p.new_empty(p.shape) for p in params]
-
-
-@torch.library.register_fake("densenet_ext::dense_layer")
-def _(inputs, params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, keep, _, group):
-    x = inputs[0]
-    output = new_maps(x, params[5].shape[0], *x.shape[2:])
-    return output, *_saved(x, params, squeeze_excite, TAIL_NONE, keep, group)
-
-
-@torch.library.register_fake("densenet_ext::dense_layer_backward")
-def _(grad, output, inputs, params, masks, stats, gates, bottlenecks, *options):
-    return [new_maps(x, *x.shape[1:]) for x in inputs], [p.new_empty(p.shape) for p in params]
-
-
-@torch.library.register_fake("densenet_ext::dense_stem")
-def _(x, norm_weight, norm_bias, frozen_stats, eps):
-    channels, height, width = x.shape[1:]
-    stats = x.new_empty((2, channels), dtype=arithmetic_dtype(x.dtype))
-    return new_maps(x, channels, (height + 1) // 2, (width + 1) // 2), stats
-
-
-@torch.library.register_fake("densenet_ext::dense_stem_backward")
-def _(grad, x, norm_weight, norm_bias, stats, eps, frozen, need_dx):
-    dx = new_maps(x, *x.shape[1:], channels_last=True) if need_dx else x.new_empty((0,))
-    return dx, norm_weight.new_empty(norm_weight.shape), norm_bias.new_empty(norm_bias.shape)
-
-
 # ---- autograd ----------------------------------------------------------------------------------------------------------
 
 
@@ -175,8 +102,30 @@ def _wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "densenet_ext: a fused stem, dense layer or stage has no second derivative; "
+        "build the model with efficient=False to differentiate its gradients"
+    )
+
+
+class _Refusal(torch.autograd.Function):
+    """Lets gradients through that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, grads, _):
+        return grads
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _no_second_derivative(ctx, *grads)
+
+
 class DenseStage(torch.autograd.Function):
-    """Autograd of dense_stage by hand: with lists of hundreds of tensors register_autograd takes milliseconds a step."""
+    """Autograd of dense_stage by hand: with lists of hundreds of tensors register_autograd takes milliseconds a step.
+
+    One node: of a block without tail, and of what is traced, where memory is the compiler's to plan.
+    """
 
     @staticmethod
     def forward(ctx, below, inputs, *_):
@@ -203,15 +152,86 @@ class DenseStage(torch.autograd.Function):
         return None, None, *_wanted([dx, *dparams], [need_x, *need_params])
 
 
+class DenseBlock(torch.autograd.Function):
+    """The layers' part of a stage with a tail; DenseTail is the other.
+
+    Two nodes, because the engine holds the gradient that a node gets until that node is done: so the gradient of the
+    stage's output is gone before the layers take their workspaces. From one node to the other go the feature buffer, its
+    gradient buffer and that one's coefficients; in forward three tensors without memory stand for them.
+    """
+
+    @staticmethod
+    def forward(ctx, inputs, outputs, *_):
+        x, params, masks, _, *ctx.numbers, ctx.tail, _, ctx.tf32, ctx.group = inputs
+        _, features, *kept = outputs
+        ctx.set_materialize_grads(False)
+        ctx.in_channels, ctx.params = x.shape[1], len(params)
+        ctx.layout = DX_CHANNELS_LAST if lies_channels_last(x) else DX_OWN_LAYOUT
+        ctx.save_for_backward(*kept, *params, *masks)
+        coef = (3, *features.shape[:2])
+        return (
+            features.new_empty_strided(features.shape, (0,) * 4),
+            features.new_empty_strided(features.shape, (0,) * 4, dtype=gradient_dtype(features)),
+            features.new_empty_strided(coef, (0,) * 3, dtype=arithmetic_dtype(features.dtype)),
+        )
+
+    @staticmethod
+    def backward(ctx, features, buffer, coef):
+        need_x, *need_params = ctx.needs_input_grad[2:]
+        if buffer is None:
+            return (None,) * (3 + len(need_params))
+        stats, gates, bottlenecks, *rest = ctx.saved_tensors
+        params, masks = rest[: ctx.params], rest[ctx.params :]
+        layout = ctx.layout if need_x else DX_NONE
+        options = (*ctx.numbers, ctx.tail, ctx.in_channels, layout, ctx.tf32, ctx.group)
+        with torch.no_grad(), memory_errors():
+            dparams = new_gradients(params[: len(need_params)])
+            dx = dense_block_backward(
+                buffer, coef, dparams, features, params, masks, stats, gates, bottlenecks, *options
+            )
+        grads = _wanted([dx, *dparams], [need_x, *need_params])
+        if torch.is_grad_enabled():
+            grads = _Refusal.apply(tuple(grads), dx.new_empty(0).requires_grad_())
+        return None, None, *grads
+
+
+class DenseTail(torch.autograd.Function):
+    """The transition's or the head's part of a stage, which comes first in backward; returns the stage's output."""
+
+    @staticmethod
+    def forward(ctx, inputs, outputs, *rest):
+        *_, eps, frozen, _, _, _, tf32, group = inputs
+        output, features, stats, *_ = outputs
+        ctx.set_materialize_grads(False)
+        ctx.options = (eps[-1], frozen[-1] != 0, tf32, group)
+        ctx.save_for_backward(features, stats, *rest[3:])
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        needed = ctx.needs_input_grad[2:]
+        if grad is None:
+            return (None,) * (2 + len(needed))
+        features, stats, *params = ctx.saved_tensors
+        with memory_errors():
+            buffer, coef, dparams = dense_tail_backward(grad, features, params, stats, *ctx.options)
+        return None, None, *_wanted([features, buffer, coef, *dparams], needed)
+
+
 def _stage_autograd(keyset, *inputs):
     def below(*inputs):
         with torch._C._AutoDispatchBelowAutograd():
             return dense_stage.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-    differentiable = (inputs[0], *inputs[1])
-    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
-        return DenseStage.apply(below, inputs, *differentiable)
-    return below(*inputs)
+    x, params = inputs[:2]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))):
+        return below(*inputs)
+    own = (0, 3, 2)[inputs[-4]]  # parameters of the tail
+    if not own or type(x) is not Tensor:
+        return DenseStage.apply(below, inputs, x, *params)
+    outputs = below(*inputs)
+    between = DenseBlock.apply(inputs, outputs, x, *params[:-own])
+    return DenseTail.apply(inputs, outputs, *between, *params[-own:]), *outputs[1:]
 
 
 def _layer_setup(ctx, inputs, output):
@@ -259,17 +279,11 @@ def _stem_backward(ctx, grad, *_):
     return *gradients, [None] * ctx.frozen, None
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "densenet_ext: a fused stem, dense layer or stage has no second derivative; "
-        "build the model with efficient=False to differentiate its gradients"
-    )
-
-
 _library = torch.library.Library("densenet_ext", "FRAGMENT")
 _library.impl("dense_stage", _stage_autograd, "Autograd", with_keyset=True)
 torch.library.register_autograd("densenet_ext::dense_layer", _layer_backward, setup_context=_layer_setup)
 torch.library.register_autograd("densenet_ext::dense_stem", _stem_backward, setup_context=_stem_setup)
 torch.library.register_autograd("densenet_ext::dense_stem_backward", _no_second_derivative)
 torch.library.register_autograd("densenet_ext::dense_stage_backward", _no_second_derivative)
+torch.library.register_autograd("densenet_ext::dense_tail_backward", _no_second_derivative)
 torch.library.register_autograd("densenet_ext::dense_layer_backward", _no_second_derivative)

@@ -1,6 +1,6 @@
 """The memory that fused stages keep from step to step on CPU.
 
-Feature buffers, their gradients and scratch of at least 128 KB come from an arena of the library, whose pages
+Feature buffers, their gradients, what stages hand on and scratch of at least 128 KB come from an arena, whose pages
 stay for the next step: to map and clear them anew would cost more time than much of the arithmetic. torch's profiler
 does not see them, so every memory figure has to add `workspace_use()`. On other devices torch's allocator serves.
 """

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from densenet_ext import DenseNetBC, release_workspaces, set_workspace_limit, workspace_use
+from densenet_ext.functional import dense_stage
 
 MB = 1e6
 
@@ -50,6 +51,30 @@ def peak_of(samples, **options):
 def test_peak_of_the_paper_network(keep_bottleneck, limit):
     """DenseNet-BC (L=100, k=12), batch 64 of 32x32, float32: three feature buffers of 57 + 20 + 6 MB, one gradient buffer."""
     assert peak_of(64, keep_bottleneck=keep_bottleneck) / MB <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_between_stages_takes_no_room_of_its_own(dtype):
+    """The first stage takes no more in the network than alone: it is gone before the layers' workspaces are taken, and
+    lies where those come to lie. In the first step as in later ones."""
+    torch.set_num_threads(2)
+    model = DenseNetBC.variant("vanilla", depth=70, efficient="fused", num_classes=10).to(dtype)
+    images = torch.randn(32, 3, 32, 32, dtype=dtype)
+    block, transition = model.features.denseblock1, model.features.transition1
+    x = model.features.conv0(images).detach().requires_grad_()
+
+    def occupied(run):
+        release_workspaces()
+        levels = set()
+        for _ in range(3):
+            run().float().sum().backward()
+            x.grad = None
+            levels.add(workspace_use().occupied)
+        return levels
+
+    alone = occupied(lambda: dense_stage(x, block.layers, transition.norm, transition.conv))
+    assert len(alone) == 1
+    assert occupied(lambda: model(images)) == alone
 
 
 def test_fused_takes_a_fraction_of_plain():

@@ -384,3 +384,15 @@ def test_compiled_fused_equals_fused():
         loss.backward()
         results.append(([p.grad for p in module.parameters()], list(module.buffers())))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_compiled_backward_equals_backward():
+    """Compiled autograd traces the backward pass of an eager forward pass, with an op that writes into its arguments."""
+    model = small(se_reduction=2)
+    model.efficient = "fused"
+    want = torch.autograd.grad(model(images()).square().sum(), list(model.parameters()))
+    loss = model(images()).square().sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        loss.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(want), rtol=1e-9, atol=1e-9)

@@ -145,6 +145,64 @@ def test_channels_last_backward_equals_reference():
         torch.ops.densenet_ext.dense_stage_backward(*rest)
 
 
+def parts_of_backward(case, ops, layout=1):
+    """What dense_tail_backward and dense_block_backward of those ops make, one after the other, and their arguments."""
+    args = case.args()
+    output, features, stats, *kept = reference.dense_stage(*args)
+    own = {1: 3, 2: 2}[case.tail]
+    tail = (
+        torch.ones_like(output),
+        features,
+        case.params[-own:],
+        stats,
+        case.eps[-1],
+        bool(case.frozen[-1]),
+        False,
+        -1,
+    )
+    buffer, coef, dtail = ops.dense_tail_backward(*tail)
+    started = buffer.clone(), coef.clone()
+    options = (*args[4:9], case.tail, case.in_channels, layout, False, -1)
+    dparams = ops.new_gradients(case.params[:-own])
+    block = (buffer, coef, dparams, features, case.params, case.masks, stats, *kept, *options)
+    dx = ops.dense_block_backward(*block)
+    return [*started, *dtail, dx, buffer, coef, *dparams], tail, block
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids=name)
+@pytest.mark.parametrize("tail", [1, 2])
+def test_parts_of_backward_equal_reference(tail, frozen):
+    """What each writes into its arguments, too; and both together are dense_stage_backward."""
+    case = Case(ALL_MASKS, True, tail, frozen, height=17, breadth=18)
+    for layout in (0, 1, 2):
+        got, args, block = parts_of_backward(case, torch.ops.densenet_ext, layout)
+        want, *_ = parts_of_backward(case, reference, layout)
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+        assert all(a.stride() == b.stride() for a, b in zip(got[2:], want[2:], strict=True))
+        dx, dparams = torch.ops.densenet_ext.dense_stage_backward(*args[:2], *block[4:])
+        (_, _, *dtail), dblock = got[: 2 + len(args[2])], got[len(got) - len(block[2]) :]
+        parts = [got[2 + len(args[2])], *dblock, *dtail]
+        assert all(a.equal(b) for a, b in zip([dx, *dparams], parts, strict=True))
+
+
+@pytest.mark.parametrize("tail", [1, 2])
+def test_opcheck_of_parts_of_backward(tail):
+    _, args, block = parts_of_backward(Case(ALL_MASKS, True, tail, "every second"), torch.ops.densenet_ext)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.densenet_ext.dense_tail_backward.default, args, test_utils=checks)
+    torch.library.opcheck(torch.ops.densenet_ext.dense_block_backward.default, block, test_utils=checks)
+
+
+def test_parts_of_backward_check_their_arguments():
+    _, args, block = parts_of_backward(Case(tail=2), torch.ops.densenet_ext)
+    with pytest.raises(RuntimeError, match=r"stats must have shape \[2, >= 7\], got \[2, 6\]"):
+        torch.ops.densenet_ext.dense_tail_backward(*args[:3], args[3][:, :6].contiguous(), *args[4:])
+    with pytest.raises(RuntimeError, match="params must hold a norm's 2 tensors and at most a convolution's 1, got 1"):
+        torch.ops.densenet_ext.dense_tail_backward(*args[:2], args[2][:1], *args[3:])
+    with pytest.raises(RuntimeError, match="dparams must hold 12 tensors, got 11"):
+        torch.ops.densenet_ext.dense_block_backward(*block[:2], block[2][:-1], *block[3:])
+
+
 @pytest.mark.parametrize("tail", TAILS)
 def test_kept_bottlenecks_change_no_bit(tail):
     case = Case(ALL_MASKS, True, tail, dtype=torch.float32, height=17, breadth=18, growth=5, width=20)
@@ -169,7 +227,7 @@ def test_repeated_runs_are_bit_equal(threads):
         assert all(a.equal(b) for a, b in zip(results[0], again, strict=True))
 
 
-@pytest.mark.parametrize("wanted", ["x", "params", "one", "every second", "last"])
+@pytest.mark.parametrize("wanted", ["x", "params", "one", "every second", "tail", "last"])
 @pytest.mark.parametrize("tail", TAILS)
 def test_subsets_of_inputs_that_need_gradients(tail, wanted):
     case = Case(ALL_MASKS, True, tail)
@@ -180,6 +238,7 @@ def test_subsets_of_inputs_that_need_gradients(tail, wanted):
         "params": leaves[1:],
         "one": [leaves[3]],
         "every second": leaves[::2],
+        "tail": leaves[-(0, 3, 2)[tail] :],  # all without one
         "last": leaves[-1:],
     }[wanted]
     for leaf in leaves:
@@ -198,6 +257,82 @@ def test_backward_twice_gives_the_same(tail):
     first = torch.autograd.grad(output, [x, *params], grad, retain_graph=True)
     again = torch.autograd.grad(output, [x, *params], grad)
     assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_gradients_asked_for_one_by_one(tail):
+    """Autograd computes what a call asks for alone: each is what all together give."""
+    case = Case(ALL_MASKS, True, tail)
+    x, params = case.leaves()
+    output = case.fused(x, params)
+    grad = torch.randn_like(output)
+    together = torch.autograd.grad(output, [x, *params], grad, retain_graph=True)
+    for leaf, want in zip([x, *params], together, strict=True):
+        assert torch.autograd.grad(output, leaf, grad, retain_graph=True)[0].equal(want)
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, whose backward has nothing to say."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_no_gradient_of_the_output_gives_none(tail):
+    case = Case(tail=tail)
+    x, params = case.leaves()
+    output = NoGradient.apply(case.fused(x, params))
+    grads = torch.autograd.grad(output.sum(), [x, *params], allow_unused=True)
+    assert grads == (None,) * (1 + len(params))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_feature_maps_are_saved_once(tail):
+    """Who moves saved tensors elsewhere moves them once."""
+    case = Case(ALL_MASKS, True, tail)
+    x, params = case.leaves()
+    channels, saved = case.in_channels + case.layers * case.growth, []
+
+    def pack(tensor):
+        saved.append(tensor.shape)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        got = case.fused(x, params)
+    assert saved.count((case.samples, channels, case.height, case.breadth)) == 1
+    grad = torch.randn_like(got)
+    want = gradients(case.plain(x, params), x, params, grad)
+    assert largest_error(gradients(got, x, params, grad), want) < 1e-10
+
+
+@pytest.mark.parametrize("tail", [1, 2])
+def test_writing_into_the_output_of_a_tail_is_allowed(tail):
+    """Backward does not need it."""
+    case = Case(ALL_MASKS, True, tail)
+    x, params = case.leaves()
+    got, want = case.fused(x, params).mul_(2), case.plain(x, params) * 2
+    grad = torch.randn_like(want)
+    assert largest_error(gradients(got, x, params, grad), gradients(want, x, params, grad)) < 1e-10
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_kept_gradient_of_the_input_keeps_its_values(tail):
+    """It may lie in the library's memory, which later steps use again."""
+    sizes = {"samples": 8, "in_channels": 16, "height": 32, "breadth": 32, "dtype": torch.float32}
+    case = Case(tail=tail, **sizes)
+    x, params = case.leaves()
+    case.fused(x, params).sum().backward()
+    kept, values = x.grad, x.grad.clone()
+    for _ in range(2):
+        other = case.x.clone().requires_grad_()
+        case.fused(other * 3, params).square().sum().backward()
+    assert kept.equal(values) and kept.count_nonzero() > 0
 
 
 def test_same_parameters_twice_in_one_graph():
@@ -229,6 +364,20 @@ def test_second_derivative_is_refused(tail):
     (dx,) = torch.autograd.grad(case.fused(x, params).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("of", ["x", "layers", "tail"])
+@pytest.mark.parametrize("tail", [1, 2])
+def test_second_derivative_is_refused_of_each_gradient(tail, of):
+    """Where nothing else needs one: each part of the stage has to say so itself."""
+    case = Case(tail=tail)
+    x, params = case.leaves()
+    leaf = {"x": x, "layers": params[0], "tail": params[-1]}[of]
+    for other in (x, *params):
+        other.requires_grad_(other is leaf)
+    (grad,) = torch.autograd.grad(case.fused(x, params).square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("keep_bottleneck", [False, True])

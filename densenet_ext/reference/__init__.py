@@ -34,8 +34,9 @@ from .forward import (
     stem_forward,
     transition_forward,
 )
+from .layer import dense_layer, dense_layer_backward
 from .layout import arithmetic_dtype, feature_pitch, new_features, padded_width
-from .stage import dense_layer, dense_layer_backward, dense_stage, dense_stage_backward
+from .stage import dense_block_backward, dense_stage, dense_stage_backward, dense_tail_backward, new_gradients
 
 __all__ = [
     "append",
@@ -44,16 +45,19 @@ __all__ = [
     "bottleneck_forward",
     "conv3x3_backward",
     "conv3x3_forward",
+    "dense_block_backward",
     "dense_layer",
     "dense_layer_backward",
     "dense_stage",
     "dense_stage_backward",
+    "dense_tail_backward",
     "feature_pitch",
     "finish_gradient",
     "fold_norm",
     "head_backward",
     "head_forward",
     "new_features",
+    "new_gradients",
     "padded_width",
     "squeeze_excite_backward",
     "squeeze_excite_forward",

@@ -234,60 +234,75 @@ def dense_stage_backward(
     dx_layout: 0 no dx, which is [0] then; 1 that of the device's maps; 2 channels last.
     """
     s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, features, group, kernels)
-    dparams = [torch.empty_like(p) for p in params]
+    options = (mask_kind, dropout_scale, eps, frozen, squeeze_excite, tail, in_channels, dx_layout, allow_tf32, group)
+    if tail != TAIL_NONE:
+        rest = (s.tail_params, stats, eps[-1], bool(frozen[-1]), allow_tf32, group, kernels)
+        buffer, coef, dtail = dense_tail_backward(grad, features, *rest)
+        dparams = new_gradients(params[: len(params) - len(dtail)])
+        rest = (features, params, masks, stats, gates, bottlenecks, *options, kernels)
+        return dense_block_backward(buffer, coef, dparams, *rest), [*dparams, *dtail]
+    dparams = new_gradients(params)
     buffer = new_features(features, s.channels, gradient_dtype(features))
     coef = s.empty(3, s.samples, s.channels)
-    source = buffer
-    if tail == TAIL_NONE:
-        source = new_features(features, s.channels, gradient_dtype(features)).copy_(grad)
-        coef[0], coef[1:] = 1, 0
-    else:
-        weight, bias, *conv = s.tail_params
-        dweight, dbias, *dconv = dparams[len(dparams) - len(s.tail_params) :]
-        last = 2 * s.count
-        scale, shift = s.fold(last, weight, bias, stats)
-        run = s.kernels.transition_backward if tail == TAIL_TRANSITION else s.kernels.head_backward
-        run(
-            *(features, scale, shift, *conv, weight, *s.statistics(stats, last), eps[last], s.local(last)),
-            *(grad, buffer, coef, *dconv, dweight, dbias),
-        )
-        s.finish_norm_backward(last, dweight, dbias, weight, stats, None, coef)
+    coef[0], coef[1:] = 1, 0
+    source = new_features(features, s.channels, gradient_dtype(features)).copy_(grad)
     _backward(s, features, source, buffer, coef, stats, gates, bottlenecks, dropout_scale, dparams)
-    if dx_layout == DX_NONE:
-        return s.empty(0, dtype=features.dtype), dparams
-    dx = new_maps(features, in_channels, *features.shape[2:], channels_last=dx_layout == DX_CHANNELS_LAST)
-    s.kernels.finish_gradient(features, buffer, coef, 0, dx)
-    return dx, dparams
+    return _input_gradient(s, features, buffer, coef, dx_layout), dparams
 
 
-def dense_layer(
-    inputs: list[Tensor],
+def _input_gradient(stage: _Stage, features: Tensor, buffer: Tensor, coef: Tensor, layout: int) -> Tensor:
+    if layout == DX_NONE:
+        return stage.empty(0, dtype=features.dtype)
+    size = features.shape[2:]
+    dx = new_maps(features, stage.in_channels, *size, channels_last=layout == DX_CHANNELS_LAST)
+    stage.kernels.finish_gradient(features, buffer, coef, 0, dx)
+    return dx
+
+
+def new_gradients(params: list[Tensor]) -> list[Tensor]:
+    """Room for the gradients of these parameters."""
+    return [torch.empty_like(p) for p in params]
+
+
+def dense_tail_backward(
+    grad: Tensor,
+    features: Tensor,
     params: list[Tensor],
-    masks: list[Tensor],
-    frozen_stats: list[Tensor],
-    mask_kind: int,
-    dropout_scale: float,
-    eps: list[float],
-    frozen: list[int],
-    squeeze_excite: bool,
-    keep_bottleneck: bool,
+    stats: Tensor,
+    eps: float,
+    frozen: bool,
     allow_tf32: bool,
     group: int,
     kernels=None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Forward of one dense layer over the concatenation of inputs: (output [N, k, H, W], stats, gates, bottlenecks)."""
-    in_channels = sum(x.size(1) for x in inputs)
-    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, inputs[0], group, kernels)
-    features = new_features(inputs[0], s.channels)
-    _, stats, gates, bottlenecks = _forward(s, inputs, features, frozen_stats, dropout_scale, keep_bottleneck)
-    output = new_maps(features, s.growth, features.size(2), features.size(3)).copy_(features[:, in_channels:])
-    return output, stats, gates, bottlenecks
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The tail's part of dense_stage_backward: (buffer [N, C, H, W], coef [3, N, C], dparams like params).
+
+    params: the tail's, 3 of a transition, 2 of a head; eps, frozen: of its norm, whose statistics come last in stats.
+    """
+    kernels = kernels or TWINS
+    weight, bias, *conv = params
+    count, channels = features.shape[:2]
+    mean, var = stats[:, : stats.size(1) - (group >= 0)][:, -channels:]
+    scale, shift = stats.new_empty(2, 1, channels)
+    kernels.fold_norm(mean[None], var[None], 0, None, None, weight, bias, eps, True, mean, var, scale, shift)
+    buffer = new_features(features, channels, gradient_dtype(features))
+    coef = stats.new_empty(3, count, channels)
+    dparams = dweight, dbias, *dconv = new_gradients(params)
+    run = kernels.transition_backward if conv else kernels.head_backward
+    run(
+        *(features, scale, shift, *conv, weight, mean, var, eps, not frozen and group < 0),
+        *(grad, buffer, coef, *dconv, dweight, dbias),
+    )
+    if group >= 0 and not frozen:
+        kernels.synchronize_gradient(dweight, dbias, weight, mean, var, eps, stats[0, -1:], None, group, coef)
+    return buffer, coef, dparams
 
 
-def dense_layer_backward(
-    grad: Tensor,
-    output: Tensor,
-    inputs: list[Tensor],
+def dense_block_backward(
+    buffer: Tensor,
+    coef: Tensor,
+    dparams: list[Tensor],
+    features: Tensor,
     params: list[Tensor],
     masks: list[Tensor],
     stats: Tensor,
@@ -298,22 +313,14 @@ def dense_layer_backward(
     eps: list[float],
     frozen: list[int],
     squeeze_excite: bool,
+    tail: int,
+    in_channels: int,
+    dx_layout: int,
     allow_tf32: bool,
     group: int,
     kernels=None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Backward of dense_layer: (dinputs like inputs, dparams like params)."""
-    in_channels = sum(x.size(1) for x in inputs)
-    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, output, group, kernels)
-    features = new_features(output, s.channels).copy_(torch.cat([*inputs, output], 1))
-    buffer = new_features(output, s.channels, gradient_dtype(output)).zero_()
-    buffer[:, in_channels:] = grad
-    coef = torch.zeros(3, s.samples, s.channels, dtype=s.dtype, device=output.device)
-    coef[0] = 1
-    dparams = [torch.empty_like(p) for p in params]
+) -> Tensor:
+    """The rest of it, the layers' part: dx. Works in buffer and coef; writes dparams, like params without the tail's."""
+    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, features, group, kernels)
     _backward(s, features, buffer, buffer, coef, stats, gates, bottlenecks, dropout_scale, dparams)
-    dinputs, offset = [new_maps(x, x.size(1), x.size(2), x.size(3)) for x in inputs], 0
-    for dx in dinputs:
-        s.kernels.finish_gradient(features, buffer, coef, offset, dx)
-        offset += dx.size(1)
-    return dinputs, dparams
+    return _input_gradient(s, features, buffer, coef, dx_layout)
