@@ -5,24 +5,29 @@
 //   dW[j, i, tap] = sum_q dy[j, q - tap] h[q, i]          h = relu(scale*b + shift), remade
 //   dv = r*dh*[h > 0],  S1 = sum dv,  S2 = sum dv*bhat: dbeta, dgamma, and db = t0*dv + t1 + t2*b
 //
-// Unit: as in the forward. dy goes to zero-padded planes; a register block of 8 pixels by 3 vectors
-// of i runs over all outputs and taps, and its epilogue remakes h, stores dv and adds both sums;
-// then dW from the unit's h, 9 taps by 3 vectors for one output at a time. Threads own contiguous
-// units and private sums, merged in thread order. Bytes moved: b, dv and k channels of G and x
-// once.
+// Unit: as in the forward. dy goes to zero-padded planes. Then for 2 or 3 vectors of i at a time,
+// so that their weights and their h stay in the first-level cache: a register block of 6 or 8
+// pixels runs over all outputs and taps, and its epilogue remakes h, stores dv and adds both sums;
+// dW from that h, 6 or 9 rows of W by the vectors over all pixels. Pixels follow each other
+// regardless of rows and maps, by a table of where they are, so that small maps leave no part of a
+// block idle. Threads own contiguous units and private sums, merged in thread order. Bytes moved:
+// b, dv and k channels of G and x once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
 #include "norm_backward.h"
 #include "pack.h"
 #include "planes.h"
+#include "tile.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-constexpr int kTapVectors =
-    kRegisters == 32 ? 3 : 1;  // 9 sums for each vector, the vectors and a broadcast
+// Register blocks of both products: pixels, or rows of three taps of an output, by vectors of i.
+constexpr int kPixels = kRegisters == 32 ? 8 : 6;
+constexpr int kTapRows = kRegisters == 32 ? 3 : 2;
+constexpr int kVectors = kRegisters == 32 ? 3 : 2;
 
 template <class S>
 struct Job {
@@ -30,11 +35,13 @@ struct Job {
   const Conv3x3Backward<S>& a;
   const Units& units;
   int64_t pitch;
-  const T* weight;                       // [growth, 9, pitch]
+  const int32_t* at;                     // where the unit's pixels are in a padded plane
+  int64_t h_stride;                      // of a vector of h
+  const T* weight;                       // groups of vectors [growth, 9, NV * kVec]
   const T *scale, *shift, *post, *mean;  // padded tables; post null: ones
   int64_t scale_stride, shift_stride;    // 0 or pitch
   // of one thread
-  T *planes, *h, *unit_sums, *dweight;
+  T *planes, *h, *unit_sums, *dweight;  // h [NV, pixels, kVec], of one group
   double* sums;
 
   void load_planes(const Unit& u) const {
@@ -64,108 +71,118 @@ struct Job {
     }
   }
 
-  // dh of up to R pixels from (s, y, x) and everything that follows from it, for the
-  // vectors first .. first + NV.
-  template <int R, int NV>
-  void pixels(const Unit& u, int64_t s, int64_t y, int64_t x, int64_t first) const {
-    Block<T, R, NV> block;
-    const T* dy = planes + units.position(u, s, y) + x;
-    const T* w = weight + first * kVec<T>;
+  // dh of the unit's pixels p, p + 1, ... and the vectors first .. first + NV.
+  template <int NV>
+  DX_NOINLINE Block<T, kPixels, NV> product(int64_t p, int64_t first) const {
+    const T* pixel[kPixels];
+    DX_UNROLL
+    for (int r = 0; r < kPixels; ++r) pixel[r] = planes + at[p + r];
+    Block<T, kPixels, NV> block;
+    const T* w = weight + first * kVec<T> * a.growth * 9;
     for (int64_t j = 0; j < a.growth; ++j) {
-      DX_UNROLL
-      for (int t = 0; t < 9; ++t) block.rank1(dy - units.offset[t], 1, w + t * pitch);
-      dy += units.plane_size;
-      w += 9 * pitch;
+      int64_t offset = j * units.plane_size + units.pitch + 1;
+      // Not unrolled: GCC would keep a register for each of the nine taps of each pixel.
+#pragma GCC unroll 1
+      for (int y = 0; y < 3; ++y) {
+        DX_UNROLL
+        for (int t = 0; t < 3; ++t) {
+          block.update([&](int r) { return (pixel[r] + offset)[-t]; }, w);
+          w += NV * kVec<T>;
+        }
+        offset -= units.pitch;
+      }
     }
-    const int64_t n = u.sample + s, valid = std::min<int64_t>(R, units.width - x),
+    return block;
+  }
+
+  // The same and everything that follows from it. The pixels may lie in several rows and samples:
+  // the first of them is of sample n, as are those before `next`.
+  template <int NV>
+  void pixels(const Unit& u, int64_t p, int64_t n, int64_t next, int64_t first) const {
+    const int64_t valid = std::min<int64_t>(kPixels, u.pixels(units.width) - p),
                   column = first * kVec<T>;
-    const int64_t row = ((n * units.height + u.row + y) * units.width + x) * pitch + column;
-    T* const h_row = h + ((s * u.rows + y) * units.width + x) * pitch + column;
+    const int64_t row = ((u.sample * units.height + u.row) * units.width + p) * pitch + column;
+    for (int64_t r = 0; r < valid; ++r) __builtin_prefetch(a.bottleneck + row + r * pitch, 0, 3);
+    const Block<T, kPixels, NV> block = product<NV>(p, first);
+
+    const int64_t map_pixels = units.height * units.width;
     DX_UNROLL
     for (int v = 0; v < NV; ++v) {
-      const int64_t i = v * kVec<T>;
-      const Vec<T> sc = load(scale + n * scale_stride + column + i),
-                   sh = load(shift + n * shift_stride + column + i),
-                   center = load(mean + column + i);
-      Vec<T> s1 = load(unit_sums + column + i), s2 = load(unit_sums + pitch + column + i);
+      const int64_t i = column + v * kVec<T>;
+      const Vec<T> center = load(mean + i);
+      Vec<T> s1 = load(unit_sums + i), s2 = load(unit_sums + pitch + i);
+      Vec<T> sc = load(scale + n * scale_stride + i), sh = load(shift + n * shift_stride + i);
+      int64_t sample = n, end = next - p;
       DX_UNROLL
-      for (int r = 0; r < R; ++r) {
-        if (r >= valid) continue;
-        const Vec<T> b = load(a.bottleneck + row + r * pitch + i);
+      for (int r = 0; r < kPixels; ++r) {
+        if (r >= valid) break;
+        if (r == end) {
+          ++sample;
+          end += map_pixels;
+          sc = load(scale + sample * scale_stride + i);
+          sh = load(shift + sample * shift_stride + i);
+        }
+        const int64_t o = row + r * pitch + v * kVec<T>;
+        const Vec<T> b = load(a.bottleneck + o);
         const Vec<T> value = relu(sc * b + sh);
         Vec<T> d = where_positive(value, block.acc[r][v]);
-        if (post) d *= load(post + n * pitch + column + i);
-        store(h_row + r * pitch + i, value);
-        store(a.dv + row + r * pitch + i, d);
+        if (post) d *= load(post + sample * pitch + i);
+        store(h + v * h_stride + (p + r) * kVec<T>, value);
+        store(a.dv + o, d);
         s1 += d;
         s2 += d * (b - center);
       }
-      store(unit_sums + column + i, s1);
-      store(unit_sums + pitch + column + i, s2);
+      store(unit_sums + i, s1);
+      store(unit_sums + pitch + i, s2);
     }
   }
 
-  template <int R>
-  void input_gradient(const Unit& u) const {
-    for (int64_t s = 0; s < u.samples; ++s) {
-      for (int64_t y = 0; y < u.rows; ++y) {
-        for (int64_t x = 0; x < units.width; x += R) {
-          for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
-            pixels<R, decltype(group)::value>(u, s, y, x, first);
-          });
-        }
-      }
+  template <int NV>
+  void input_gradient(const Unit& u, int64_t first) const {
+    const int64_t map_pixels = units.height * units.width;
+    int64_t n = u.sample, next = u.rows * units.width;
+    for (int64_t p = 0; p < u.pixels(units.width); p += kPixels) {
+      for (; p >= next; next += map_pixels) ++n;
+      pixels<NV>(u, p, n, next, first);
     }
   }
 
-  void weight_gradient(const Unit& u) const {
-    for (int64_t j = 0; j < a.growth; ++j) {
-      for_vector_groups<kTapVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
-        constexpr int NV = decltype(group)::value;
-        Block<T, 9, NV> block;
-        for (int64_t s = 0; s < u.samples; ++s) {
-          for (int64_t y = 0; y < u.rows; ++y) {
-            const T* dy = planes + j * units.plane_size + units.position(u, s, y);
-            const T* h_row = h + (s * u.rows + y) * units.width * pitch + first * kVec<T>;
-            for (int64_t x = 0; x < units.width; ++x) {
-              Vec<T> values[NV];
-              DX_UNROLL
-              for (int v = 0; v < NV; ++v) values[v] = load(h_row + v * kVec<T>);
-              DX_UNROLL
-              for (int t = 0; t < 9; ++t) {
-                const Vec<T> d = broadcast(dy[-units.offset[t]]);
-                DX_UNROLL
-                for (int v = 0; v < NV; ++v) block.acc[t][v] += d * values[v];
-              }
-              ++dy;
-              h_row += pitch;
-            }
-          }
-        }
-        T* const out = dweight + j * 9 * pitch + first * kVec<T>;
-        DX_UNROLL
-        for (int t = 0; t < 9; ++t) {
-          DX_UNROLL
-          for (int v = 0; v < NV; ++v)
-            store(out + t * pitch + v * kVec<T>,
-                  load(out + t * pitch + v * kVec<T>) + block.acc[t][v]);
-        }
-      });
+  // dW of ROWS rows of three taps from `row` on. Row 0 is the first of output 0, row 3 that of
+  // output 1.
+  template <int ROWS, int NV>
+  void tap_rows(const Unit& u, int64_t row, int64_t first) const {
+    Block<T, 3 * ROWS, NV> block;
+    const T* dy[ROWS];
+    for (int i = 0; i < ROWS; ++i) {
+      const int64_t j = (row + i) / 3, y = (row + i) % 3;
+      dy[i] = planes + j * units.plane_size + (1 - y) * units.pitch;
     }
+    const int64_t count = u.pixels(units.width);
+    const T* h_pixel = h;
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t position = at[p];
+      block.update([&](int t) { return (dy[t / 3] + 1 - t % 3)[position]; }, h_pixel, h_stride);
+      h_pixel += kVec<T>;
+    }
+    block.add_to_rows(dweight + row * 3 * pitch + first * kVec<T>, pitch);
+  }
+
+  template <int NV>
+  void weight_gradient(const Unit& u, int64_t first) const {
+    const int64_t rows = 3 * a.growth;
+    int64_t row = 0;
+    for (; row + kTapRows <= rows; row += kTapRows) tap_rows<kTapRows, NV>(u, row, first);
+    for (; row < rows; ++row) tap_rows<1, NV>(u, row, first);
   }
 
   void run(const Unit& u) const {
     load_planes(u);
     std::fill_n(unit_sums, 2 * pitch, T(0));
-    // widths of 7, 14 and 28 would leave an eighth of the larger block idle
-    constexpr int fewer = kRegisters == 32 ? kPixelRows - 1 : kPixelRows;
-    if (round_up(units.width, fewer) < round_up(units.width, kPixelRows)) {
-      input_gradient<fewer>(u);
-    } else {
-      input_gradient<kPixelRows>(u);
-    }
+    for_vector_groups<kVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
+      input_gradient<decltype(group)::value>(u, first);
+      weight_gradient<decltype(group)::value>(u, first);
+    });
     for (int64_t i = 0; i < 2 * pitch; ++i) sums[i] += static_cast<double>(unit_sums[i]);
-    weight_gradient(u);
   }
 };
 
@@ -180,9 +197,15 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
 
   const Scratch packed(sizeof(T) * a.growth * 9 * pitch);
   parallel_items(a.growth, 9 * pitch, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j)
-      copy_transposed(a.weight + j * a.width * 9, 9, a.width, 9, packed.as<T>() + j * 9 * pitch,
-                      pitch, pitch);
+    for_vector_groups<kVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
+      constexpr int64_t lanes = decltype(group)::value * kVec<T>;
+      const int64_t column = first * kVec<T>;
+      for (int64_t j = begin; j < end; ++j) {
+        copy_transposed(a.weight + (j * a.width + column) * 9, 9,
+                        std::clamp<int64_t>(a.width - column, 0, lanes), 9,
+                        packed.as<T>() + (column * a.growth + j * lanes) * 9, lanes, lanes);
+      }
+    });
   });
   const int64_t scale_rows = a.table.scale.sample_stride ? samples : 1,
                 shift_rows = a.table.shift.sample_stride ? samples : 1;
@@ -198,8 +221,12 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   pad_rows(a.norm.mean, int64_t{0}, 1, a.width, mean);
 
   const int64_t plane_values = a.growth * units.plane_size;
-  const int64_t h_values = units.maps_per_unit * units.rows_per_unit * units.width * pitch;
+  const int64_t h_stride = padded_stride(units.pixels_per_unit() * kVec<T>);
+  const int64_t h_values = kVectors * h_stride;
   const int64_t thread_values = plane_values + h_values + (2 + a.growth * 9) * pitch;
+  const Scratch positions(sizeof(int32_t) * (units.pixels_per_unit() + kPixels));
+  units.pixel_positions(positions.as<int32_t>());
+  std::fill_n(positions.as<int32_t>() + units.pixels_per_unit(), kPixels, units.base);
   const Scratch work(sizeof(T) * threads * thread_values);
   const Scratch sums(sizeof(double) * threads * 2 * pitch);
   std::fill_n(sums.as<double>(), threads * 2 * pitch, 0.0);
@@ -215,6 +242,8 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
     const Job<S> job{a,
                      units,
                      pitch,
+                     positions.as<int32_t>(),
+                     h_stride,
                      packed.as<T>(),
                      scale,
                      shift,

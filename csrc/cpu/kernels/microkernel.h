@@ -45,17 +45,23 @@ struct Block {
     }
   }
 
-  // acc[r][v] += a[r*row_step] * b[v]
-  DX_INLINE void rank1(const T* a, int64_t row_step, const T* b) {
+  // acc[r][v] += a(r) * b[v], the vectors of b lying `step` apart
+  template <class F>
+  DX_INLINE void update(const F& a, const T* b, int64_t step = kVec<T>) {
     Vec<T> bv[NV];
     DX_UNROLL
-    for (int v = 0; v < NV; ++v) bv[v] = load(b + v * kVec<T>);
+    for (int v = 0; v < NV; ++v) bv[v] = load(b + v * step);
     DX_UNROLL
     for (int r = 0; r < R; ++r) {
-      const Vec<T> av = broadcast(a[r * row_step]);
+      const Vec<T> av = broadcast(a(r));
       DX_UNROLL
       for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
     }
+  }
+
+  // acc[r][v] += a[r*row_step] * b[v]
+  DX_INLINE void rank1(const T* a, int64_t row_step, const T* b) {
+    update([&](int r) { return a[r * row_step]; }, b);
   }
 
   // The sum of `count` rank-1 updates, a and b advancing by their steps.

@@ -18,7 +18,7 @@ struct Unit {
   int64_t sample, samples;  // samples > 1 only with whole maps
   int64_t row, rows;
 
-  int64_t first_pixel(int64_t width) const { return row * width; }
+  int64_t pixels(int64_t width) const { return samples * rows * width; }
 };
 
 struct Units {
@@ -75,6 +75,18 @@ struct Units {
   // Where row y (-1 .. rows) of the unit's s-th map starts in a padded plane.
   int64_t position(const Unit& u, int64_t s, int64_t y) const {
     return base + (s * (u.rows + 1) + y) * pitch;
+  }
+
+  int64_t pixels_per_unit() const { return maps_per_unit * rows_per_unit * width; }
+
+  // Where in a padded plane the pixels of a unit are, one after another.
+  void pixel_positions(int32_t* out) const {
+    const Unit u{0, maps_per_unit, 0, rows_per_unit};
+    for (int64_t s = 0; s < u.samples; ++s) {
+      for (int64_t y = 0; y < u.rows; ++y) {
+        for (int64_t x = 0; x < width; ++x) *out++ = static_cast<int32_t>(position(u, s, y) + x);
+      }
+    }
   }
 
   // Positions from the first pixel to the last, padding between them included.
