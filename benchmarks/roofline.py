@@ -54,7 +54,10 @@ class Size:
 
 
 def op_bytes(op, s, e, a=ARITHMETIC_BYTES):
-    """Bytes of one kernel op at size `s`, as FORMULAS says."""
+    """Bytes of one kernel op at size `s`, as FORMULAS says.
+
+    With a bottleneck computed again on the way, of a layer that reads C' channels, M K2 e + K2 C' a more: x is there.
+    """
     m, n, c, k2, k, o = s.rows, s.samples, s.channels, s.pitch, s.growth, s.outputs
     pooled = s.samples * (s.height // 2) * (s.width // 2)
     stem_pooled = s.samples * ((s.height + 1) // 2) * ((s.width + 1) // 2)

@@ -138,6 +138,11 @@ def fits(op, shape):
     return not op.startswith("transition") or (shape.height > 1 and shape.width > 1)
 
 
+def first_and_last(op):
+    """Of an op's options: without any, and with the most."""
+    return OPS[op][:: max(1, len(OPS[op]) - 1)]
+
+
 def label(value):
     return (
         "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value).removeprefix("torch.")
@@ -173,7 +178,7 @@ def test_any_number_of_threads(op, threads):
     torch.set_num_threads(threads)
     for shape in (Shape("", samples=3, height=33, width=31), Shape("", samples=1, height=12, width=12, bottleneck=40)):
         for problem in problems(shape, torch.float32, op):
-            for options in OPS[op][:: max(1, len(OPS[op]) - 1)]:  # the first and the last
+            for options in first_and_last(op):
                 check(op, getattr(problem, op)(**options), torch.float32)
 
 
@@ -182,12 +187,13 @@ def test_any_number_of_threads(op, threads):
 def test_repeated_run_is_bit_equal(op, device):
     shape = Shape("", samples=3, height=17, width=19, channels=20, bottleneck=24, growth=6)
     problem = problems(shape, torch.float32, op, device)[-1]
-    args = getattr(problem, op)(**OPS[op][-1])
-    first, again = to_device(args, device), to_device(args, device)
-    getattr(torch.ops.densenet_ext, op)(*first)
-    getattr(torch.ops.densenet_ext, op)(*again)
-    for a, b in zip(first, again, strict=True):
-        assert not isinstance(a, torch.Tensor) or bits(a).equal(bits(b))
+    for options in first_and_last(op):
+        args = getattr(problem, op)(**options)
+        first, again = to_device(args, device), to_device(args, device)
+        getattr(torch.ops.densenet_ext, op)(*first)
+        getattr(torch.ops.densenet_ext, op)(*again)
+        for a, b in zip(first, again, strict=True):
+            assert not isinstance(a, torch.Tensor) or bits(a).equal(bits(b))
 
 
 FORWARD = {"bottleneck_forward": 4, "conv3x3_forward": 6, "transition_forward": 4, "head_forward": 3, "stem_forward": 7}

@@ -42,6 +42,8 @@ void bottleneck_backward_cpu(const Tensor& features, const Tensor& scale, const 
     S* const b = pointer<S>("bottleneck", bottleneck, {rows_of(f), pitch});
     BottleneckForward<S> earlier = {};
     if (earlier_weight.has_value()) {
+      STD_TORCH_CHECK(earlier_scale.has_value() && earlier_shift.has_value(),
+                      "earlier_weight is given without earlier_scale or earlier_shift");
       const int64_t c = earlier_weight->size(1);
       check_range("features", f, 0, c);
       earlier = {f,

@@ -42,6 +42,8 @@ void bottleneck_backward_cuda(const Tensor& features, const Tensor& scale, const
     const int64_t width = weight.size(0), channels = weight.size(1),
                   pitch = round_up(width, kLanes);
     check_range("features", f, 0, channels);
+    STD_TORCH_CHECK(!earlier_weight || (earlier_scale && earlier_shift),
+                    "earlier_weight is given without earlier_scale or earlier_shift");
     S* const b = pointer<S>("bottleneck", bottleneck, {f.count(), pitch});
     bottleneck_backward<S>(
         {f, norm_table<T>(scale, shift, f.samples, channels),
