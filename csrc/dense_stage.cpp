@@ -80,23 +80,18 @@ Gradient tail_backward(const Tensor& grad_output, const Tensor& features, const 
                        const NormSite& site, const Tensor& stats, bool allow_tf32, int64_t group,
                        const Tensor* d) {
   const int64_t samples = features.size(0), channels = features.size(1);
-  const ScalarType arithmetic = arithmetic_type(features.scalar_type());
-  const Tensor scale = empty(features, {1, channels}, arithmetic),
-               shift = empty(features, {1, channels}, arithmetic);
-  call("densenet_ext::fold_norm", site.mean, site.var, int64_t{0}, Optional(), Optional(),
-       site.weight, site.bias, site.eps, true, site.mean, site.var, scale, shift);
   const Gradient made = {
       feature_buffer(features, samples, channels, features.size(2), features.size(3),
                      gradient_type(features, features.scalar_type())),
-      empty(features, {3, samples, channels}, arithmetic)};
+      empty(features, {3, samples, channels}, arithmetic_type(features.scalar_type()))};
   if (params.size() == 3) {
-    call("densenet_ext::transition_backward", features, scale, shift, params[2], site.weight,
-         site.mean, site.var, site.eps, site.local(), readable(grad_output), made.grad, made.coef,
-         d[2], d[0], d[1], allow_tf32);
+    call("densenet_ext::transition_backward", features, site.table.scale, site.table.shift,
+         params[2], site.weight, site.mean, site.var, site.eps, site.local(), readable(grad_output),
+         made.grad, made.coef, d[2], d[0], d[1], allow_tf32);
   } else {
-    call("densenet_ext::head_backward", features, scale, shift, site.weight, site.mean, site.var,
-         site.eps, site.local(), torch::stable::contiguous(grad_output), made.grad, made.coef, d[0],
-         d[1]);
+    call("densenet_ext::head_backward", features, site.table.scale, site.table.shift, site.weight,
+         site.mean, site.var, site.eps, site.local(), torch::stable::contiguous(grad_output),
+         made.grad, made.coef, d[0], d[1]);
   }
   finish_norm_backward(site, stats, d[0], d[1], std::nullopt, group, made.coef);
   return made;
@@ -112,19 +107,13 @@ std::tuple<Tensor, Tensor, Tensors> dense_tail_backward(const Tensor& grad_outpu
                   "params must hold a norm's 2 tensors and at most a convolution's 1, got ",
                   params.size());
   const int64_t channels = features.size(1), shared = group >= 0;
-  STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == 2 && stats.size(1) >= channels + shared,
-                  "stats must have shape [2, >= ", channels + shared, "], got ",
+  STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == 4 && stats.size(1) >= channels + shared,
+                  "stats must have shape [4, >= ", channels + shared, "], got ",
                   describe(stats.sizes()));
   check_contiguous("stats", stats);
   // The consumer's norm is the stage's last.
-  const int64_t mean = stats.size(1) - shared - channels, var = mean + stats.size(1);
-  const NormSite site = {params[0],
-                         params[1],
-                         piece(stats, mean, {channels}),
-                         piece(stats, var, {channels}),
-                         eps,
-                         frozen,
-                         shared && !frozen};
+  const NormSite site =
+      norm_site(stats, stats.size(1) - shared - channels, params[0], params[1], eps, frozen, group);
   const Tensors dparams = new_gradients(params);
   const Gradient made =
       tail_backward(grad_output, features, params, site, stats, allow_tf32, group, dparams.data());

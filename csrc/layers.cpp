@@ -11,10 +11,11 @@ void start_statistics(Stage& stage, const Tensor& like, const Tensors& frozen_st
     STD_TORCH_CHECK(next + 2 <= frozen_stats.size(),
                     "frozen_stats must hold a mean and a variance for each frozen norm, got ",
                     frozen_stats.size(), " tensors");
+    const int64_t width = stage.norm_width(i);
     for (int64_t row = 0; row < 2; ++row) {
       const Tensor& given = frozen_stats[next++];
-      check_shape("frozen_stats", given, {stage.norm_width(i)});
-      Tensor own = stage.statistics(i, row);
+      check_shape("frozen_stats", given, {width});
+      Tensor own = piece(stage.stats, row * stage.stats.size(1) + stage.norm_offset(i), {width});
       torch::stable::copy_(own, given);
     }
   }

@@ -52,22 +52,34 @@ struct Options {
   int64_t group;  // number of the processes that share batch statistics; -1: this one alone
 };
 
+struct Folded {
+  Tensor scale, shift;
+};
 // A batch normalization of the stage: its place in `eps`, `frozen` and `stats`.
 struct NormSite {
   Tensor weight, bias, mean, var;
   double eps;
-  bool frozen;  // normalizes with given statistics
-  bool shared;  // normalizes with the statistics of all processes of a group
+  bool frozen;   // normalizes with given statistics
+  bool shared;   // normalizes with the statistics of all processes of a group
+  Folded table;  // kept from forward to backward where no mask is folded in
 
   // Whether the kernels see all that its statistics come from, and can do its whole backward.
   bool local() const { return !frozen && !shared; }
 };
-struct Folded {
-  Tensor scale, shift;
-};
 
 // The number of values a channel that all processes have, at the end of a stage's statistics.
 inline Tensor total_of(const Tensor& stats) { return piece(stats, stats.size(1) - 1, {1}); }
+
+// The norm whose statistics lie in the columns of `stats` from `offset` on.
+inline NormSite norm_site(const Tensor& stats, int64_t offset, const Tensor& weight,
+                          const Tensor& bias, double eps, bool frozen, int64_t group) {
+  const int64_t width = weight.numel();
+  const auto row = [&](int64_t i, const Sizes& sizes) {
+    return piece(stats, offset + i * stats.size(1), sizes);
+  };
+  return {weight, bias,   row(0, {width}),       row(1, {width}),
+          eps,    frozen, group >= 0 && !frozen, {row(2, {1, width}), row(3, {1, width})}};
+}
 
 // What BN's statistics add to the gradient of its input, into coef [3, samples or 1, >= width],
 // where the kernel has left it out because it takes the sums of all processes.
@@ -100,7 +112,9 @@ class Stage {
   int64_t samples, in_channels, height, width;
   int64_t per_layer, tail_params, layers, growth, bottleneck_width, channels, se_width = 0;
   ScalarType storage, arithmetic;
-  Tensor stats;  // [2, sum of widths], and with a group the number of values a channel at the end
+  // Mean, variance, scale and shift of the norms, the latter two where no mask is folded in: [4,
+  // sum of widths], and with a group the number of values a channel at the end.
+  Tensor stats;
   Tensor gates;  // [layers, samples*(2*growth + se_width)]
 
   Stage(const Tensors& params, const Tensors& masks, const Options& options, int64_t samples,
@@ -169,7 +183,7 @@ class Stage {
   int64_t stats_width() const {
     return norm_offset(2 * layers) + (options.tail != kNone ? channels : 0);
   }
-  Sizes stats_sizes() const { return {2, stats_width() + (options.group >= 0)}; }
+  Sizes stats_sizes() const { return {4, stats_width() + (options.group >= 0)}; }
   Sizes gates_sizes() const {
     return options.squeeze_excite ? Sizes{layers, samples * (2 * growth + se_width)} : Sizes{0};
   }
@@ -187,18 +201,9 @@ class Stage {
     return any;
   }
 
-  // The mean (row 0) or the variance (row 1) of that norm, in `stats`.
-  Tensor statistics(int64_t i, int64_t row) const {
-    return piece(stats, row * stats.size(1) + norm_offset(i), {norm_width(i)});
-  }
   NormSite norm(int64_t i, const Tensor& weight, const Tensor& bias) const {
-    return {weight,
-            bias,
-            statistics(i, 0),
-            statistics(i, 1),
-            options.eps[i],
-            options.frozen[i] != 0,
-            options.group >= 0 && options.frozen[i] == 0};
+    return norm_site(stats, norm_offset(i), weight, bias, options.eps[i], options.frozen[i] != 0,
+                     options.group);
   }
   // What the forward pass returned beside its output.
   void restore(const Tensor& kept_stats, const Tensor& kept_gates, const Tensor& bottlenecks) {
@@ -233,8 +238,10 @@ class Stage {
   Folded fold(const NormSite& site, const Tensor& mean, const Tensor& m2, int64_t count,
               const Optional& pre_mask, const Optional& post_mask, bool given) const {
     const int64_t width = site.weight.numel();
-    const Folded folded = {empty(stats, {pre_mask || post_mask ? samples : 1, width}, arithmetic),
-                           empty(stats, {post_mask ? samples : 1, width}, arithmetic)};
+    const Folded folded = pre_mask || post_mask
+                              ? Folded{empty(stats, {samples, width}, arithmetic),
+                                       empty(stats, {post_mask ? samples : 1, width}, arithmetic)}
+                              : site.table;
     const auto run = [&](bool known) {
       call("densenet_ext::fold_norm", mean, m2, count, pre_mask, post_mask, site.weight, site.bias,
            site.eps, known, site.mean, site.var, folded.scale, folded.shift);
@@ -247,13 +254,15 @@ class Stage {
     }
     return folded;
   }
+  // The same table in backward.
+  Folded fold_again(const NormSite& site, const Optional& pre_mask,
+                    const Optional& post_mask) const {
+    if (!pre_mask && !post_mask) return site.table;
+    return fold(site, stats, stats, 0, pre_mask, post_mask, true);
+  }
   void finish_norm_backward(const NormSite& site, const Tensor& dweight, const Tensor& dbias,
                             const Optional& pre_mask, const Tensor& coef) const {
     densenet_ext::finish_norm_backward(site, stats, dweight, dbias, pre_mask, options.group, coef);
-  }
-  Folded fold_again(const NormSite& site, const Optional& pre_mask,
-                    const Optional& post_mask) const {
-    return fold(site, stats, stats, 0, pre_mask, post_mask, true);
   }
 
  private:

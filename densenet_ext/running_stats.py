@@ -18,8 +18,8 @@ def update_running_statistics(norms: list[nn.Module], stats: Tensor, values: int
     """Let every norm in training mode that tracks statistics take in one batch, as torch.nn.BatchNorm2d does.
 
         running = (1 - momentum) * running + momentum * batch,    momentum None: 1 / num_batches_tracked
-    stats [2, sum of widths]: mean and biased variance in the norms' order, from `values` values a channel (on the device
-    where other processes have a part in them); the running variance gets the unbiased one. A batch without values
+    stats [>= 2, sum of widths]: mean and biased variance in the norms' order, from `values` values a channel (on the
+    device where other processes have a part in them); the running variance gets the unbiased one. A batch without values
     counts as a batch and changes nothing else.
     """
     tracking = [norm._buffers if norm.training and norm.track_running_stats else {} for norm in norms]

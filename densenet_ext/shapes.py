@@ -19,7 +19,7 @@ def _saved(
     width, growth = params[2].shape[0], params[5].shape[0]
     norms = [i * each + j for i in range(count) for j in (0, 3)] + ([count * each] if tail else [])
     dtype = arithmetic_dtype(x.dtype)
-    stats = x.new_empty((2, sum(params[i].shape[0] for i in norms) + (group >= 0)), dtype=dtype)
+    stats = x.new_empty((4, sum(params[i].shape[0] for i in norms) + (group >= 0)), dtype=dtype)
     size = (count, x.shape[0] * (2 * growth + params[6].shape[0])) if squeeze_excite else (0,)
     gates = x.new_empty(size, dtype=dtype)
     rows = x.shape[0] * x.shape[2] * x.shape[3]

@@ -44,15 +44,30 @@ class DeviceContext final : public Context {
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
   std::vector<Tensor> scratch_;
+  char* next_ = nullptr;  // what is left of the piece that small requests share
+  int64_t left_ = 0;
 
-  void* allocate(int64_t bytes) override {
+  char* new_scratch(int64_t bytes) {
     scratch_.push_back(empty(like_, {bytes}, ScalarType::Byte));
-    void* const data = scratch_.back().data_ptr();
+    return static_cast<char*>(scratch_.back().data_ptr());
+  }
 #ifdef DENSENET_EXT_SIMT
+  // Each request alone, so that the simulated device sees where it ends.
+  void* allocate(int64_t bytes) override {
+    void* const data = new_scratch(bytes);
     simt::scratch(data, bytes);
-#endif
     return data;
   }
+#else
+  void* allocate(int64_t bytes) override {
+    constexpr int64_t kShared = 256 * 1024, kAlignment = 256;
+    bytes = round_up(bytes, kAlignment);
+    if (bytes > kShared / 2) return new_scratch(bytes);
+    if (bytes > left_) next_ = new_scratch(kShared), left_ = kShared;
+    next_ += bytes, left_ -= bytes;
+    return next_ - bytes;
+  }
+#endif
 };
 
 // Calls body(S{}) for the storage type of `maps`.

@@ -55,17 +55,23 @@ class _Stage:
     def bottleneck(self) -> Tensor:
         return self.empty(self.samples * self.pixels, padded_width(self.width), dtype=self.x.dtype)
 
-    def statistics(self, stats: Tensor, norm: int) -> tuple[Tensor, Tensor]:
-        """Views of the mean and the variance of that batch normalization."""
-        mean, var = stats[:, self.ends[norm] - self.widths[norm] : self.ends[norm]]
-        return mean, var
+    def columns(self, stats: Tensor, norm: int) -> Tensor:
+        """View of the mean, the variance, the scale and the shift of that batch normalization."""
+        return stats[:, self.ends[norm] - self.widths[norm] : self.ends[norm]]
+
+    def statistics(self, stats: Tensor, norm: int) -> Tensor:
+        """View of its mean and its variance."""
+        return self.columns(stats, norm)[:2]
 
     def fold(self, norm, weight, bias, stats, moments=None, pixels=0, pre_mask=None, post_mask=None):
         """Scale and shift of that batch normalization; computes its statistics where moments are given."""
         mean, var = self.statistics(stats, norm)
         given = moments is None or bool(self.frozen[norm])
-        rows = 1 if pre_mask is None and post_mask is None else self.samples
-        scale, shift = self.empty(2, rows, self.widths[norm])
+        scale, shift = self.columns(stats, norm)[2:, None]  # kept for backward unless masks are folded in
+        if not (pre_mask is None and post_mask is None):
+            scale, shift = self.empty(2, self.samples, self.widths[norm])
+        elif moments is None:
+            return scale, shift
         source = (mean[None], var[None]) if moments is None else moments
         rest = (weight, bias, self.eps[norm])
         self.kernels.fold_norm(*source, pixels, pre_mask, post_mask, *rest, given, mean, var, scale, shift)
@@ -101,7 +107,7 @@ def _forward(stage: _Stage, inputs: list[Tensor], features: Tensor, frozen_stats
     for x in inputs:
         kernels.append(x, features, offset, mean, m2)
         offset += x.size(1)
-    stats = s.empty(2, s.ends[-1] + (s.group >= 0))
+    stats = s.empty(4, s.ends[-1] + (s.group >= 0))
     given = iter(frozen_stats)
     for norm, is_frozen in enumerate(s.frozen):
         if is_frozen:
@@ -190,7 +196,8 @@ def dense_stage(
     [N, C_l], 2 before conv1 [N, C_l], 4 before conv2 [N, K2], 8 dropout bool [N, k, H, W]; eps and frozen: one a batch
     normalization in the order norm1, norm2 of each layer, then the tail's; frozen_stats: mean, variance of the frozen
     ones; tail: 0 none, 1 transition, 2 head; group: -1, or that of the processes that share batch statistics. stats
-    [2, sum of widths] A: mean and biased variance, as used; with a group one column more: the values a channel.
+    [4, sum of widths] A: mean and biased variance, as used, and where no mask is folded in scale and shift; with a group
+    one column more: the values a channel.
     """
     s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, x.size(1), x, group, kernels)
     # With no consumer the buffer is the output, which the caller gets without gaps between its planes.
@@ -280,17 +287,15 @@ def dense_tail_backward(
     params: the tail's, 3 of a transition, 2 of a head; eps, frozen: of its norm, whose statistics come last in stats.
     """
     kernels = kernels or TWINS
-    weight, bias, *conv = params
+    weight, _, *conv = params
     count, channels = features.shape[:2]
-    mean, var = stats[:, : stats.size(1) - (group >= 0)][:, -channels:]
-    scale, shift = stats.new_empty(2, 1, channels)
-    kernels.fold_norm(mean[None], var[None], 0, None, None, weight, bias, eps, True, mean, var, scale, shift)
+    mean, var, scale, shift = stats[:, : stats.size(1) - (group >= 0)][:, -channels:]
     buffer = new_features(features, channels, gradient_dtype(features))
     coef = stats.new_empty(3, count, channels)
     dparams = dweight, dbias, *dconv = new_gradients(params)
     run = kernels.transition_backward if conv else kernels.head_backward
     run(
-        *(features, scale, shift, *conv, weight, mean, var, eps, not frozen and group < 0),
+        *(features, scale[None], shift[None], *conv, weight, mean, var, eps, not frozen and group < 0),
         *(grad, buffer, coef, *dconv, dweight, dbias),
     )
     if group >= 0 and not frozen:
