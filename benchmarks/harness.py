@@ -142,14 +142,11 @@ def build_batch(spec, batch_size=None, size=None):
 class TrainingStep:
     """Model, optimizer and batch of one `Spec`; calling it trains one step and waits for the device."""
 
-    fused = None  # the optimizer as torch chooses it
-
     def __init__(self, spec):
         self.spec = spec
         self.model = build_model(spec)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=self.fused
-        )
+        # fused: one pass, and on a GPU one launch, for many parameters
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=True)
         self.batch = build_batch(spec)
         self.warm_up()
 

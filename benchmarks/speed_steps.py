@@ -75,8 +75,6 @@ def spec_of(workload, peer):
 class SpeedStep(TrainingStep):
     """One training step from the weights `state`. The first, of full size, is its warm-up: its numbers are in `first`."""
 
-    fused = True
-
     def __init__(self, spec, peer, state=None):
         self.peer, self.state = peer, state
         super().__init__(spec)

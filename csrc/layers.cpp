@@ -5,6 +5,8 @@ namespace densenet_ext {
 void start_statistics(Stage& stage, const Tensor& like, const Tensors& frozen_stats) {
   stage.stats = empty(like, stage.stats_sizes(), stage.arithmetic);
   stage.gates = empty(like, stage.gates_sizes(), stage.arithmetic);
+  // An op returns nothing undefined: what is not kept is zero.
+  if (stage.options.mask_kind != 0) torch::stable::zero_(stage.stats);
   size_t next = 0;
   for (int64_t i = 0; i < stage.norms(); ++i) {
     if (!stage.options.frozen[i]) continue;

@@ -112,7 +112,7 @@ class Stage {
   int64_t samples, in_channels, height, width;
   int64_t per_layer, tail_params, layers, growth, bottleneck_width, channels, se_width = 0;
   ScalarType storage, arithmetic;
-  // Mean, variance, scale and shift of the norms, the latter two where no mask is folded in: [4,
+  // Mean, variance, scale and shift of the norms, the latter two 0 where a mask is folded in: [4,
   // sum of widths], and with a group the number of values a channel at the end.
   Tensor stats;
   Tensor gates;  // [layers, samples*(2*growth + se_width)]

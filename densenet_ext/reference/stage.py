@@ -107,7 +107,7 @@ def _forward(stage: _Stage, inputs: list[Tensor], features: Tensor, frozen_stats
     for x in inputs:
         kernels.append(x, features, offset, mean, m2)
         offset += x.size(1)
-    stats = s.empty(4, s.ends[-1] + (s.group >= 0))
+    stats = s.empty(4, s.ends[-1] + (s.group >= 0)).zero_()
     given = iter(frozen_stats)
     for norm, is_frozen in enumerate(s.frozen):
         if is_frozen:
@@ -196,8 +196,8 @@ def dense_stage(
     [N, C_l], 2 before conv1 [N, C_l], 4 before conv2 [N, K2], 8 dropout bool [N, k, H, W]; eps and frozen: one a batch
     normalization in the order norm1, norm2 of each layer, then the tail's; frozen_stats: mean, variance of the frozen
     ones; tail: 0 none, 1 transition, 2 head; group: -1, or that of the processes that share batch statistics. stats
-    [4, sum of widths] A: mean and biased variance, as used, and where no mask is folded in scale and shift; with a group
-    one column more: the values a channel.
+    [4, sum of widths] A: mean and biased variance, as used, scale and shift, 0 where a mask is folded in; with a group one
+    column more: the values a channel.
     """
     s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, x.size(1), x, group, kernels)
     # With no consumer the buffer is the output, which the caller gets without gaps between its planes.

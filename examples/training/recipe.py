@@ -8,7 +8,7 @@ from torch import nn
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], options: argparse.Namespace) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay on all parameters."""
+    """SGD with Nesterov momentum, all parameters at once; weight decay on all of them."""
     return torch.optim.SGD(
         parameters,
         lr=options.lr,
@@ -16,6 +16,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], options: argparse.Namespa
         dampening=options.dampening,
         weight_decay=options.weight_decay,
         nesterov=options.nesterov,
+        fused=True,
     )
 
 
