@@ -432,8 +432,8 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
   }
 }
 
-// The sums of the parts: first blocks with kWarp elements of dW each, whose warps share out the
-// parts, then blocks for S1, S2 and what follows from them.
+// The sums of the parts: first blocks with kWarp times V elements of dW each, whose warps share out
+// the parts, then blocks for S1, S2 and what follows from them.
 template <class T>
 struct Finish {
   const T* dweight_parts;
@@ -442,7 +442,7 @@ struct Finish {
   int64_t weight_blocks;
   NormBackward<T> norm;
 };
-template <class T>
+template <class T, int V>
 KERNEL __launch_bounds__(kMaxThreads) bottleneck_finish_kernel(Finish<T> p) {
   DYNAMIC_SHARED(shared);
   if (blockIdx.x >= p.weight_blocks) {
@@ -451,18 +451,24 @@ KERNEL __launch_bounds__(kMaxThreads) bottleneck_finish_kernel(Finish<T> p) {
   }
   constexpr int kShares = kMaxThreads / kWarp;
   T* const sums = reinterpret_cast<T*>(shared);
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarp + lane_id();
-  T sum = T(0);
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kWarp + lane_id()) * V;
+  T sum[V] = {};
+  const auto add = [&](const T* from) {
+    T more[V];
+    load<V>(from, more);
+#pragma unroll
+    for (int v = 0; v < V; ++v) sum[v] += more[v];
+  };
   if (i < p.elements) {
 #pragma unroll 8
     for (int64_t part = warp_id(); part < p.parts; part += kShares)
-      sum += p.dweight_parts[part * p.elements + i];
+      add(p.dweight_parts + part * p.elements + i);
   }
-  sums[threadIdx.x] = sum;
+  store<V>(sums + threadIdx.x * V, sum);
   __syncthreads();
   if (warp_id() != 0 || i >= p.elements) return;
-  for (int share = 1; share < kShares; ++share) sum += sums[share * kWarp + lane_id()];
-  p.dweight[i] = sum;
+  for (int share = 1; share < kShares; ++share) add(sums + (share * kWarp + lane_id()) * V);
+  store<V>(p.dweight + i, sum);
 }
 
 template <class Math, int kUnits, bool kWide, bool kMasked>
@@ -514,15 +520,18 @@ void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) 
   launch(context, bottleneck_backward_kernel<Math, kUnits, kWide, kMasked>, {chunks, parts, blocks},
          K::kThreads, K::kSharedBytes, p);
   const int64_t elements = a.width * a.channels;
-  const Finish<T> f = {p.dweight,
-                       parts,
-                       elements,
-                       a.dweight,
-                       ceil_div(elements, kWarp),
-                       {a.norm, p.sums, parts * K::kSplit, a.channels, static_cast<double>(rows),
-                        a.coef, a.dnorm_weight, a.dnorm_bias, false, a.pre_mask}};
-  launch(context, bottleneck_finish_kernel<T>, {f.weight_blocks + narrow_blocks(a.channels)},
-         kMaxThreads, kNormBackwardBytes, f);
+  with_vector<T>(spacing(a.dweight, elements * static_cast<int64_t>(sizeof(T))), [&](auto vector) {
+    constexpr int V = decltype(vector)::value;
+    const Finish<T> f = {p.dweight,
+                         parts,
+                         elements,
+                         a.dweight,
+                         ceil_div(elements, kWarp * V),
+                         {a.norm, p.sums, parts * K::kSplit, a.channels, static_cast<double>(rows),
+                          a.coef, a.dnorm_weight, a.dnorm_bias, false, a.pre_mask}};
+    launch(context, bottleneck_finish_kernel<T, V>, {f.weight_blocks + narrow_blocks(a.channels)},
+           kMaxThreads, kNormBackwardBytes, f);
+  });
 }
 
 }  // namespace

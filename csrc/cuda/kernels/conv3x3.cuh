@@ -3,7 +3,7 @@
 #pragma once
 
 #include "pack.cuh"
-#include "vector.cuh"
+#include "pixels.cuh"
 
 namespace densenet_ext::cuda {
 
@@ -216,7 +216,7 @@ DEVICE void zero_shared(S* shared, int elements) {
 // Threads of a block that finishes sums: 32 columns times kSlices slices of the partial sums.
 constexpr int kSlices = 8;
 constexpr int kFinishThreads = 32 * kSlices;
-constexpr int kFinishShared = kFinishThreads * static_cast<int>(sizeof(double));
+constexpr int kFinishShared = 2 * kFinishThreads * static_cast<int>(sizeof(double));
 
 // sum_r part[r * step] for r < count, in the same order in every run; for the threads of slice 0,
 // the first 32. `shared` has kFinishShared bytes. Threads without a column pass count 0.
@@ -247,14 +247,22 @@ struct NormSums {
   T* dnorm_bias;
   T* table;  // [3, width]
 };
-// For 32 channels from `first` on, by a block of kFinishThreads.
+// For the channels of one of narrow_blocks(width) blocks of kFinishThreads.
 template <class T>
-DEVICE void finish_norm(const NormSums<T>& a, int64_t first, double* shared) {
-  const int64_t c = first + threadIdx.x % 32;
-  const int64_t count = c < a.width ? a.count : 0;
-  const double sum1 = sum_parts(a.parts + c, a.step, count, shared);
-  const double sum2 = sum_parts(a.parts + a.width + c, a.step, count, shared);
-  if (threadIdx.x < 32 && c < a.width) {
+DEVICE void finish_norm(const NormSums<T>& a, int64_t block, double* shared) {
+  const ThreadMap map = narrow_map();
+  const int64_t c = block * map.lanes + map.lane();
+  double sums[2] = {};
+  if (c < a.width) {
+#pragma unroll 8
+    for (int64_t r = map.row(); r < a.count; r += map.rows) {
+      sums[0] += static_cast<double>(a.parts[r * a.step + c]);
+      sums[1] += static_cast<double>(a.parts[r * a.step + a.width + c]);
+    }
+  }
+  sum_rows(sums, shared, map);
+  if (map.row() == 0 && c < a.width) {
+    const double sum1 = sums[0], sum2 = sums[1];
     const double mean = static_cast<double>(a.norm.mean[c]);
     const double rstd = 1 / sqrt(static_cast<double>(a.norm.var[c]) + a.norm.eps);
     const double slope = static_cast<double>(a.norm.weight[c]) * rstd;

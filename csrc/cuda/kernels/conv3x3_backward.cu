@@ -329,7 +329,7 @@ struct FinishArgs {
   int64_t weight_blocks;
   NormSums<T> norm;
 };
-// A block has 32 weights (in the order of the parts), or 32 channels of norm2 behind those.
+// A block has 32 weights (in the order of the parts), or some channels of norm2 behind those.
 template <class T>
 KERNEL __launch_bounds__(kFinishThreads) conv3x3_finish_kernel(FinishArgs<T> a) {
   DYNAMIC_SHARED(shared);
@@ -342,7 +342,7 @@ KERNEL __launch_bounds__(kFinishThreads) conv3x3_finish_kernel(FinishArgs<T> a) 
     const double sum = sum_parts(part, a.step, real ? a.count : 0, sums);
     if (threadIdx.x < 32 && real) a.dweight[(o * a.width + c) * kTaps + tap] = static_cast<T>(sum);
   } else {
-    finish_norm(a.norm, (blockIdx.x - a.weight_blocks) * 32, sums);
+    finish_norm(a.norm, blockIdx.x - a.weight_blocks, sums);
   }
 }
 
@@ -413,8 +413,8 @@ void run(const Conv3x3Backward<S>& f, Context& context) {
                                 weight_blocks,
                                 {parts + K::kSums, blocks, step, f.width, f.norm2, map.rows,
                                  f.dnorm_weight, f.dnorm_bias, f.table}};
-  launch(context, conv3x3_finish_kernel<T>, {weight_blocks + ceil_div(f.width, 32)}, kFinishThreads,
-         kFinishShared, finish);
+  launch(context, conv3x3_finish_kernel<T>, {weight_blocks + narrow_blocks(f.width)},
+         kFinishThreads, kFinishShared, finish);
 }
 
 }  // namespace

@@ -11,7 +11,6 @@
 // what belongs to a channel stays in registers. Sums go to scratch memory, a part for each block,
 // and a last kernel adds them in order.
 #include "conv3x3.cuh"
-#include "pixels.cuh"
 
 namespace densenet_ext::cuda {
 namespace {
@@ -201,7 +200,7 @@ struct WideFinishArgs {
   int64_t weight_blocks;
   NormSums<T> norm;
 };
-// A block has kFinishThreads weights, or 32 channels of norm2.
+// A block has kFinishThreads weights, or some channels of norm2.
 template <class S>
 KERNEL __launch_bounds__(kFinishThreads, 4) conv3x3_wide_finish_kernel(WideFinishArgs<S> a) {
   using T = Arithmetic<S>;
@@ -216,7 +215,7 @@ KERNEL __launch_bounds__(kFinishThreads, 4) conv3x3_wide_finish_kernel(WideFinis
       a.dweight[i] = a.dw.data != nullptr ? widen(a.dw.data[at]) : T(0);
     }
   } else {
-    finish_norm(a.norm, (blockIdx.x - a.weight_blocks) * 32, reinterpret_cast<double*>(shared));
+    finish_norm(a.norm, blockIdx.x - a.weight_blocks, reinterpret_cast<double*>(shared));
   }
 }
 
@@ -298,7 +297,7 @@ void conv3x3_input_gradient(const Conv3x3Backward<S>& f, const S* dh, const Stri
                                             f.width, dh, f.dv, parts, p.items, p.map});
                  });
   const int64_t weight_blocks = ceil_div(kTaps * f.growth * f.width, kFinishThreads);
-  launch(context, conv3x3_wide_finish_kernel<S>, {weight_blocks + ceil_div(f.width, 32)},
+  launch(context, conv3x3_wide_finish_kernel<S>, {weight_blocks + narrow_blocks(f.width)},
          kFinishThreads, kFinishShared, WideFinishArgs<S>{dw, f.dweight, weight_blocks, sums});
 }
 
