@@ -6,7 +6,7 @@ void start_statistics(Stage& stage, const Tensor& like, const Tensors& frozen_st
   stage.stats = empty(like, stage.stats_sizes(), stage.arithmetic);
   stage.gates = empty(like, stage.gates_sizes(), stage.arithmetic);
   // An op returns nothing undefined: what is not kept is zero.
-  if (stage.options.mask_kind != 0) torch::stable::zero_(stage.stats);
+  if (stage.options.mask_kind != 0 || stage.options.group >= 0) torch::stable::zero_(stage.stats);
   size_t next = 0;
   for (int64_t i = 0; i < stage.norms(); ++i) {
     if (!stage.options.frozen[i]) continue;
