@@ -2,14 +2,21 @@
 
 Arithmetic: a large matrix product of torch, in the type that is measured. Memory: a copy of tensors that no cache holds,
 bytes read and bytes written. The best of all calls counts, since a limit is what can be reached.
+
+A core's AMX unit serves whoever else runs on that core, too. So where the kernels use it, its own product is measured, and
+how far its median is below its best says how far medians of steps are from what the machine does alone.
 """
 
+import statistics
 import time
 
 import torch
 from roofline import floor_seconds
 
+from densenet_ext import info
+
 MATRIX = "limit: matrix product"
+AMX = "limit: matrix product on AMX"
 COPY = "limit: copy"
 REPEATS = 3  # calls of which one sample is the best
 
@@ -23,17 +30,27 @@ class Limits:
         self.a, self.b = (torch.randn(self.size, self.size).to(dtype) for _ in range(2))
         self.product = torch.empty_like(self.a)
         self.source, self.target = torch.ones(self.bytes // 4), torch.ones(self.bytes // 4)
+        self.amx = info.collect().get("instruction set", "").startswith("amx")
+        self.halves = [t.to(torch.bfloat16) for t in (self.a, self.b, self.product)] if self.amx else []
         for sample in self.samples().values():
             sample()  # threads started, pages touched
 
     def samples(self):
-        return {
+        samples = {
             MATRIX: lambda: _best(lambda: torch.mm(self.a, self.b, out=self.product)),
             COPY: lambda: _best(lambda: self.target.copy_(self.source)),
         }
+        if self.amx:
+            a, b, product = self.halves
+            samples[AMX] = lambda: _best(lambda: torch.mm(a, b, out=product))
+        return samples
 
     def rates(self, times):
-        return {"flops": 2 * self.size**3 / min(times[MATRIX]), "bytes": 2 * self.bytes / min(times[COPY])}
+        flops = 2 * self.size**3
+        rates = {"flops": flops / min(times[MATRIX]), "bytes": 2 * self.bytes / min(times[COPY])}
+        if AMX in times:
+            rates |= {"amx_flops": flops / min(times[AMX]), "amx_flops_median": flops / statistics.median(times[AMX])}
+        return rates
 
 
 def _best(function):
@@ -51,4 +68,8 @@ def floor(moved, flops, rates):
 
 
 def describe(rates):
-    return f"matrix product {rates['flops'] / 1e9:.0f} GFLOP/s, copy {rates['bytes'] / 1e9:.1f} GB/s"
+    text = f"matrix product {rates['flops'] / 1e9:.0f} GFLOP/s, copy {rates['bytes'] / 1e9:.1f} GB/s"
+    if "amx_flops" in rates:
+        best, median = (rates[key] / 1e9 for key in ("amx_flops", "amx_flops_median"))
+        text += f"; bfloat16 product on AMX {best:.0f} GFLOP/s at best, {median:.0f} in the median"
+    return text

@@ -4,7 +4,8 @@
 // what is large comes from the workspace, since it lives within a step.
 #include <tuple>
 
-#include "stage.h"
+#include "call.h"
+#include "layout.h"
 
 namespace densenet_ext {
 namespace {
@@ -22,17 +23,15 @@ std::tuple<Tensor, Tensor> dense_stem(const Tensor& x, const Tensor& norm_weight
                   frozen_stats.size(), " tensors");
   const Sizes channels = {x.size(1)};
   const Tensor stats = empty(x, {2, x.size(1)}, arithmetic_type(x.scalar_type()));
+  Tensor rows[2] = {piece(stats, 0, channels), piece(stats, x.size(1), channels)};
   for (size_t i = 0; i < frozen_stats.size(); ++i) {
     check_shape("frozen_stats", frozen_stats[i], channels);
-    Tensor all = stats, row = select(all, 0, static_cast<int64_t>(i));
-    torch::stable::copy_(row, frozen_stats[i]);
+    torch::stable::copy_(rows[i], frozen_stats[i]);
   }
-  Tensor all = stats;
-  const Tensor mean = select(all, 0, 0), var = select(all, 0, 1);
   const Tensor output = stage_maps(x, x.size(0), x.size(1), (x.size(2) + 1) / 2,
                                    (x.size(3) + 1) / 2, x.scalar_type());
   call("densenet_ext::stem_forward", channels_last(x), norm_weight, norm_bias, eps,
-       !frozen_stats.empty(), mean, var, output);
+       !frozen_stats.empty(), rows[0], rows[1], output);
   return {output, stats};
 }
 
@@ -46,10 +45,11 @@ std::tuple<Tensor, Tensor, Tensor> dense_stem_backward(const Tensor& grad, const
                                                       x.scalar_type())
                             : empty(x, {0}, x.scalar_type()),
                dweight = empty(x, {x.size(1)}, type), dbias = empty(x, {x.size(1)}, type);
-  Tensor all = stats;
-  const Tensor mean = select(all, 0, 0), var = select(all, 0, 1);
-  call("densenet_ext::stem_backward", channels_last(x), norm_weight, norm_bias, mean, var, eps,
-       !frozen, is_channels_last(x) ? channels_last(grad) : readable(grad),
+  check_shape("stats", stats, {2, x.size(1)});
+  check_contiguous("stats", stats);
+  call("densenet_ext::stem_backward", channels_last(x), norm_weight, norm_bias,
+       piece(stats, 0, {x.size(1)}), piece(stats, x.size(1), {x.size(1)}), eps, !frozen,
+       is_channels_last(x) ? channels_last(grad) : readable(grad),
        need_dx ? Optional(dx) : std::nullopt, dweight, dbias);
   return {dx, dweight, dbias};
 }

@@ -1,44 +1,17 @@
 // What a stage is made of: the flat lists of the operators as layers, norms and masks by name, all
-// checked, and calls of the kernel operators.
+// checked.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
-#include <array>
-#include <tuple>
-
 #include "layout.h"
+#include "norm_site.h"
 
 namespace densenet_ext {
-
-using torch::stable::select;
-using Tensors = std::vector<Tensor>;
-using Optional = std::optional<Tensor>;
 
 enum Tail : int64_t { kNone = 0, kTransition = 1, kHead = 2 };
 // Of the gradient of a stage's input: none, that of the backend's maps, or channels last, which on
 // CPU fits an input that is so.
 enum GradientLayout : int64_t { kNoGradient = 0, kOwnLayout = 1, kChannelsLast = 2 };
 enum MaskKind : int64_t { kPreNorm = 1, kPreConv1 = 2, kPreConv2 = 4, kDropout = 8 };
-
-// What the last failed call said; torch has this from 2.13 on.
-extern "C" const char* torch_exception_get_what_without_backtrace() __attribute__((weak));
-
-inline std::string reason_of_failure() {
-  const char* const text = torch_exception_get_what_without_backtrace
-                               ? torch_exception_get_what_without_backtrace()
-                               : nullptr;
-  return text ? text : "the reason is on the standard error stream";
-}
-
-// Calls a kernel operator of this library through the dispatcher, on the device of its tensors.
-template <class... Arguments>
-void call(const char* name, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(Arguments)> stack = {
-      torch::stable::detail::from(arguments)...};
-  STD_TORCH_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == 0, name,
-                  " failed: ", reason_of_failure());
-}
 
 struct Options {
   int64_t mask_kind;
@@ -51,45 +24,6 @@ struct Options {
   bool allow_tf32;
   int64_t group;  // number of the processes that share batch statistics; -1: this one alone
 };
-
-struct Folded {
-  Tensor scale, shift;
-};
-// A batch normalization of the stage: its place in `eps`, `frozen` and `stats`.
-struct NormSite {
-  Tensor weight, bias, mean, var;
-  double eps;
-  bool frozen;   // normalizes with given statistics
-  bool shared;   // normalizes with the statistics of all processes of a group
-  Folded table;  // kept from forward to backward where no mask is folded in
-
-  // Whether the kernels see all that its statistics come from, and can do its whole backward.
-  bool local() const { return !frozen && !shared; }
-};
-
-// The number of values a channel that all processes have, at the end of a stage's statistics.
-inline Tensor total_of(const Tensor& stats) { return piece(stats, stats.size(1) - 1, {1}); }
-
-// The norm whose statistics lie in the columns of `stats` from `offset` on.
-inline NormSite norm_site(const Tensor& stats, int64_t offset, const Tensor& weight,
-                          const Tensor& bias, double eps, bool frozen, int64_t group) {
-  const int64_t width = weight.numel();
-  const auto row = [&](int64_t i, const Sizes& sizes) {
-    return piece(stats, offset + i * stats.size(1), sizes);
-  };
-  return {weight, bias,   row(0, {width}),       row(1, {width}),
-          eps,    frozen, group >= 0 && !frozen, {row(2, {1, width}), row(3, {1, width})}};
-}
-
-// What BN's statistics add to the gradient of its input, into coef [3, samples or 1, >= width],
-// where the kernel has left it out because it takes the sums of all processes.
-inline void finish_norm_backward(const NormSite& site, const Tensor& stats, const Tensor& dweight,
-                                 const Tensor& dbias, const Optional& pre_mask, int64_t group,
-                                 const Tensor& coef) {
-  if (!site.shared) return;
-  call("densenet_ext::synchronize_gradient", dweight, dbias, site.weight, site.mean, site.var,
-       site.eps, total_of(stats), pre_mask, group, coef);
-}
 
 struct SqueezeExcitation {
   Tensor fc1_weight, fc1_bias, fc2_weight, fc2_bias;

@@ -12,11 +12,7 @@ from torch import Tensor
 
 from . import shapes, synchronization  # noqa: F401 (shapes registers itself)
 from ._load import cuda_status, load_extension
-from .reference.layout import CHANNELS_LAST_DEVICES, arithmetic_dtype, gradient_dtype, lies_channels_last
-from .reference.stage import (
-    DX_CHANNELS_LAST,
-    DX_NONE,
-    DX_OWN_LAYOUT,
+from .reference.layers import (
     MASK_DROPOUT,
     MASK_PRE_CONV1,
     MASK_PRE_CONV2,
@@ -25,6 +21,8 @@ from .reference.stage import (
     TAIL_NONE,
     TAIL_TRANSITION,
 )
+from .reference.layout import CHANNELS_LAST_DEVICES, arithmetic_dtype, gradient_dtype, lies_channels_last
+from .reference.stage import DX_CHANNELS_LAST, DX_NONE, DX_OWN_LAYOUT
 
 if load_extension().build_info()["simulated"]:
     CHANNELS_LAST_DEVICES.add("cpu")

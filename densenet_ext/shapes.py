@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ._load import load_extension
+from .reference.layers import TAIL_NONE, TAIL_TRANSITION
 from .reference.layout import arithmetic_dtype, gradient_dtype, new_features, new_maps, padded_width
-from .reference.stage import DX_CHANNELS_LAST, DX_NONE, TAIL_NONE, TAIL_TRANSITION
+from .reference.stage import DX_CHANNELS_LAST, DX_NONE
 
 load_extension()  # registers the ops
 

@@ -1,7 +1,7 @@
 """Pure-PyTorch twin of every op: same name, same signature, same out-arguments.
 
-Each kernel op is here in the shortest PyTorch that says it; the compiled kernels are tested against it. `stage.py`
-composes them into the stage ops: it is the algorithm of the compiled stage, readable and runnable.
+Each kernel op is here in the shortest PyTorch that says it; the compiled kernels are tested against it. `layers.py` and
+`stage.py` compose them into the stage ops: the algorithm of the compiled stage, readable and runnable.
 
 Notation of the shapes:
     N samples, H*W = P pixels, M = N*P, C channels of the feature buffer, c the first channels that one layer reads,

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from .layers import Stage, run_layers, run_layers_backward
 from .layout import gradient_dtype, new_features, new_maps
-from .stage import _backward, _forward, _Stage, new_gradients
+from .stage import new_gradients
 
 
 def dense_layer(
@@ -24,9 +25,9 @@ def dense_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Forward of one dense layer over the concatenation of inputs: (output [N, k, H, W], stats, gates, bottlenecks)."""
     in_channels = sum(x.size(1) for x in inputs)
-    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, inputs[0], group, kernels)
+    s = Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, inputs[0], group, kernels)
     features = new_features(inputs[0], s.channels)
-    _, stats, gates, bottlenecks = _forward(s, inputs, features, frozen_stats, dropout_scale, keep_bottleneck)
+    _, stats, gates, bottlenecks = run_layers(s, inputs, features, frozen_stats, dropout_scale, keep_bottleneck)
     output = new_maps(features, s.growth, features.size(2), features.size(3)).copy_(features[:, in_channels:])
     return output, stats, gates, bottlenecks
 
@@ -51,14 +52,14 @@ def dense_layer_backward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Backward of dense_layer: (dinputs like inputs, dparams like params)."""
     in_channels = sum(x.size(1) for x in inputs)
-    s = _Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, output, group, kernels)
+    s = Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, 0, in_channels, output, group, kernels)
     features = new_features(output, s.channels).copy_(torch.cat([*inputs, output], 1))
     buffer = new_features(output, s.channels, gradient_dtype(output)).zero_()
     buffer[:, in_channels:] = grad
     coef = torch.zeros(3, s.samples, s.channels, dtype=s.dtype, device=output.device)
     coef[0] = 1
     dparams = new_gradients(params)
-    _backward(s, features, buffer, buffer, coef, stats, gates, bottlenecks, dropout_scale, dparams)
+    run_layers_backward(s, features, buffer, buffer, coef, stats, gates, bottlenecks, dropout_scale, dparams)
     dinputs, offset = [new_maps(x, x.size(1), x.size(2), x.size(3)) for x in inputs], 0
     for dx in dinputs:
         s.kernels.finish_gradient(features, buffer, coef, offset, dx)
