@@ -1,12 +1,14 @@
 """Batch statistics shared by several processes: two of them with half a batch each do what one does with all of it."""
 
 import copy
+import sys
 import traceback
 import warnings
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import densenet_ext
 from densenet_ext import DenseNetBC, EfficientDenseBlock, EfficientDenseLayer, functional, layers
 from densenet_ext.masks import Masks, draw_masks
 
+ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = 2
 TOLERANCE = dict(rtol=1e-9, atol=1e-11)  # float64
 
@@ -43,9 +46,11 @@ class Processes:
         pipes = [context.Pipe() for _ in range(PROCESSES)]
         self.connections = [ours for ours, _ in pipes]
         arguments = [(rank, f"file://{folder}/meeting", theirs) for rank, (_, theirs) in enumerate(pipes)]
+        sys.path.append(str(ROOT))  # where a new process finds this module under the name that pytest gave it
         self.processes = [context.Process(target=work, args=a, daemon=True) for a in arguments]
         for process in self.processes:
             process.start()
+        sys.path.remove(str(ROOT))
 
     def __call__(self, function, *arguments):
         """function(*arguments, rank) in each process: the results in order."""
