@@ -208,6 +208,13 @@ def test_single_value_a_channel_is_the_error_of_batch_norm():
         dense_stem(torch.zeros(1, 3, 1, 1), nn.BatchNorm2d(3))
 
 
+def test_backward_checks_the_statistics():
+    x, norm = torch.randn(2, 3, 4, 4), nn.BatchNorm2d(3)
+    y, stats = ops.dense_stem(x, norm.weight, norm.bias, [], norm.eps)
+    with pytest.raises(RuntimeError, match=r"stats must have shape \[2, 3\], got \[2, 2\]"):
+        ops.dense_stem_backward(y, x, norm.weight, norm.bias, stats[:, :2].contiguous(), norm.eps, False, True)
+
+
 def test_operators_are_registered_as_they_behave():
     """Schemas, shapes of fake tensors and autograd, as torch.library.opcheck finds them."""
     norm = nn.BatchNorm2d(3)
