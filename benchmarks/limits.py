@@ -3,8 +3,8 @@
 Arithmetic: a large matrix product of torch, in the type that is measured. Memory: a copy of tensors that no cache holds,
 bytes read and bytes written. The best of all calls counts, since a limit is what can be reached.
 
-A core's AMX unit serves whoever else runs on that core, too. So where the kernels use it, its own product is measured, and
-how far its median is below its best says how far medians of steps are from what the machine does alone.
+On a shared machine the AMX unit may lose more to others than the rest of a core does. So where the kernels use it, a product
+on it is measured too, its best and its median: no floor, but to be compared with those of other runs.
 """
 
 import statistics

@@ -44,8 +44,6 @@ class DeviceContext final : public Context {
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
   std::vector<Tensor> scratch_;
-  char* next_ = nullptr;  // what is left of the piece that small requests share
-  int64_t left_ = 0;
 
   char* new_scratch(int64_t bytes) {
     scratch_.push_back(empty(like_, {bytes}, ScalarType::Byte));
@@ -59,6 +57,9 @@ class DeviceContext final : public Context {
     return data;
   }
 #else
+  char* next_ = nullptr;  // what is left of the piece that small requests share
+  int64_t left_ = 0;
+
   void* allocate(int64_t bytes) override {
     constexpr int64_t kShared = 256 * 1024, kAlignment = 256;
     bytes = round_up(bytes, kAlignment);

@@ -142,32 +142,22 @@ template <class Math, class K, class S, class T>
 DEVICE void form_db(const Arguments<S>& p, int row0, int block, int self, const Pieces<K>& pieces,
                     const T* table, S* db) {
   constexpr int kRowPieces = K::kWidth / K::kPiece, V = K::kPiece;
-  constexpr bool kOneColumn = K::kThreads % kRowPieces == 0;  // all pieces are of the same columns
-  T t[3][V];
-  const auto load_table = [&](int first, int valid) {
-#pragma unroll
-    for (int k = 0; k < 3; ++k) {
-      if constexpr (K::kWide) {
-        load_each<V>(p.db_table + static_cast<int64_t>(k) * p.width + block * K::kWidth + first,
-                     valid, t[k]);
-      } else {
-        load<V>(table + k * K::kWidth + first, t[k]);
-      }
-    }
-  };
-  const auto columns = [&](int first) {
-    const int left = p.width - block * K::kWidth - first;
-    return left <= 0 ? 0 : left < V ? left : V;
-  };
-  if constexpr (kOneColumn) load_table(self % kRowPieces * V, columns(self % kRowPieces * V));
 #pragma unroll
   for (int j = 0; j < K::kPiecesEach; ++j) {
     const int i = self + j * K::kThreads;
     if (i >= K::kPieces) continue;
-    const int row = i / kRowPieces, first = (kOneColumn ? self : i) % kRowPieces * V;
-    const int valid = row0 + row < p.rows ? columns(first) : 0;
-    T v[V], b[V];
-    if constexpr (!kOneColumn) load_table(first, valid);
+    const int row = i / kRowPieces, first = i % kRowPieces * V;
+    const int c = block * K::kWidth + first, left = p.width - c;
+    const int valid = row0 + row >= p.rows || left <= 0 ? 0 : left < V ? left : V;
+    T t[3][V], v[V], b[V];
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      if constexpr (K::kWide) {
+        load_each<V>(p.db_table + static_cast<int64_t>(k) * p.width + c, valid, t[k]);
+      } else {
+        load<V>(table + k * K::kWidth + first, t[k]);
+      }
+    }
     load<V>(reinterpret_cast<const S*>(&pieces.dv[j]), v);
     load<V>(reinterpret_cast<const S*>(&pieces.b[j]), b);
 #pragma unroll

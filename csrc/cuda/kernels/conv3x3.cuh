@@ -250,7 +250,8 @@ struct NormSums {
 // For the channels of one of narrow_blocks(width) blocks of kFinishThreads.
 template <class T>
 DEVICE void finish_norm(const NormSums<T>& a, int64_t block, double* shared) {
-  const ThreadMap map = narrow_map();
+  constexpr ThreadMap map = narrow_map();
+  static_assert(map.lanes * map.rows == kFinishThreads, "a thread each");
   const int64_t c = block * map.lanes + map.lane();
   double sums[2] = {};
   if (c < a.width) {
