@@ -5,27 +5,29 @@
 //   dW[j, i, tap] = sum_q dy[j, q - tap] h[q, i]          h = relu(scale*b + shift), remade
 //   dv = r*dh*[h > 0],  S1 = sum dv,  S2 = sum dv*bhat: dbeta, dgamma, and db = t0*dv + t1 + t2*b
 //
-// Unit: as in the forward. dy goes to zero-padded planes. Then for 2 or 3 vectors of i at a time,
-// so that their weights and their h stay in the first-level cache: a register block of 6 or 8
-// pixels runs over all outputs and taps, and its epilogue remakes h, stores dv and adds both sums;
-// dW from that h, 6 or 9 rows of W by the vectors over all pixels. Pixels follow each other
-// regardless of rows and maps, by a table of where they are, so that small maps leave no part of a
-// block idle. Threads own contiguous units and private sums, merged in thread order. Bytes moved:
-// b, dv and k channels of G and x once.
+// Unit: as in the forward. dy goes to zero-padded planes and from them to the terms of row_pairs.h,
+// which serve both products. Then for 2 or 3 vectors of i at a time: for each term a register block
+// of 6 or 8 columns of row pairs runs over all outputs; dh is gathered from these products, h remade,
+// dv stored, both sums added to, and h put as terms in the products' place; dW from those, 6 or 9
+// rows of its terms by the vectors over all columns. Columns follow each other regardless of rows
+// and maps, by a table of where they are, so that small maps leave no part of a block idle. Threads
+// own contiguous units and private sums, merged in thread order. Bytes moved: b, dv and k channels
+// of G and x once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
 #include "norm_backward.h"
 #include "pack.h"
-#include "planes.h"
+#include "row_pairs.h"
 #include "tile.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-// Register blocks of both products: pixels, or rows of three taps of an output, by vectors of i.
-constexpr int kPixels = kRegisters == 32 ? 8 : 6;
+// Register blocks of both products: columns of row pairs, or rows of three taps of an output, by
+// vectors of i.
+constexpr int kColumns = kRegisters == 32 ? 8 : 6;
 constexpr int kTapRows = kRegisters == 32 ? 3 : 2;
 constexpr int kVectors = kRegisters == 32 ? 3 : 2;
 
@@ -34,153 +36,203 @@ struct Job {
   using T = Arithmetic<S>;
   const Conv3x3Backward<S>& a;
   const Units& units;
+  const RowPairs& pairs;
   int64_t pitch;
-  const int32_t* at;                     // where the unit's pixels are in a padded plane
   int64_t h_stride;                      // of a vector of h
-  const T* weight;                       // groups of vectors [growth, 9, NV * kVec]
+  const T* weight;                       // groups of vectors [growth, kTerms, 3, NV * kVec]
   const T *scale, *shift, *post, *mean;  // padded tables; post null: ones
   int64_t scale_stride, shift_stride;    // 0 or pitch
   // of one thread
-  T *planes, *h, *unit_sums, *dweight;  // h [NV, pixels, kVec], of one group
+  PairPosition* at;  // the columns of the unit
+  T* plane;
+  T* terms;      // [kTerms, growth] planes, of dy
+  T* h;          // [kTerms, kVectors, columns, kVec], of one group of vectors
+  T* unit_sums;  // [2, pitch]
+  T* dweight;    // [kTerms, growth, 3, pitch]
   double* sums;
 
-  void load_planes(const Unit& u) const {
+  void load_terms(const Unit& u) const {
     for (int64_t j = 0; j < a.growth; ++j) {
-      T* const plane = planes + j * units.plane_size;
-      const int64_t c = a.offset + j;
-      units.clear_outside(u, plane);
-      units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
-        const int64_t n = u.sample + s, first = (u.row + y) * units.width;
-        const Vec<T> c0 = broadcast(a.coef.at(0, n, c)), c1 = broadcast(a.coef.at(1, n, c)),
-                     c2 = broadcast(a.coef.at(2, n, c));
-        const T* const g = a.grad.plane(n, c) + first;
-        const S* const x = a.features.plane(n, c) + first;
-        T* const row = plane + units.position(u, s, y);
-        for (int64_t i = 0; i < units.width; i += kVec<T>) {
-          const int64_t left = units.width - i;
-          store_first(row + i, c0 * load_first(g + i, left) + (c1 + c2 * load_first(x + i, left)),
-                      left);
+      load_plane(u, j);
+      for (int64_t s = 0; s < u.samples; ++s) {
+        for (int64_t y = 0; y < u.rows; y += 2) {
+          // From the lowest row up, because taps look back. A row below the padding is one that
+          // nothing inside depends on.
+          const T* const first = plane + units.position(u, s, y - 1);
+          const T* const last = plane + units.position(u, s, std::min(y + 2, u.rows));
+          form_terms(last, first + 2 * units.pitch, first + units.pitch, first, units.pitch,
+                     terms + j * pairs.plane_size + pairs.position(u, s, y / 2),
+                     a.growth * pairs.plane_size);
         }
-        if (a.dropout_mask) {
-          const bool* const mask =
-              a.dropout_mask + (n * a.growth + j) * units.height * units.width + first;
-          const T keep_scale = static_cast<T>(a.dropout_scale);
-          for (int64_t i = 0; i < units.width; ++i) row[i] = mask[i] ? row[i] * keep_scale : T(0);
-        }
-      });
+      }
     }
   }
 
-  // dh of the unit's pixels p, p + 1, ... and the vectors first .. first + NV.
-  template <int NV>
-  DX_NOINLINE Block<T, kPixels, NV> product(int64_t p, int64_t first) const {
-    const T* pixel[kPixels];
-    DX_UNROLL
-    for (int r = 0; r < kPixels; ++r) pixel[r] = planes + at[p + r];
-    Block<T, kPixels, NV> block;
-    const T* w = weight + first * kVec<T> * a.growth * 9;
-    for (int64_t j = 0; j < a.growth; ++j) {
-      int64_t offset = j * units.plane_size + units.pitch + 1;
-      // Not unrolled: GCC would keep a register for each of the nine taps of each pixel.
-#pragma GCC unroll 1
-      for (int y = 0; y < 3; ++y) {
-        DX_UNROLL
-        for (int t = 0; t < 3; ++t) {
-          block.update([&](int r) { return (pixel[r] + offset)[-t]; }, w);
-          w += NV * kVec<T>;
-        }
-        offset -= units.pitch;
+  void load_plane(const Unit& u, int64_t j) const {
+    const int64_t c = a.offset + j;
+    units.clear_outside(u, plane);
+    units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
+      const int64_t n = u.sample + s, first = (u.row + y) * units.width;
+      const Vec<T> c0 = broadcast(a.coef.at(0, n, c)), c1 = broadcast(a.coef.at(1, n, c)),
+                   c2 = broadcast(a.coef.at(2, n, c));
+      const T* const g = a.grad.plane(n, c) + first;
+      const S* const x = a.features.plane(n, c) + first;
+      T* const row = plane + units.position(u, s, y);
+      for (int64_t i = 0; i < units.width; i += kVec<T>) {
+        const int64_t left = units.width - i;
+        store_first(row + i, c0 * load_first(g + i, left) + (c1 + c2 * load_first(x + i, left)),
+                    left);
       }
+      if (a.dropout_mask) {
+        const bool* const mask =
+            a.dropout_mask + (n * a.growth + j) * units.height * units.width + first;
+        const T keep_scale = static_cast<T>(a.dropout_scale);
+        for (int64_t i = 0; i < units.width; ++i) row[i] = mask[i] ? row[i] * keep_scale : T(0);
+      }
+    });
+  }
+
+  // Product k of dh of kColumns columns and the vectors first .. first + NV.
+  template <int NV>
+  DX_NOINLINE Block<T, kColumns, NV> product(const PairPosition* columns, int k,
+                                             int64_t first) const {
+    const T* column[kColumns];
+    DX_UNROLL
+    for (int r = 0; r < kColumns; ++r)
+      column[r] = terms + k * a.growth * pairs.plane_size + columns[r].plane;
+    Block<T, kColumns, NV> block;
+    const T* w = weight + (first * a.growth * kTerms + k * NV) * 3 * kVec<T>;
+    int64_t offset = 1;
+    for (int64_t j = 0; j < a.growth; ++j) {
+      DX_UNROLL
+      for (int t = 0; t < 3; ++t)
+        block.update([&](int r) { return (column[r] + offset)[-t]; }, w + t * NV * kVec<T>);
+      w += kTerms * 3 * NV * kVec<T>;
+      offset += pairs.plane_size;
     }
     return block;
   }
 
-  // The same and everything that follows from it. The pixels may lie in several rows and samples:
-  // the first of them is of sample n, as are those before `next`.
+  // All of them, to h. Meanwhile b and dv are fetched for what follows.
   template <int NV>
-  void pixels(const Unit& u, int64_t p, int64_t n, int64_t next, int64_t first) const {
-    const int64_t valid = std::min<int64_t>(kPixels, u.pixels(units.width) - p),
-                  column = first * kVec<T>;
-    const int64_t row = ((u.sample * units.height + u.row) * units.width + p) * pitch + column;
-    for (int64_t r = 0; r < valid; ++r) __builtin_prefetch(a.bottleneck + row + r * pitch, 0, 3);
-    const Block<T, kPixels, NV> block = product<NV>(p, first);
-
-    const int64_t map_pixels = units.height * units.width;
-    DX_UNROLL
-    for (int v = 0; v < NV; ++v) {
-      const int64_t i = column + v * kVec<T>;
-      const Vec<T> center = load(mean + i);
-      Vec<T> s1 = load(unit_sums + i), s2 = load(unit_sums + pitch + i);
-      Vec<T> sc = load(scale + n * scale_stride + i), sh = load(shift + n * shift_stride + i);
-      int64_t sample = n, end = next - p;
-      DX_UNROLL
-      for (int r = 0; r < kPixels; ++r) {
-        if (r >= valid) break;
-        if (r == end) {
-          ++sample;
-          end += map_pixels;
-          sc = load(scale + sample * scale_stride + i);
-          sh = load(shift + sample * shift_stride + i);
+  void products(const Unit& u, int64_t columns, int64_t first) const {
+    const int64_t origin =
+        (u.sample * units.height + u.row) * units.width * pitch + first * kVec<T>;
+    for (int k = 0; k < kTerms; ++k) {
+      for (int64_t p = 0; p < columns; p += kColumns) {
+        for (int r = 0; r < kColumns; ++r) {
+          const PairPosition& pair = at[p + r];
+          const int64_t row = origin + (pair.pixel + (k % 2) * pair.lower) * pitch;
+          if (k < 2) {
+            fetch<NV, 0>(a.bottleneck + row);
+          } else {
+            fetch<NV, 1>(a.dv + row);
+          }
         }
-        const int64_t o = row + r * pitch + v * kVec<T>;
-        const Vec<T> b = load(a.bottleneck + o);
-        const Vec<T> value = relu(sc * b + sh);
-        Vec<T> d = where_positive(value, block.acc[r][v]);
-        if (post) d *= load(post + sample * pitch + i);
-        store(h + v * h_stride + (p + r) * kVec<T>, value);
-        store(a.dv + o, d);
-        s1 += d;
-        s2 += d * (b - center);
+        const Block<T, kColumns, NV> block = product<NV>(at + p, k, first);
+        T* const out = h + k * kVectors * h_stride + p * kVec<T>;
+        DX_UNROLL
+        for (int v = 0; v < NV; ++v) {
+          DX_UNROLL
+          for (int r = 0; r < kColumns; ++r)
+            store(out + v * h_stride + r * kVec<T>, block.acc[r][v]);
+        }
       }
-      store(unit_sums + i, s1);
-      store(unit_sums + pitch + i, s2);
     }
   }
 
+  template <int NV, int FOR_WRITE, class E>
+  static DX_INLINE void fetch(const E* row) {
+    constexpr int64_t line = 64 / sizeof(E);
+    for (int64_t i = 0; i < NV * kVec<T>; i += line) __builtin_prefetch(row + i, FOR_WRITE, 2);
+  }
+
+  // Of one vector of i.
+  struct Channels {
+    Vec<T> scale, shift, post, mean, s1, s2;
+  };
+
+  // dv of a pixel from its dh, and both sums; returns h.
+  DX_INLINE Vec<T> finish_pixel(int64_t at, Vec<T> dh, Channels& c) const {
+    const Vec<T> b = load(a.bottleneck + at), value = relu(c.scale * b + c.shift);
+    const Vec<T> d = where_positive(value, dh) * c.post;
+    store(a.dv + at, d);
+    c.s1 += d;
+    c.s2 += d * (b - c.mean);
+    return value;
+  }
+
+  // What follows from the products, which the terms of h replace.
   template <int NV>
-  void input_gradient(const Unit& u, int64_t first) const {
-    const int64_t map_pixels = units.height * units.width;
-    int64_t n = u.sample, next = u.rows * units.width;
-    for (int64_t p = 0; p < u.pixels(units.width); p += kPixels) {
-      for (; p >= next; next += map_pixels) ++n;
-      pixels<NV>(u, p, n, next, first);
+  void finish_columns(const Unit& u, int64_t columns, int64_t first) const {
+    const int64_t first_row = (u.sample * units.height + u.row) * units.width;
+    for (int v = 0; v < NV; ++v) {
+      const int64_t i = (first + v) * kVec<T>;
+      Channels c{{}, {}, {}, load(mean + i), {}, {}};
+      int32_t sample = -1;
+      for (int64_t p = 0; p < columns; ++p) {
+        const PairPosition& pair = at[p];
+        if (pair.sample != sample) {
+          sample = pair.sample;
+          const int64_t n = u.sample + sample;
+          c.scale = load(scale + n * scale_stride + i);
+          c.shift = load(shift + n * shift_stride + i);
+          c.post = post ? load(post + n * pitch + i) : broadcast(T(1));
+        }
+        T* const h0 = h + v * h_stride + p * kVec<T>;
+        T* const h1 = h0 + kVectors * h_stride;
+        T* const h2 = h1 + kVectors * h_stride;
+        T* const h3 = h2 + kVectors * h_stride;
+        const Vec<T> m1 = load(h1), m2 = load(h2);
+        const int64_t upper = (first_row + pair.pixel) * pitch + i;
+        Vec<T> lower_h = {};
+        if (pair.lower)
+          lower_h = finish_pixel(upper + pair.lower * pitch, load(h0) + (m1 + m2), c);
+        const Vec<T> upper_h = finish_pixel(upper, load(h3) + (m1 - m2), c);
+        store(h0, lower_h);
+        store(h1, lower_h + upper_h);
+        store(h2, lower_h - upper_h);
+        store(h3, upper_h);
+      }
+      store(unit_sums + i, c.s1);
+      store(unit_sums + pitch + i, c.s2);
     }
   }
 
-  // dW of ROWS rows of three taps from `row` on. Row 0 is the first of output 0, row 3 that of
-  // output 1.
+  // Terms k of dW of ROWS outputs from j on.
   template <int ROWS, int NV>
-  void tap_rows(const Unit& u, int64_t row, int64_t first) const {
+  void tap_rows(int64_t columns, int k, int64_t j, int64_t first) const {
     Block<T, 3 * ROWS, NV> block;
     const T* dy[ROWS];
-    for (int i = 0; i < ROWS; ++i) {
-      const int64_t j = (row + i) / 3, y = (row + i) % 3;
-      dy[i] = planes + j * units.plane_size + (1 - y) * units.pitch;
+    for (int i = 0; i < ROWS; ++i) dy[i] = terms + (k * a.growth + j + i) * pairs.plane_size;
+    const T* h_column = h + k * kVectors * h_stride;
+    for (int64_t p = 0; p < columns; ++p) {
+      const int64_t position = at[p].plane;
+      block.update([&](int t) { return (dy[t / 3] + 1 - t % 3)[position]; }, h_column, h_stride);
+      h_column += kVec<T>;
     }
-    const int64_t count = u.pixels(units.width);
-    const T* h_pixel = h;
-    for (int64_t p = 0; p < count; ++p) {
-      const int64_t position = at[p];
-      block.update([&](int t) { return (dy[t / 3] + 1 - t % 3)[position]; }, h_pixel, h_stride);
-      h_pixel += kVec<T>;
-    }
-    block.add_to_rows(dweight + row * 3 * pitch + first * kVec<T>, pitch);
+    block.add_to_rows(dweight + (k * a.growth + j) * 3 * pitch + first * kVec<T>, pitch);
   }
 
   template <int NV>
-  void weight_gradient(const Unit& u, int64_t first) const {
-    const int64_t rows = 3 * a.growth;
-    int64_t row = 0;
-    for (; row + kTapRows <= rows; row += kTapRows) tap_rows<kTapRows, NV>(u, row, first);
-    for (; row < rows; ++row) tap_rows<1, NV>(u, row, first);
+  void weight_gradient(int64_t columns, int64_t first) const {
+    for (int k = 0; k < kTerms; ++k) {
+      int64_t j = 0;
+      for (; j + kTapRows <= a.growth; j += kTapRows) tap_rows<kTapRows, NV>(columns, k, j, first);
+      for (; j < a.growth; ++j) tap_rows<1, NV>(columns, k, j, first);
+    }
   }
 
   void run(const Unit& u) const {
-    load_planes(u);
-    std::fill_n(unit_sums, 2 * pitch, T(0));
+    load_terms(u);
+    const int64_t columns = pairs.columns(u);
+    pairs.positions(u, at);
+    std::fill_n(at + columns, kColumns, at[0]);
     for_vector_groups<kVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
-      input_gradient<decltype(group)::value>(u, first);
-      weight_gradient<decltype(group)::value>(u, first);
+      constexpr int NV = decltype(group)::value;
+      products<NV>(u, columns, first);
+      finish_columns<NV>(u, columns, first);
+      weight_gradient<NV>(columns, first);
     });
     for (int64_t i = 0; i < 2 * pitch; ++i) sums[i] += static_cast<double>(unit_sums[i]);
   }
@@ -192,18 +244,26 @@ template <class S>
 void conv3x3_backward(const Conv3x3Backward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t samples = a.features.samples, pitch = round_up(a.width, kLanes);
-  const Units units(samples, a.features.height, a.features.width, a.width, thread_count(samples));
+  const Units units(samples, a.features.height, a.features.width, 2 * a.width,
+                    thread_count(samples));
   const int64_t threads = thread_count(units.count);
 
-  const Scratch packed(sizeof(T) * a.growth * 9 * pitch);
-  parallel_items(a.growth, 9 * pitch, [&](int64_t begin, int64_t end) {
+  const RowPairs pairs(units);
+
+  constexpr int64_t kTaps = kTerms * 3;
+  const Scratch packed(sizeof(T) * a.growth * kTaps * (pitch + a.width));
+  T* const weight = packed.as<T>();
+  T* const unpacked = weight + a.growth * kTaps * pitch;
+  parallel_items(a.growth, kTaps * pitch, [&](int64_t begin, int64_t end) {
+    form_weight_terms(a.weight + begin * a.width * 9, (end - begin) * a.width,
+                      unpacked + begin * a.width * kTaps, kTaps, 3);
     for_vector_groups<kVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
       constexpr int64_t lanes = decltype(group)::value * kVec<T>;
       const int64_t column = first * kVec<T>;
       for (int64_t j = begin; j < end; ++j) {
-        copy_transposed(a.weight + (j * a.width + column) * 9, 9,
-                        std::clamp<int64_t>(a.width - column, 0, lanes), 9,
-                        packed.as<T>() + (column * a.growth + j * lanes) * 9, lanes, lanes);
+        copy_transposed(unpacked + (j * a.width + column) * kTaps, kTaps,
+                        std::clamp<int64_t>(a.width - column, 0, lanes), kTaps,
+                        weight + (column * a.growth + j * lanes) * kTaps, lanes, lanes);
       }
     });
   });
@@ -220,50 +280,62 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   if (post_rows) pad_rows(a.post_mask.data, a.post_mask.sample_stride, post_rows, a.width, post);
   pad_rows(a.norm.mean, int64_t{0}, 1, a.width, mean);
 
-  const int64_t plane_values = a.growth * units.plane_size;
-  const int64_t h_stride = padded_stride(units.pixels_per_unit() * kVec<T>);
-  const int64_t h_values = kVectors * h_stride;
-  const int64_t thread_values = plane_values + h_values + (2 + a.growth * 9) * pitch;
-  const Scratch positions(sizeof(int32_t) * (units.pixels_per_unit() + kPixels));
-  units.pixel_positions(positions.as<int32_t>());
-  std::fill_n(positions.as<int32_t>() + units.pixels_per_unit(), kPixels, units.base);
+  const int64_t columns = pairs.columns_per_unit();
+  const int64_t term_values = kTerms * a.growth * pairs.plane_size;
+  const int64_t h_stride = padded_stride(round_up(columns + kColumns, kLanes) * kVec<T>);
+  const int64_t h_values = kTerms * kVectors * h_stride, dweight_values = kTaps * a.growth * pitch;
+  const int64_t thread_values =
+      units.plane_size + term_values + h_values + 2 * pitch + dweight_values;
+  const Scratch positions(sizeof(PairPosition) * threads * (columns + kColumns));
   const Scratch work(sizeof(T) * threads * thread_values);
   const Scratch sums(sizeof(double) * threads * 2 * pitch);
   std::fill_n(sums.as<double>(), threads * 2 * pitch, 0.0);
   const auto dweight_of = [&](int64_t thread) {
-    return work.as<T>() + thread * thread_values + plane_values + h_values + 2 * pitch;
+    return work.as<T>() + (thread + 1) * thread_values - dweight_values;
   };
-  if (units.count == 0) std::fill_n(dweight_of(0), a.growth * 9 * pitch, T(0));
+  if (units.count == 0) std::fill_n(dweight_of(0), dweight_values, T(0));
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const own = work.as<T>() + thread * thread_values;
-    std::fill_n(own, plane_values, T(0));
-    std::fill_n(dweight_of(thread), a.growth * 9 * pitch, T(0));
+    T* const own_h = own + units.plane_size + term_values;
+    std::fill_n(own, units.plane_size, T(0));
+    for (int64_t j = 0; j < kTerms * a.growth; ++j)
+      pairs.clear_ends(own + units.plane_size + j * pairs.plane_size);
+    std::fill_n(dweight_of(thread), dweight_values, T(0));
     const Job<S> job{a,
                      units,
+                     pairs,
                      pitch,
-                     positions.as<int32_t>(),
                      h_stride,
-                     packed.as<T>(),
+                     weight,
                      scale,
                      shift,
                      post_rows ? post : nullptr,
                      mean,
                      a.table.scale.sample_stride ? pitch : 0,
                      a.table.shift.sample_stride ? pitch : 0,
+                     positions.as<PairPosition>() + thread * (columns + kColumns),
                      own,
-                     own + plane_values,
-                     own + plane_values + h_values,
+                     own + units.plane_size,
+                     own_h,
+                     own_h + h_values,
                      dweight_of(thread),
                      sums.as<double>() + thread * 2 * pitch};
     for (int64_t i = begin; i < end; ++i) job.run(units[i]);
   });
 
-  parallel_items(a.growth, threads * 9 * pitch, [&](int64_t begin, int64_t end) {
+  parallel_items(a.growth, threads * kTaps * pitch, [&](int64_t begin, int64_t end) {
+    const int64_t distance = a.growth * 3 * pitch;  // of terms
     for (int64_t j = begin; j < end; ++j) {
-      T* const total = dweight_of(0) + j * 9 * pitch;
-      add_partials(total, threads, thread_values, 9 * pitch);
-      copy_transposed(total, pitch, 9, a.width, a.dweight + j * a.width * 9, 9, 9);
+      T* const total = dweight_of(0) + j * 3 * pitch;
+      for (int k = 0; k < kTerms; ++k)
+        add_partials(total + k * distance, threads, thread_values, 3 * pitch);
+      gather_weight_terms(total, distance, 3 * pitch);
+      for (const int k : {0, 1, 3}) {
+        const int64_t y = (k + 1) / 2;  // of the taps' rows
+        copy_transposed(total + k * distance, pitch, 3, a.width,
+                        a.dweight + j * a.width * 9 + y * 3, 9, 3);
+      }
     }
   });
   finish_bottleneck_norm(a, sums.as<double>(), threads, pitch);

@@ -4,14 +4,16 @@
 //   y[j, p] = sum_{i, tap} relu(scale[i]*b[p + tap, i] + shift[i]) W[j, i, tap]
 //
 // where a tap outside the image is 0, not relu(shift). Unit: about 64K values of b. They are
-// normalized, rectified and transposed in registers from [pixel, i] to zero-padded planes; a
-// register block of up to 12 outputs by 2 vectors of pixels runs over all i and taps. Threads own
+// normalized, rectified and transposed in registers from [pixel, i] to zero-padded planes, a vector
+// of channels at a time, and turned into the terms of row_pairs.h. For each term a register block of
+// up to 12 outputs by 2 vectors of pixels runs over all i and the three columns. Threads own
 // contiguous units. Bytes moved: b once (and the rows around a block of rows), y once.
 #include "../parallel.h"
 #include "conv3x3_output.h"
 #include "instantiate.h"
 #include "microkernel.h"
 #include "pack.h"
+#include "row_pairs.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
@@ -19,30 +21,56 @@ namespace {
 
 template <class T>
 struct Convolution {
-  const Units& units;
+  const RowPairs& pairs;
   int64_t width;
-  const T* planes;
-  const T* weight;  // [width, 9, R] of this group of outputs
-  T* out;           // R planes
+  const T* terms;   // [kTerms, width] planes
+  const T* weight;  // [kTerms, width, 3, R] of this group of outputs
+  T* out;           // [R, 2] planes: upper and lower rows
 
   template <int R>
   void run(int64_t span) const {
     constexpr int64_t step = kPixelVectors * kVec<T>;
-    for (int64_t p = units.base; p < units.base + span; p += step) {
-      Block<T, R, kPixelVectors> block;
-      const T* w = weight;
-      const T* plane = planes + p;
-      for (int64_t i = 0; i < width; ++i) {
-        DX_UNROLL
-        for (int t = 0; t < 9; ++t) block.rank1(w + t * R, 1, plane + units.offset[t]);
-        w += 9 * R;
-        plane += units.plane_size;
-      }
+    for (int k = 0; k < kTerms; ++k) {
+      for (int64_t p = pairs.first(); p < pairs.first() + span; p += step)
+        add_to_rows(k, product<R>(k, p), out + p);
+    }
+  }
+
+  template <int R>
+  DX_NOINLINE Block<T, R, kPixelVectors> product(int k, int64_t p) const {
+    Block<T, R, kPixelVectors> block;
+    const T* w = weight + k * width * 3 * R;
+    const T* plane = terms + k * width * pairs.plane_size + p;
+    for (int64_t i = 0; i < width; ++i) {
       DX_UNROLL
-      for (int r = 0; r < R; ++r) {
-        DX_UNROLL
-        for (int v = 0; v < kPixelVectors; ++v)
-          store(out + r * units.plane_size + p + v * kVec<T>, block.acc[r][v]);
+      for (int t = 0; t < 3; ++t) block.rank1(w + t * R, 1, plane + t - 1);
+      w += 3 * R;
+      plane += pairs.plane_size;
+    }
+    return block;
+  }
+
+  // What product k adds to the upper and the lower rows.
+  template <int R>
+  DX_INLINE void add_to_rows(int k, const Block<T, R, kPixelVectors>& block, T* y) const {
+    DX_UNROLL
+    for (int r = 0; r < R; ++r) {
+      DX_UNROLL
+      for (int v = 0; v < kPixelVectors; ++v) {
+        T* const upper = y + 2 * r * pairs.plane_size + v * kVec<T>;
+        T* const lower = upper + pairs.plane_size;
+        const Vec<T> m = block.acc[r][v];
+        if (k == 0) {
+          store(upper, m);
+        } else if (k == 1) {
+          store(upper, load(upper) + m);
+          store(lower, m);
+        } else if (k == 2) {
+          store(upper, load(upper) + m);
+          store(lower, load(lower) - m);
+        } else {
+          store(lower, load(lower) + m);
+        }
       }
     }
   }
@@ -61,37 +89,72 @@ struct Job {
   using T = Arithmetic<S>;
   const Conv3x3Forward<S>& a;
   const Units& units;
+  const RowPairs& pairs;
   int64_t pitch;           // of a row of b
   const T *scale, *shift;  // padded tables
   int64_t scale_stride, shift_stride;
-  T *planes, *out;  // of one thread
+  int64_t row_pitch;  // of a row of h
+  // of one thread
+  T* rows;   // [2, width] rows of h
+  T* terms;  // [kTerms, width] planes
+  T* out;    // [growth, 2] planes
 
-  void load_planes(const Unit& u) const {
-    for (int64_t i = 0; i < a.width; ++i) units.clear_outside(u, planes + i * units.plane_size);
-    units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
-      const int64_t n = u.sample + s;
-      const S* const row = a.bottleneck + (n * units.height + u.row + y) * units.width * pitch;
-      for (int64_t v = 0; v < pitch / kVec<T>; ++v) {
-        const Vec<T> sc = load(scale + n * scale_stride + v * kVec<T>),
-                     sh = load(shift + n * shift_stride + v * kVec<T>);
-        T* const plane = planes + v * kVec<T> * units.plane_size + units.position(u, s, y);
-        const int64_t channels = std::min<int64_t>(kVec<T>, a.width - v * kVec<T>);
-        for (int64_t x = 0; x < units.width; x += kVec<T>) {
-          const int64_t valid = std::min<int64_t>(kVec<T>, units.width - x);
-          Vec<T> square[kVec<T>];
-          DX_UNROLL
-          for (int i = 0; i < kVec<T>; ++i) {
-            square[i] =
-                i < valid ? relu(sc * load(row + (x + i) * pitch + v * kVec<T>) + sh) : Vec<T>{};
-          }
-          transpose<T>(square);
-          DX_UNROLL
-          for (int i = 0; i < kVec<T>; ++i) {
-            if (i < channels) store_first(plane + i * units.plane_size + x, square[i], valid);
-          }
+  void load_terms(const Unit& u) const {
+    for (int64_t s = 0; s < u.samples; ++s) {
+      for (int64_t y = -2; y < u.rows; y += 2) {
+        for (int64_t first = 0; first < a.width; first += kVec<T>) {
+          for (int64_t x = 0; x < units.width; x += kVec<T>) next_rows(u, s, y, first, x);
         }
       }
-    });
+    }
+  }
+
+  // For kVec channels and columns: the rows y+1 and y+2 in place of y-1 and y, and the terms of all
+  // four.
+  DX_INLINE void next_rows(const Unit& u, int64_t s, int64_t y, int64_t first, int64_t x) const {
+    const int64_t channels = std::min<int64_t>(kVec<T>, a.width - first);
+    const int64_t distance = a.width * pairs.plane_size;
+    T* const upper = rows + first * row_pitch + x;
+    T* const lower = upper + a.width * row_pitch;
+    T* const t = terms + first * pairs.plane_size + pairs.position(u, s, y / 2) + x;
+    Vec<T> square[kVec<T>];
+    load_square(u, s, y + 1, first, x, square);
+    DX_UNROLL
+    for (int i = 0; i < kVec<T>; ++i) {
+      if (i >= channels) break;
+      T* const row = upper + i * row_pitch;
+      if (y >= 0) {
+        const Vec<T> d0 = load(row), d1 = load(lower + i * row_pitch), d2 = square[i];
+        T* const out = t + i * pairs.plane_size;
+        store(out, d0 - d2);
+        store(out + distance, d1 + d2);
+        store(out + 2 * distance, d2 - d1);
+      }
+      store(row, square[i]);
+    }
+    load_square(u, s, y + 2, first, x, square);
+    DX_UNROLL
+    for (int i = 0; i < kVec<T>; ++i) {
+      if (i >= channels) break;
+      T* const row = lower + i * row_pitch;
+      if (y >= 0) store(t + i * pairs.plane_size + 3 * distance, square[i] - load(row));
+      store(row, square[i]);
+    }
+  }
+
+  // square[i]: h of channel first + i in row y of the unit's s-th map, from column x on; 0 outside.
+  DX_INLINE void load_square(const Unit& u, int64_t s, int64_t y, int64_t first, int64_t x,
+                             Vec<T> (&square)[kVec<T>]) const {
+    const int64_t n = u.sample + s, row = u.row + y;
+    const int64_t valid =
+        row < 0 || row >= units.height ? 0 : std::min<int64_t>(kVec<T>, units.width - x);
+    const S* const b = a.bottleneck + ((n * units.height + row) * units.width + x) * pitch + first;
+    const Vec<T> sc = load(scale + n * scale_stride + first),
+                 sh = load(shift + n * shift_stride + first);
+    DX_UNROLL
+    for (int i = 0; i < kVec<T>; ++i)
+      square[i] = i < valid ? relu(sc * load(b + i * pitch) + sh) : Vec<T>{};
+    transpose<T>(square);
   }
 };
 
@@ -102,16 +165,23 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t samples = a.features.samples, pitch = round_up(a.width, kLanes);
   const Units units(samples, a.features.height, a.features.width, a.width, thread_count(samples));
+  const RowPairs pairs(units);
   const int64_t threads = thread_count(units.count);
 
-  // outputs in even groups of at most kChannelRows; weights [group][i][tap][row]
-  const int64_t groups = ceil_div(a.growth, kChannelRows);
-  const Scratch packed(sizeof(T) * a.growth * a.width * 9);
-  parallel_items(groups, kChannelRows * a.width * 9, [&](int64_t begin, int64_t end) {
+  // outputs in even groups of at most kChannelRows; weights [group][term][i][column][row]
+  const int64_t groups = ceil_div(a.growth, kChannelRows), columns = a.width * 3;
+  const Scratch packed(sizeof(T) * 2 * a.growth * kTerms * columns);
+  T* const weight = packed.as<T>();
+  parallel_items(groups, kChannelRows * kTerms * columns, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = a.growth * g / groups, rows = a.growth * (g + 1) / groups - first;
-      copy_transposed(a.weight + first * a.width * 9, a.width * 9, rows, a.width * 9,
-                      packed.as<T>() + first * a.width * 9, rows, rows);
+      T* const group = weight + first * kTerms * columns;
+      T* const terms = group + a.growth * kTerms * columns;
+      form_weight_terms(a.weight + first * a.width * 9, rows * a.width, terms, 3, rows * columns);
+      for (int64_t k = 0; k < kTerms; ++k) {
+        const int64_t at = k * rows * columns;
+        copy_transposed(terms + at, columns, rows, columns, group + at, rows, rows);
+      }
     }
   });
   const int64_t scale_rows = a.norm.scale.sample_stride ? samples : 1,
@@ -120,34 +190,42 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
   pad_rows(a.norm.scale.data, a.norm.scale.sample_stride, scale_rows, a.width, scale.as<T>());
   pad_rows(a.norm.shift.data, a.norm.shift.sample_stride, shift_rows, a.width, shift.as<T>());
 
-  const int64_t thread_values = (a.width + a.growth) * units.plane_size;
-  const Scratch planes(sizeof(T) * threads * thread_values);
+  const int64_t row_pitch = round_up(units.width, kLanes),
+                row_values = 2 * a.width * row_pitch,
+                term_values = kTerms * a.width * pairs.plane_size,
+                thread_values = row_values + term_values + 2 * a.growth * pairs.plane_size;
+  const Scratch work(sizeof(T) * threads * thread_values);
   const Scratch parts(sizeof(double) * 2 * a.growth * samples * units.blocks_per_map);
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    T* const own = planes.as<T>() + thread * thread_values;
-    std::fill_n(own, thread_values, T(0));
+    T* const own = work.as<T>() + thread * thread_values;
+    std::fill_n(own + row_values, term_values, T(0));
     const Job<S> job{a,
                      units,
+                     pairs,
                      pitch,
                      scale.as<T>(),
                      shift.as<T>(),
                      a.norm.scale.sample_stride ? pitch : 0,
                      a.norm.shift.sample_stride ? pitch : 0,
+                     row_pitch,
                      own,
-                     own + a.width * units.plane_size};
+                     own + row_values,
+                     own + row_values + term_values};
     for (int64_t i = begin; i < end; ++i) {
       const Unit u = units[i];
-      job.load_planes(u);
+      job.load_terms(u);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = a.growth * g / groups, rows = a.growth * (g + 1) / groups - first;
-        const Convolution<T> convolution{units, a.width, job.planes,
-                                         packed.as<T>() + first * a.width * 9,
-                                         job.out + first * units.plane_size};
-        convolution.dispatch(rows, units.span(u));
+        const Convolution<T> convolution{pairs, a.width, job.terms, weight + first * kTerms * columns,
+                                         job.out + 2 * first * pairs.plane_size};
+        convolution.dispatch(rows, pairs.span(u));
       }
       for (int64_t j = 0; j < a.growth; ++j) {
-        write_channel(a, units, u, j, job.out + j * units.plane_size, parts.as<double>());
+        const auto row_of = [&](int64_t s, int64_t y) {
+          return job.out + (2 * j + y % 2) * pairs.plane_size + pairs.position(u, s, y / 2);
+        };
+        write_channel(a, units, u, j, row_of, parts.as<double>());
       }
     }
   });

@@ -8,11 +8,12 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// From the padded plane of output j to its channel. Moments of the unit's part of each map, where
-// they are wanted, to `parts` [growth, blocks, samples, 2].
-template <class S, class T>
+// From the rows of output j, row_of(s, y) that of the unit's s-th map, to its channel. Moments of the
+// unit's part of each map, where they are wanted, to `parts` [growth, blocks, samples, 2].
+template <class S, class F>
 void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u, int64_t j,
-                   T* plane, double* parts) {
+                   const F& row_of, double* parts) {
+  using T = Arithmetic<S>;
   const int64_t samples = a.features.samples;
   for (int64_t s = 0; s < u.samples; ++s) {
     const int64_t n = u.sample + s, first = u.row * units.width;
@@ -22,7 +23,7 @@ void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u
                        : nullptr;
     const T keep_scale = static_cast<T>(a.dropout_scale);
     for (int64_t y = 0; y < u.rows; ++y) {
-      T* const row = plane + units.position(u, s, y);
+      T* const row = row_of(s, y);
       if (mask) {
         for (int64_t x = 0; x < units.width; ++x)
           row[x] = mask[y * units.width + x] ? row[x] * keep_scale : T(0);

@@ -39,7 +39,8 @@ struct Units {
       maps_per_unit = std::max<int64_t>(1, ceil_div(samples, std::max<int64_t>(1, units)));
       count = ceil_div(samples, maps_per_unit);
     } else {
-      rows_per_unit = ceil_div(height, ceil_div(height, fit_rows));
+      // Even, so that rows are paired alike however a map is cut.
+      rows_per_unit = round_up(ceil_div(height, ceil_div(height, fit_rows)), 2);
       blocks_per_map = ceil_div(height, rows_per_unit);
       count = samples * blocks_per_map;
     }
@@ -78,16 +79,6 @@ struct Units {
   }
 
   int64_t pixels_per_unit() const { return maps_per_unit * rows_per_unit * width; }
-
-  // Where in a padded plane the pixels of a unit are, one after another.
-  void pixel_positions(int32_t* out) const {
-    const Unit u{0, maps_per_unit, 0, rows_per_unit};
-    for (int64_t s = 0; s < u.samples; ++s) {
-      for (int64_t y = 0; y < u.rows; ++y) {
-        for (int64_t x = 0; x < width; ++x) *out++ = static_cast<int32_t>(position(u, s, y) + x);
-      }
-    }
-  }
 
   // Positions from the first pixel to the last, padding between them included.
   int64_t span(const Unit& u) const { return (u.samples * (u.rows + 1) - 1) * pitch - 1; }

@@ -247,8 +247,12 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
     for (int64_t i = begin; i < end; ++i) {
       const Unit u = units[i];
       job.run(u);
-      for (int64_t j = 0; j < a.growth; ++j)
-        write_channel(a, units, u, j, job.planes + j * units.plane_size, parts.as<double>());
+      for (int64_t j = 0; j < a.growth; ++j) {
+        const auto row_of = [&](int64_t s, int64_t y) {
+          return job.planes + j * units.plane_size + units.position(u, s, y);
+        };
+        write_channel(a, units, u, j, row_of, parts.as<double>());
+      }
     }
   });
   merge_block_moments(a, units, parts.as<double>());
