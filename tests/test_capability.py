@@ -21,7 +21,11 @@ from kernel_cases import Problem, Shape
 from test_kernels import OPS, check, fits, problems
 from densenet_ext import DenseNetBC, _C
 assert _C.cpu_capability() == {capability!r}, _C.cpu_capability()
-shapes = [Shape("", samples=3, height=17, width=19, channels=21, bottleneck=20, growth=5), Shape("", channels=33, bottleneck=48, growth=12)]
+shapes = [
+    Shape("", samples=3, height=17, width=19, channels=21, bottleneck=20, growth=5),
+    Shape("", channels=33, bottleneck=48, growth=12),
+    Shape("in blocks of rows, the last of them odd", height=57, width=40, channels=5, bottleneck=48, growth=7),
+]
 count = 0
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     for op, variants in OPS.items():

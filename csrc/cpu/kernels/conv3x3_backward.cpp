@@ -5,14 +5,14 @@
 //   dW[j, i, tap] = sum_q dy[j, q - tap] h[q, i]          h = relu(scale*b + shift), remade
 //   dv = r*dh*[h > 0],  S1 = sum dv,  S2 = sum dv*bhat: dbeta, dgamma, and db = t0*dv + t1 + t2*b
 //
-// Unit: as in the forward. dy goes to zero-padded planes and from them to the terms of row_pairs.h,
-// which serve both products. Then for 2 or 3 vectors of i at a time: for each term a register block
-// of 6 or 8 columns of row pairs runs over all outputs; dh is gathered from these products, h remade,
-// dv stored, both sums added to, and h put as terms in the products' place; dW from those, 6 or 9
-// rows of its terms by the vectors over all columns. Columns follow each other regardless of rows
-// and maps, by a table of where they are, so that small maps leave no part of a block idle. Threads
-// own contiguous units and private sums, merged in thread order. Bytes moved: b, dv and k channels
-// of G and x once.
+// Unit: half of the forward's. dy goes to zero-padded planes and from them to the terms of
+// row_pairs.h, which serve both products. Then for 2 or 3 vectors of i at a time: for each term a
+// register block of 6 or 8 columns of row pairs runs over all outputs; dh is gathered from these
+// products, h remade, dv stored, both sums added to, and h put as terms in the products' place; dW
+// from those, 6 or 9 rows of its terms by the vectors over all columns. Columns follow each other
+// regardless of rows and maps, by a table of where they are, so that small maps leave no part of a
+// block idle. Threads own contiguous units and private sums, merged in thread order. Bytes moved:
+// b, dv and k channels of G and x once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
@@ -186,8 +186,7 @@ struct Job {
         const Vec<T> m1 = load(h1), m2 = load(h2);
         const int64_t upper = (first_row + pair.pixel) * pitch + i;
         Vec<T> lower_h = {};
-        if (pair.lower)
-          lower_h = finish_pixel(upper + pair.lower * pitch, load(h0) + (m1 + m2), c);
+        if (pair.lower) lower_h = finish_pixel(upper + pair.lower * pitch, load(h0) + (m1 + m2), c);
         const Vec<T> upper_h = finish_pixel(upper, load(h3) + (m1 - m2), c);
         store(h0, lower_h);
         store(h1, lower_h + upper_h);
@@ -298,9 +297,7 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const own = work.as<T>() + thread * thread_values;
     T* const own_h = own + units.plane_size + term_values;
-    std::fill_n(own, units.plane_size, T(0));
-    for (int64_t j = 0; j < kTerms * a.growth; ++j)
-      pairs.clear_ends(own + units.plane_size + j * pairs.plane_size);
+    std::fill_n(own, units.plane_size + term_values, T(0));
     std::fill_n(dweight_of(thread), dweight_values, T(0));
     const Job<S> job{a,
                      units,

@@ -4,10 +4,10 @@
 //   y[j, p] = sum_{i, tap} relu(scale[i]*b[p + tap, i] + shift[i]) W[j, i, tap]
 //
 // where a tap outside the image is 0, not relu(shift). Unit: about 64K values of b. They are
-// normalized, rectified and transposed in registers from [pixel, i] to zero-padded planes, a vector
-// of channels at a time, and turned into the terms of row_pairs.h. For each term a register block of
-// up to 12 outputs by 2 vectors of pixels runs over all i and the three columns. Threads own
-// contiguous units. Bytes moved: b once (and the rows around a block of rows), y once.
+// normalized, rectified and transposed in registers from [pixel, i] to rows of pixels, two rows at
+// a time, and with the two before them become the terms of row_pairs.h. For each term a register
+// block of up to 12 outputs by 2 vectors of pixels runs over all i and the three columns. Threads
+// own contiguous units. Bytes moved: b once (and the rows around a block of rows), y once.
 #include "../parallel.h"
 #include "conv3x3_output.h"
 #include "instantiate.h"
@@ -109,8 +109,8 @@ struct Job {
     }
   }
 
-  // For kVec channels and columns: the rows y+1 and y+2 in place of y-1 and y, and the terms of all
-  // four.
+  // Of kVec channels and columns: the rows y+1 and y+2 take the place of y-1 and y, and all four
+  // make the terms of a pair. What is beyond W is zero, and the column at W stays so.
   DX_INLINE void next_rows(const Unit& u, int64_t s, int64_t y, int64_t first, int64_t x) const {
     const int64_t channels = std::min<int64_t>(kVec<T>, a.width - first);
     const int64_t distance = a.width * pairs.plane_size;
@@ -190,8 +190,7 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
   pad_rows(a.norm.scale.data, a.norm.scale.sample_stride, scale_rows, a.width, scale.as<T>());
   pad_rows(a.norm.shift.data, a.norm.shift.sample_stride, shift_rows, a.width, shift.as<T>());
 
-  const int64_t row_pitch = round_up(units.width, kLanes),
-                row_values = 2 * a.width * row_pitch,
+  const int64_t row_pitch = round_up(units.width, kLanes), row_values = 2 * a.width * row_pitch,
                 term_values = kTerms * a.width * pairs.plane_size,
                 thread_values = row_values + term_values + 2 * a.growth * pairs.plane_size;
   const Scratch work(sizeof(T) * threads * thread_values);
@@ -217,7 +216,8 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
       job.load_terms(u);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = a.growth * g / groups, rows = a.growth * (g + 1) / groups - first;
-        const Convolution<T> convolution{pairs, a.width, job.terms, weight + first * kTerms * columns,
+        const Convolution<T> convolution{pairs, a.width, job.terms,
+                                         weight + first * kTerms * columns,
                                          job.out + 2 * first * pairs.plane_size};
         convolution.dispatch(rows, pairs.span(u));
       }

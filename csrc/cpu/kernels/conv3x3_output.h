@@ -8,8 +8,8 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// From the rows of output j, row_of(s, y) that of the unit's s-th map, to its channel. Moments of the
-// unit's part of each map, where they are wanted, to `parts` [growth, blocks, samples, 2].
+// From the rows of output j, row_of(s, y) that of the unit's s-th map, to its channel. Moments of
+// the unit's part of each map, where they are wanted, to `parts` [growth, blocks, samples, 2].
 template <class S, class F>
 void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u, int64_t j,
                    const F& row_of, double* parts) {

@@ -4,12 +4,13 @@
 //   t = (d0 - d2, d1 + d2, d2 - d1, d3 - d1),  u = (g0, (g0 + g1 + g2)/2, (g0 - g1 + g2)/2, g2)
 //   m = t*u, summed over channels and the three columns;  y0 = m0 + m1 + m2,  y1 = m1 - m2 + m3
 // and, for the gradient v of y,
-//   du = sum t*(v0, v0 + v1, v0 - v1, v1),  dg = (du0 + e, (du1 - du2)/2, e + du3), e = (du1 + du2)/2
+//   du = sum t*(v0, v0 + v1, v0 - v1, v1),  dg = (du0 + e, (du1 - du2)/2, e + du3), e = (du1 +
+//   du2)/2
 //
-// Factors are 1 and 1/2 alone, so the rounding errors are those of a direct sum but for a small
-// factor; a value that is not finite reaches the same pixels. The four terms of each pair of rows
-// of a padded plane lie in planes of their own, one pair after another at the same pitch. The
-// second row of a pair may be outside, and is then ignored.
+// Factors are 1 and 1/2 alone, so rounding errors are those of a direct sum but for a small factor.
+// A value that is not finite reaches the same pixels as there; of an infinite one comes NaN. The
+// four terms of the rows of a padded plane lie in planes of their own, one pair of rows after
+// another at the same pitch, W+1. The lower row of a pair may be outside, and is then ignored.
 // Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, section 4.
 #pragma once
 
@@ -21,8 +22,8 @@ namespace DENSENET_EXT_ISA {
 
 constexpr int kTerms = 4;
 
-// Of a pair's column: where it is in a plane of terms; of its upper pixel in the unit the number,
-// and how far the lower one is from that, 0 where it is outside.
+// A column of a pair: where it is in a plane of terms, the number of its upper pixel in the unit,
+// and how far from that the lower one is, 0 where it is outside.
 struct PairPosition {
   int32_t plane, sample, pixel, lower;
 };
@@ -62,19 +63,12 @@ struct RowPairs {
     }
   }
 
-  // What of a plane of terms is read and not written: the padding before it, and what is beyond.
-  template <class T>
-  void clear_ends(T* plane) const {
-    std::fill_n(plane, kBase, T(0));
-    std::fill_n(plane + plane_size - kSlack, kSlack, T(0));
-  }
-
  private:
   static constexpr int64_t kBase = kLanes;       // before it is the first pair's left padding
   static constexpr int64_t kSlack = 4 * kLanes;  // what a last register block may read or write
 };
 
-// The terms of a pair, `distance` from one to the next, from its four rows of W values and a zero.
+// The terms of a pair, `distance` from one to the next, from four rows of W values and a zero each.
 // What is stored beyond that zero, the next pair overwrites.
 template <class T>
 DX_INLINE void form_terms(const T* d0, const T* d1, const T* d2, const T* d3, int64_t pitch,
@@ -103,7 +97,7 @@ inline void form_weight_terms(const T* w, int64_t count, T* u, int64_t step, int
   }
 }
 
-// From du to dg in its place, `count` values a term; dg1 takes the place of du1, dg2 of du3.
+// dg in the place of du, `count` values a term: dg0, dg1 and dg2 in that of du0, du1 and du3.
 template <class T>
 inline void gather_weight_terms(T* du, int64_t distance, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
