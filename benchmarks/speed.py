@@ -33,6 +33,7 @@ ALLOCATORS = ("default", "keep-pages")
 DEFAULT = tuple(n for n in PEERS if n not in ("compile-budget-0.5", "compile-budget-0.1", "compile-frozen"))
 EAGER = tuple(n for n in DEFAULT if "compile" not in n)
 CAPABILITIES = {
+    "avx512": {"DENSENET_EXT_CPU_CAPABILITY": "avx512"},  # without AMX, which float32 of torch's own does not use
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "DENSENET_EXT_CPU_CAPABILITY": "avx2"},
     # the libraries under torch's convolutions and matrix products too
     "avx2-all": {
