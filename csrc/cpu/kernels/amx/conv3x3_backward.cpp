@@ -1,12 +1,13 @@
-// Backward of a dense layer's 3x3 convolution on the tile unit; formulas: ../conv3x3_backward.cpp.
+// Backward of a dense layer's 3x3 convolution of bfloat16 on the tile unit; formulas:
+// ../conv3x3_backward.cpp.
 //
-// Unit and padded planes as there. dy is split at once, into planes of pairs of outputs and into
-// linear planes of bfloat16. Both products copy their operand of shifted dy into panels of tiles: a
+// Unit and padded planes as there. dy is rounded at once, into planes of pairs of outputs and into
+// linear planes. Both products copy their operand of shifted dy into panels of tiles: a
 // tile load that straddles cache lines takes six times as long.
 //
 //   dh: rows are i, columns 64 consecutive positions of the padded plane (a strip), k runs over
 //   pairs of outputs and taps. The sums are transposed in registers to rows of b; then h, dv and
-//   both sums of BN2 follow, and h is split to be an operand of the second product.
+//   both sums of BN2 follow, and h is rounded to be an operand of the second product.
 //   dW: rows are outputs and taps, columns i, k runs over all positions of the unit.
 //
 // Positions of the padding have a row of b of zeros, a table of zeros, so that h is zero there, and
@@ -28,13 +29,12 @@ constexpr int64_t kLeastBytes = 256 * 1024;
 
 // Sizes of everything.
 struct Shape {
-  int64_t parts, growth, pitch;
+  int64_t growth, pitch;
   int64_t couples, pairs, chunks;  // of outputs; of outputs and taps; in 32s
   int64_t rows, row_tiles, inner;  // of dW: 9*growth, in 16s; pitch in 16s
 
-  Shape(int64_t parts, int64_t growth, int64_t width)
-      : parts(parts),
-        growth(growth),
+  Shape(int64_t growth, int64_t width)
+      : growth(growth),
         pitch(round_up(width, kLanes)),
         couples(ceil_div(growth, 2)),
         pairs(9 * couples),
@@ -43,22 +43,21 @@ struct Shape {
         row_tiles(ceil_div(rows, kSide)),
         inner(pitch / kSide) {}
 
-  int64_t weight_pairs() const { return inner * chunks * parts * kTilePairs; }
-  int64_t panel_pairs() const { return chunks * 4 * parts * kTilePairs; }  // of a strip
+  int64_t weight_pairs() const { return inner * chunks * kTilePairs; }
+  int64_t panel_pairs() const { return chunks * 4 * kTilePairs; }  // of a strip
   int64_t strip_sums() const { return inner * 4 * kTile; }
 
   // For Units, which counts values of 4 bytes and has a fixed budget of them.
   int64_t values_per_pixel() const {
-    const int64_t bytes = parts * (4 * couples + 2 * growth + 2 * pitch + 2 * 2 * 2 * kSide);
+    const int64_t bytes = 4 * couples + 2 * growth + 2 * pitch + 2 * 2 * 2 * kSide;
     const int64_t fixed = 4 * (weight_pairs() + 2 * panel_pairs() + 2 * strip_sums());
     return ceil_div(bytes * 64 * 1024, std::max(kCache - fixed, kLeastBytes));
   }
 };
 
 // A position of the padded plane: rows of all that is used there.
-template <class S>
 struct Position {
-  const S* b;
+  const BFloat16* b;
   float* dv;
   const float *scale, *shift, *post;
 };
@@ -68,14 +67,11 @@ struct Cursor {
   int64_t s = 0, y = 0, x = 0;
 };
 
-template <class S>
 struct Job {
-  static constexpr int P = kParts<S>;
-  static constexpr int64_t kChunk = P * kTilePairs;
-  const Conv3x3Backward<S>& a;
+  const Conv3x3Backward<BFloat16>& a;
   const Units& units;
   const Shape& shape;
-  const uint32_t* weight;                    // [inner, chunks, P, 16, 16]
+  const uint32_t* weight;                    // [inner, chunks, 16, 16]
   const float *scale, *shift, *post, *mean;  // padded tables; post null: ones
   int64_t scale_stride, shift_stride;        // 0 or pitch
   const int64_t* pair_source;                // [pairs], of strip 0 in the planes of pairs
@@ -86,10 +82,10 @@ struct Job {
   float *strip_sums = nullptr,
         *dweight = nullptr;  // [2, inner, 4, 16, 16] and [row_tiles, inner, 16, 16]
   uint32_t *pairs = nullptr, *panels = nullptr, *h = nullptr, *left = nullptr;
-  uint16_t* linear = nullptr;  // [P, growth, plane_size]; pairs [P, couples, plane_size]
+  uint16_t* linear = nullptr;  // [growth, plane_size]; pairs [couples, plane_size]
   double* sums = nullptr;
   int64_t h_chunks = 0;
-  Position<S> positions[2][kStrip] = {};
+  Position positions[2][kStrip] = {};
 
   int64_t strips(const Unit& u) const { return ceil_div(units.span(u), kStrip); }
 
@@ -104,7 +100,7 @@ struct Job {
       const Vec<float> c0 = broadcast(a.coef.at(0, n, c)), c1 = broadcast(a.coef.at(1, n, c)),
                        c2 = broadcast(a.coef.at(2, n, c));
       const float* const g = a.grad.plane(n, c) + first;
-      const S* const x = a.features.plane(n, c) + first;
+      const BFloat16* const x = a.features.plane(n, c) + first;
       float* const row = plane + units.position(u, s, y);
       for (int64_t i = 0; i < units.width; i += kLanes) {
         const int64_t left = units.width - i;
@@ -136,23 +132,19 @@ struct Job {
       uint32_t* const to = pairs + jj * size;
       uint16_t* const line = linear + 2 * jj * size;
       for (int64_t i = 0; i < end; i += kLanes) {
-        __m512i parts[P];
-        split<P>(load(even + i), load(odd + i), parts);
-        DX_UNROLL
-        for (int p = 0; p < P; ++p) {
-          _mm512_store_si512(to + p * shape.couples * size + i, parts[p]);
-          uint16_t* const out = line + p * a.growth * size + i;
-          _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(parts[p]));
-          if (both)
-            _mm256_store_si256(reinterpret_cast<__m256i*>(out + size),
-                               _mm512_cvtepi32_epi16(_mm512_srli_epi32(parts[p], 16)));
-        }
+        __m512i part[1];
+        split(load(even + i), load(odd + i), part);
+        _mm512_store_si512(to + i, part[0]);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(line + i), _mm512_cvtepi32_epi16(part[0]));
+        if (both)
+          _mm256_store_si256(reinterpret_cast<__m256i*>(line + size + i),
+                             _mm512_cvtepi32_epi16(_mm512_srli_epi32(part[0], 16)));
       }
     }
   }
 
   // The rows of the next 64 positions.
-  void locate(const Unit& u, Cursor& at, Position<S>* out) const {
+  void locate(const Unit& u, Cursor& at, Position* out) const {
     for (int64_t i = 0; i < kStrip;) {
       if (at.s < u.samples && at.y < u.rows && at.x < units.width) {
         const int64_t n = u.sample + at.s, count = std::min(units.width - at.x, kStrip - i);
@@ -164,7 +156,7 @@ struct Job {
         at.x += count;
         continue;
       }
-      out[i++] = {reinterpret_cast<const S*>(zeros), dv_unused, zeros, zeros, zeros};
+      out[i++] = {reinterpret_cast<const BFloat16*>(zeros), dv_unused, zeros, zeros, zeros};
       if (++at.x >= units.pitch) {
         at.x = 0;
         if (++at.y > u.rows) {
@@ -175,20 +167,15 @@ struct Job {
     }
   }
 
-  // Rows first .. last of chunk k of a strip's panel [chunks, 4, P, 16, 16].
+  // Rows first .. last of chunk k of a strip's panel [chunks, 4, 16, 16].
   DX_INLINE void form(int64_t strip, int64_t k, int64_t first, int64_t last) const {
-    const int64_t part = shape.couples * units.plane_size;
     last = std::min(last, shape.pairs - k * kSide);
-    uint32_t* out = panels + strip % 2 * shape.panel_pairs() + k * 4 * kChunk + first * kSide;
+    uint32_t* out = panels + strip % 2 * shape.panel_pairs() + k * 4 * kTilePairs + first * kSide;
     for (int64_t r = first; r < last; ++r, out += kSide) {
       const uint32_t* const in = pairs + pair_source[k * kSide + r] + strip * kStrip;
       DX_UNROLL
-      for (int p = 0; p < P; ++p) {
-        DX_UNROLL
-        for (int c = 0; c < 4; ++c)
-          _mm512_store_si512(out + c * kChunk + p * kTilePairs,
-                             _mm512_loadu_si512(in + p * part + c * kLanes));
-      }
+      for (int c = 0; c < 4; ++c)
+        _mm512_store_si512(out + c * kTilePairs, _mm512_loadu_si512(in + c * kLanes));
     }
   }
 
@@ -198,10 +185,10 @@ struct Job {
     const int64_t r = tile / 4, c = tile % 4, i = r * kSide;
     Vec<float> dh[kSide];
     load_transposed(strip_sums + strip % 2 * shape.strip_sums() + tile * kTile, dh);
-    const Position<S>* const at = positions[strip % 2] + c * kSide;
-    const Position<S>* const ahead = positions[(strip + 1) % 2] + c * kSide;
+    const Position* const at = positions[strip % 2] + c * kSide;
+    const Position* const ahead = positions[(strip + 1) % 2] + c * kSide;
     uint32_t* const out =
-        h + (r * h_chunks + strip * 2 + c / 2) * kChunk + c % 2 * (kSide / 2) * kSide;
+        h + (r * h_chunks + strip * 2 + c / 2) * kTilePairs + c % 2 * (kSide / 2) * kSide;
     const Vec<float> center = load(mean + i);
     Vec<float> s1 = load(unit_sums + i), s2 = load(unit_sums + shape.pitch + i);
     DX_UNROLL
@@ -209,7 +196,7 @@ struct Job {
       Vec<float> value[2];
       DX_UNROLL
       for (int q = 0; q < 2; ++q) {
-        const Position<S>& row = at[p + q];
+        const Position& row = at[p + q];
         const Vec<float> b = load(row.b + i);
         value[q] = relu(load(row.scale + i) * b + load(row.shift + i));
         Vec<float> d = where_positive(value[q], dh[p + q]);
@@ -220,7 +207,7 @@ struct Job {
         __builtin_prefetch(ahead[p + q].b + i, 0, 2);
         __builtin_prefetch(ahead[p + q].dv + i, 1, 2);
       }
-      split<P>(value[0], value[1], out + p / 2 * kSide);
+      split<1>(value[0], value[1], out + p / 2 * kSide);
     }
     store(unit_sums + i, s1);
     store(unit_sums + shape.pitch + i, s2);
@@ -231,13 +218,13 @@ struct Job {
   template <bool POST, int NR, int NC>
   DX_INLINE void data_block(int64_t strip, int64_t r, int64_t c, int64_t first, int64_t last,
                             bool more, Pace& pace, int64_t& done) const {
-    const TileBlock<P, NR, NC> tiles;
-    const Panel w{weight + r * shape.chunks * kChunk, shape.chunks * kChunk, kChunk};
-    const uint32_t* const panel = panels + strip % 2 * shape.panel_pairs() + c * kChunk;
+    const TileBlock<1, NR, NC> tiles;
+    const Panel w{weight + r * shape.chunks * kTilePairs, shape.chunks * kTilePairs, kTilePairs};
+    const uint32_t* const panel = panels + strip % 2 * shape.panel_pairs() + c * kTilePairs;
     tiles.zero();
     int64_t k = 0;
     tiles.product(
-        shape.chunks, w, {panel, kChunk, 4 * kChunk}, [&]() __attribute__((always_inline)) {
+        shape.chunks, w, {panel, kTilePairs, 4 * kTilePairs}, [&]() __attribute__((always_inline)) {
           if (more) form(strip + 1, k++, first, last);
           if (strip > 0)
             pace.step([&]() __attribute__((always_inline)) { finish<POST>(strip - 1, done++); });
@@ -269,17 +256,14 @@ struct Job {
     for (int64_t tile = 0; tile < 4 * shape.inner; ++tile) finish<POST>(n - 1, tile);
   }
 
-  // Rows first .. last of two row tiles of shifted dy, chunk k of [chunks, 2, P, 16, 16].
+  // Rows first .. last of two row tiles of shifted dy, chunk k of [chunks, 2, 16, 16].
   DX_INLINE void shift_rows(int64_t tile, int64_t k, int64_t first, int64_t last,
                             uint32_t* panel) const {
-    const int64_t part = a.growth * units.plane_size;
     last = std::min(last, shape.rows - tile * kSide);
     for (int64_t r = first; r < last; ++r) {
       const uint16_t* const in = linear + row_source[tile * kSide + r] + k * kDepth;
-      uint32_t* const out = panel + (k * 2 + r / kSide) * kChunk + r % kSide * kSide;
-      DX_UNROLL
-      for (int p = 0; p < P; ++p)
-        _mm512_store_si512(out + p * kTilePairs, _mm512_loadu_si512(in + p * part));
+      _mm512_store_si512(panel + (k * 2 + r / kSide) * kTilePairs + r % kSide * kSide,
+                         _mm512_loadu_si512(in));
     }
   }
 
@@ -288,8 +272,8 @@ struct Job {
   DX_INLINE void weight_block(int64_t tile, int64_t i, int64_t chunks, bool fresh,
                               const uint32_t* panel, uint32_t* next, int64_t first,
                               int64_t last) const {
-    const TileBlock<P, NR, NC> tiles;
-    const int64_t step = h_chunks * kChunk;
+    const TileBlock<1, NR, NC> tiles;
+    const int64_t step = h_chunks * kTilePairs;
     const uint32_t* const right = h + i * step;
     float* const out = dweight + (tile * shape.inner + i) * kTile;
     if (fresh) {
@@ -299,14 +283,16 @@ struct Job {
     }
     int64_t k = 0;
     tiles.product(
-        chunks, {panel, kChunk, 2 * kChunk}, {right, step, kChunk},
+        chunks, {panel, kTilePairs, 2 * kTilePairs}, {right, step, kTilePairs},
         [&]() __attribute__((always_inline)) { shift_rows(tile + 2, k++, first, last, next); });
     tiles.store(out, shape.inner * kTile, kTile);
   }
 
   void weight_gradient(const Unit& u, bool fresh) const {
     const int64_t chunks = 2 * strips(u);
-    const auto panel = [&](int64_t tile) { return left + tile / 2 % 2 * h_chunks * 2 * kChunk; };
+    const auto panel = [&](int64_t tile) {
+      return left + tile / 2 % 2 * h_chunks * 2 * kTilePairs;
+    };
     for (int64_t k = 0; k < chunks; ++k) shift_rows(0, k, 0, 2 * kSide, panel(0));
     for (int64_t tile = 0; tile < shape.row_tiles; tile += 2) {
       const uint32_t* const now = panel(tile);
@@ -341,8 +327,7 @@ struct Job {
   }
 };
 
-// Row tile r of the left operand of dh, [chunks, P, 16, 16]; lines is [2, chunks * 16 + 16].
-template <int P>
+// Row tile r of the left operand of dh, [chunks, 16, 16]; lines is [2, chunks * 16 + 16].
 void pack_weight(const float* weight, const Shape& shape, int64_t width, int64_t r, float* lines,
                  uint32_t* out) {
   const int64_t size = shape.chunks * kSide + kSide;
@@ -354,19 +339,16 @@ void pack_weight(const float* weight, const Shape& shape, int64_t width, int64_t
       store_first(lines + j % 2 * size + j / 2 * 9, inside ? load_first(taps, 9) : Vec<float>{}, 9);
     }
     for (int64_t k = 0; k < shape.chunks; ++k)
-      split<P>(load(lines + k * kSide), load(lines + size + k * kSide),
-               out + k * P * kTilePairs + i * kSide);
+      split<1>(load(lines + k * kSide), load(lines + size + k * kSide),
+               out + k * kTilePairs + i * kSide);
   }
 }
 
 }  // namespace
 
-template <class S>
-void conv3x3_backward(const Conv3x3Backward<S>& a) {
-  constexpr int P = kParts<S>;
-  constexpr int64_t kChunk = P * kTilePairs;
+void conv3x3_backward(const Conv3x3Backward<BFloat16>& a) {
   const int64_t samples = a.features.samples;
-  const Shape shape(P, a.growth, a.width);
+  const Shape shape(a.growth, a.width);
   const Units units(samples, a.features.height, a.features.width, shape.values_per_pixel(),
                     thread_count(samples));
   const int64_t threads = thread_count(units.count), pitch = shape.pitch;
@@ -377,8 +359,8 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   parallel(shape.inner, std::min(threads, thread_count(shape.inner, 9 * kSide * a.growth)),
            [&](int64_t thread, int64_t begin, int64_t end) {
              for (int64_t r = begin; r < end; ++r)
-               pack_weight<P>(a.weight, shape, a.width, r, lines.as<float>() + thread * line,
-                              packed.as<uint32_t>() + r * shape.chunks * kChunk);
+               pack_weight(a.weight, shape, a.width, r, lines.as<float>() + thread * line,
+                           packed.as<uint32_t>() + r * shape.chunks * kTilePairs);
            });
 
   // The padding's row follows those of the samples.
@@ -409,10 +391,11 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   const int64_t longest = (units.maps_per_unit * (units.rows_per_unit + 1) - 1) * units.pitch - 1;
   const int64_t h_chunks = 2 * ceil_div(std::max<int64_t>(longest, 1), kStrip);
   const int64_t plane_values = 2 * units.plane_size;
-  const int64_t pair_values = P * shape.couples * units.plane_size;
-  const int64_t linear_values = round_up(P * a.growth * units.plane_size, 2 * kSide) / 2;
+  const int64_t pair_values = shape.couples * units.plane_size;
+  const int64_t linear_values = round_up(a.growth * units.plane_size, 2 * kSide) / 2;
   const int64_t panel_values = 2 * shape.panel_pairs(), sum_values = 2 * shape.strip_sums();
-  const int64_t h_values = shape.inner * h_chunks * kChunk, left_values = 4 * h_chunks * kChunk;
+  const int64_t h_values = shape.inner * h_chunks * kTilePairs,
+                left_values = 4 * h_chunks * kTilePairs;
   const int64_t dweight_values = shape.row_tiles * shape.inner * kTile;
   const int64_t thread_values = plane_values + pair_values + linear_values + panel_values +
                                 sum_values + h_values + left_values + dweight_values + 3 * pitch;
@@ -432,19 +415,19 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
     const auto take_pairs = [&](int64_t values) {
       return reinterpret_cast<uint32_t*>(take(values));
     };
-    Job<S> job{a,
-               units,
-               shape,
-               packed.as<uint32_t>(),
-               scale,
-               shift,
-               post_rows ? post : nullptr,
-               mean,
-               a.table.scale.sample_stride ? pitch : 0,
-               a.table.shift.sample_stride ? pitch : 0,
-               pair_source,
-               row_source,
-               zeros};
+    Job job{a,
+            units,
+            shape,
+            packed.as<uint32_t>(),
+            scale,
+            shift,
+            post_rows ? post : nullptr,
+            mean,
+            a.table.scale.sample_stride ? pitch : 0,
+            a.table.shift.sample_stride ? pitch : 0,
+            pair_source,
+            row_source,
+            zeros};
     job.dweight = take(dweight_values);
     job.planes = take(plane_values);
     job.pairs = take_pairs(pair_values);
@@ -459,9 +442,9 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
     job.h_chunks = h_chunks;
     std::fill_n(job.planes, plane_values, 0.f);
     // rows beyond the last pair stay zero
-    const int64_t last = (shape.chunks - 1) * 4 * kChunk;
+    const int64_t last = (shape.chunks - 1) * 4 * kTilePairs;
     for (int64_t i = 0; i < 2; ++i)
-      std::fill_n(job.panels + i * shape.panel_pairs() + last, 4 * kChunk, 0u);
+      std::fill_n(job.panels + i * shape.panel_pairs() + last, 4 * kTilePairs, 0u);
     for (int64_t i = begin; i < end; ++i) job.run(units[i], i == begin);
   });
 
@@ -489,10 +472,6 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
            });
   finish_bottleneck_norm(a, sums.as<double>(), threads, pitch);
 }
-
-template void conv3x3_backward<float>(const Conv3x3Backward<float>&);
-template void conv3x3_backward<BFloat16>(const Conv3x3Backward<BFloat16>&);
-template void conv3x3_backward<Float16>(const Conv3x3Backward<Float16>&);
 
 }  // namespace DENSENET_EXT_ISA
 }  // namespace densenet_ext
