@@ -152,11 +152,11 @@ struct Job {
     Vec<T> scale, shift, post, mean, s1, s2;
   };
 
-  // dv of a pixel from its dh, and both sums; returns h.
-  DX_INLINE Vec<T> finish_pixel(int64_t at, Vec<T> dh, Channels& c) const {
-    const Vec<T> b = load(a.bottleneck + at), value = relu(c.scale * b + c.shift);
+  // dv of a pixel, whose row of b starts at `o`, from its dh, and both sums; returns h.
+  DX_INLINE Vec<T> finish_pixel(int64_t o, Vec<T> dh, Channels& c) const {
+    const Vec<T> b = load(a.bottleneck + o), value = relu(c.scale * b + c.shift);
     const Vec<T> d = where_positive(value, dh) * c.post;
-    store(a.dv + at, d);
+    store(a.dv + o, d);
     c.s1 += d;
     c.s2 += d * (b - c.mean);
     return value;
