@@ -200,14 +200,15 @@ FORWARD = {"bottleneck_forward": 4, "conv3x3_forward": 6, "transition_forward": 
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=label)  # the latter never on the tile unit
 @pytest.mark.parametrize("op", FORWARD)
-def test_nan_reaches_what_depends_on_it(op, device):
+def test_nan_reaches_what_depends_on_it(op, dtype, device):
     """One NaN among the inputs: relu(NaN) is NaN, as in PyTorch."""
     options = {"use_given": True} if op == "stem_forward" else {}
-    args = getattr(Problem(Shape("", height=8, width=8), torch.float32, device=device), op)(**options)
+    args = getattr(Problem(Shape("", height=8, width=8), dtype, device=device), op)(**options)
     first = args[0]
     first[(0, 1, 3, 3) if first.dim() == 4 else (9, 1)] = torch.nan
-    actual, expected = run_both(op, args, torch.float32, device)
+    actual, expected = run_both(op, args, dtype, device)
     out = FORWARD[op]
     assert expected[out].isnan().any() and not expected[out].isnan().all()
     assert torch.equal(actual[out].isnan(), expected[out].isnan())

@@ -53,7 +53,7 @@ struct Job {
 
   void load_terms(const Unit& u) const {
     for (int64_t j = 0; j < a.growth; ++j) {
-      load_plane(u, j);
+      load_gradient_plane(a, units, u, j, plane);
       for (int64_t s = 0; s < u.samples; ++s) {
         for (int64_t y = 0; y < u.rows; y += 2) {
           // From the lowest row up, because taps look back. A row below the padding is one that
@@ -66,30 +66,6 @@ struct Job {
         }
       }
     }
-  }
-
-  void load_plane(const Unit& u, int64_t j) const {
-    const int64_t c = a.offset + j;
-    units.clear_outside(u, plane);
-    units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
-      const int64_t n = u.sample + s, first = (u.row + y) * units.width;
-      const Vec<T> c0 = broadcast(a.coef.at(0, n, c)), c1 = broadcast(a.coef.at(1, n, c)),
-                   c2 = broadcast(a.coef.at(2, n, c));
-      const T* const g = a.grad.plane(n, c) + first;
-      const S* const x = a.features.plane(n, c) + first;
-      T* const row = plane + units.position(u, s, y);
-      for (int64_t i = 0; i < units.width; i += kVec<T>) {
-        const int64_t left = units.width - i;
-        store_first(row + i, c0 * load_first(g + i, left) + (c1 + c2 * load_first(x + i, left)),
-                    left);
-      }
-      if (a.dropout_mask) {
-        const bool* const mask =
-            a.dropout_mask + (n * a.growth + j) * units.height * units.width + first;
-        const T keep_scale = static_cast<T>(a.dropout_scale);
-        for (int64_t i = 0; i < units.width; ++i) row[i] = mask[i] ? row[i] * keep_scale : T(0);
-      }
-    });
   }
 
   // Product k of dh of kColumns columns and the vectors first .. first + NV.

@@ -78,8 +78,6 @@ struct Units {
     return base + (s * (u.rows + 1) + y) * pitch;
   }
 
-  int64_t pixels_per_unit() const { return maps_per_unit * rows_per_unit * width; }
-
   // Positions from the first pixel to the last, padding between them included.
   int64_t span(const Unit& u) const { return (u.samples * (u.rows + 1) - 1) * pitch - 1; }
 
@@ -102,6 +100,33 @@ struct Units {
       std::fill_n(plane + position(u, u.samples - 1, u.rows) - 1, pitch + 1, T(0));
   }
 };
+
+// dy of output j, coef0*G + coef1 + coef2*x times the dropout, to a padded plane.
+template <class S, class T = Arithmetic<S>>
+inline void load_gradient_plane(const Conv3x3Backward<S>& a, const Units& units, const Unit& u,
+                                int64_t j, T* plane) {
+  const int64_t c = a.offset + j;
+  units.clear_outside(u, plane);
+  units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
+    const int64_t n = u.sample + s, first = (u.row + y) * units.width;
+    const Vec<T> c0 = broadcast(a.coef.at(0, n, c)), c1 = broadcast(a.coef.at(1, n, c)),
+                 c2 = broadcast(a.coef.at(2, n, c));
+    const T* const g = a.grad.plane(n, c) + first;
+    const S* const x = a.features.plane(n, c) + first;
+    T* const row = plane + units.position(u, s, y);
+    for (int64_t i = 0; i < units.width; i += kVec<T>) {
+      const int64_t left = units.width - i;
+      store_first(row + i, c0 * load_first(g + i, left) + (c1 + c2 * load_first(x + i, left)),
+                  left);
+    }
+    if (a.dropout_mask) {
+      const bool* const mask =
+          a.dropout_mask + (n * a.growth + j) * units.height * units.width + first;
+      const T keep_scale = static_cast<T>(a.dropout_scale);
+      for (int64_t i = 0; i < units.width; ++i) row[i] = mask[i] ? row[i] * keep_scale : T(0);
+    }
+  });
+}
 
 // [rows, width] padded with zeros to [rows, round_up(width, kLanes)].
 template <class T>

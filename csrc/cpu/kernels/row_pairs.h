@@ -4,13 +4,15 @@
 //   t = (d0 - d2, d1 + d2, d2 - d1, d3 - d1),  u = (g0, (g0 + g1 + g2)/2, (g0 - g1 + g2)/2, g2)
 //   m = t*u, summed over channels and the three columns;  y0 = m0 + m1 + m2,  y1 = m1 - m2 + m3
 // and, for the gradient v of y,
-//   du = sum t*(v0, v0 + v1, v0 - v1, v1),  dg = (du0 + e, (du1 - du2)/2, e + du3), e = (du1 +
-//   du2)/2
+//   du = sum t*(v0, v0 + v1, v0 - v1, v1),
+//   dg = (du0 + e, (du1 - du2)/2, e + du3),  e = (du1 + du2)/2
 //
 // Factors are 1 and 1/2 alone, so rounding errors are those of a direct sum but for a small factor.
-// A value that is not finite reaches the same pixels as there; of an infinite one comes NaN. The
-// four terms of the rows of a padded plane lie in planes of their own, one pair of rows after
-// another at the same pitch, W+1. The lower row of a pair may be outside, and is then ignored.
+// A value that is not finite reaches the same pixels as there, at a border perhaps more taps of dg;
+// of an infinite one comes NaN. The four terms of the rows of a padded plane lie in planes of their
+// own, one pair of rows after another at the same pitch, W+1. The lower row of a pair may be
+// outside, and is then ignored.
+//
 // Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, section 4.
 #pragma once
 

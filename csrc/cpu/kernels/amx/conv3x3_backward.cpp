@@ -89,31 +89,11 @@ struct Job {
 
   int64_t strips(const Unit& u) const { return ceil_div(units.span(u), kStrip); }
 
-  // dy of output j to a zero-padded plane.
+  // dy of output j to a zero-padded plane, with zeros below it up to `end`.
   void load_plane(const Unit& u, int64_t j, int64_t end, float* plane) const {
-    const int64_t c = a.offset + j;
-    units.clear_outside(u, plane);
     const int64_t below = units.position(u, u.samples - 1, u.rows) + units.pitch;
     std::fill(plane + std::min(below, end), plane + end, 0.f);
-    units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
-      const int64_t n = u.sample + s, first = (u.row + y) * units.width;
-      const Vec<float> c0 = broadcast(a.coef.at(0, n, c)), c1 = broadcast(a.coef.at(1, n, c)),
-                       c2 = broadcast(a.coef.at(2, n, c));
-      const float* const g = a.grad.plane(n, c) + first;
-      const BFloat16* const x = a.features.plane(n, c) + first;
-      float* const row = plane + units.position(u, s, y);
-      for (int64_t i = 0; i < units.width; i += kLanes) {
-        const int64_t left = units.width - i;
-        store_first(row + i, c0 * load_first(g + i, left) + (c1 + c2 * load_first(x + i, left)),
-                    left);
-      }
-      if (a.dropout_mask) {
-        const bool* const mask =
-            a.dropout_mask + (n * a.growth + j) * units.height * units.width + first;
-        const float keep_scale = static_cast<float>(a.dropout_scale);
-        for (int64_t i = 0; i < units.width; ++i) row[i] = mask[i] ? row[i] * keep_scale : 0.f;
-      }
-    });
+    load_gradient_plane(a, units, u, j, plane);
   }
 
   void load_planes(const Unit& u) const {
