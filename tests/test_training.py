@@ -59,20 +59,28 @@ def test_bound_is_out_of_reach(part, change, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_fused_variant_has_the_loss_curve_of_the_plain_one(tmp_path):
-    """A+B and A+B+C from one seed, 100 steps in float32.
+@pytest.mark.parametrize(["dtype", "bound"], [(torch.float32, 2e-3), (torch.float64, 5e-7)], ids=["float32", "float64"])
+def test_fused_variant_has_the_loss_curve_of_the_plain_one(dtype, bound, tmp_path, monkeypatch):
+    """A+B and A+B+C from one seed, 100 steps.
 
-    For 25 steps the losses differ by rounding alone (5e-7 seen, at a loss of 2.3). Then single ReLUs fall on the other side
-    and the difference grows: 1.3e-4 seen; 7.7e-4 between the two memory formats of the plain network. Other masks make 4e-2.
+    In float32 single ReLUs fall on the other side, from step 13 on or never, by seed and by instruction set, and the
+    difference grows: 4e-4 seen at most; 7.7e-4 between the two memory formats of the plain network. In float64 the recorded
+    losses, which are float32, are equal. Other masks make 4e-2.
     """
+
+    def converted(*arguments):
+        model = build(*arguments).to(dtype)
+        model.register_forward_pre_hook(lambda _, images: images[0].to(dtype))
+        return model
+
+    monkeypatch.setattr(engine, "build", converted)
     options = "--image-size 16 --growth-rate 12 --lr 0.003 --epochs 5 --limit-steps 100 --variant".split()
     curves = []
     for variant in ("A+B", "A+B+C"):
         cases.train(tmp_path / variant, *options, variant)
         curves.append(torch.tensor([loss for _, loss in cases.scalars(tmp_path / variant, "train/loss")]))
     assert len(curves[0]) == 100
-    torch.testing.assert_close(curves[1][:25], curves[0][:25], rtol=0, atol=5e-6)
-    torch.testing.assert_close(curves[1], curves[0], rtol=0, atol=2e-3)
+    torch.testing.assert_close(curves[1], curves[0], rtol=0, atol=bound)
 
 
 @pytest.fixture(scope="module")
