@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 def test_quickstart_learns():
     """A wrong gradient, or statistics that differ between training and evaluation, does not get this far in six epochs."""
     pytest.importorskip("sklearn")
-    arguments = ["--epochs", "6", "--depth", "22"]
+    arguments = ["--epochs", "6", "--depth", "16"]
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "quickstart.py"), *arguments], capture_output=True, text=True, timeout=600
     )

@@ -1,6 +1,6 @@
 """Builds the library that runs the CUDA kernels on a simulated device; prints its path.
 
---sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer in place of the simulator's own checks.
+--sanitize: the kernels with AddressSanitizer and UndefinedBehaviorSanitizer in place of the simulator's own checks.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ KERNEL_FLAGS = [*CUDA_FLAGS, "-fsanitize=thread"]
 SANITIZERS = "address,undefined"
 SANITIZE_FLAGS = ["-O1", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 STUBS = "stubs.cpp"
+BUILDS = Path("build/simt")
 HOST_SOURCES = ["ops", "layers", "dense_stage", "dense_layer", "dense_stem", "workspace"]
 
 
@@ -51,24 +52,24 @@ def build(sanitize: bool = False, kernels: str = "*") -> Path:
     if torch is None or not torch.is_new_enough:
         raise native.NativeBuildError(f"PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer was not found")
     variant = [torch.version, *["sanitize"] * sanitize, *[re.sub(r"\W+", "_", kernels)] * (kernels != "*")]
-    directory = Path("build/simt", "-".join(variant))
-    with _in_root(), _locked(directory):
+    directory = BUILDS / "-".join(variant)
+    with _in_root(), _locked():
         library = _describe(directory, torch, sanitize, kernels)
-        native.build([library], directory, directory)
+        native.build([library], BUILDS, directory)
         if _write_stubs(library.path, directory):
-            native.build([library], directory, directory)
+            native.build([library], BUILDS, directory)
     return ROOT / library.path
 
 
 def build_checks() -> Path:
     """The same for the simulator's own tests: a library for ctypes, without torch."""
     compiler = native.find_compiler()
-    directory = Path("build/simt/checks")
-    with _in_root(), _locked(directory):
+    directory = BUILDS / "checks"
+    with _in_root(), _locked():
         library = native.Library(directory / "checks.so", compiler, link_flags=["-shared"])
         _add(library, directory, [*_simulator(), Path("tests/simt/check.cpp")], [])
         _add(library, directory, Path("tests/simt").glob("*.cu"), KERNEL_FLAGS)
-        native.build([library], directory, directory)
+        native.build([library], BUILDS, directory)
     return ROOT / library.path
 
 
@@ -92,10 +93,10 @@ def _in_root():
 
 
 @contextlib.contextmanager
-def _locked(directory: Path):
+def _locked():
     """Several test runs may build at once."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "w") as lock:
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    with open(BUILDS / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -107,20 +108,19 @@ def _describe(directory: Path, torch, sanitize: bool, kernels: str) -> native.Li
     target = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
     torch_flags = [f"-DTORCH_TARGET_VERSION={target}", f"-isystem{torch.directory / 'include'}"]
 
-    def add(paths, flags):
-        _add(library, directory, paths, [*sanitizers, *flags])
-
-    add(_simulator(), [])
-    add([Path("csrc", f"{stem}.cpp") for stem in HOST_SOURCES], torch_flags)
-    add([path for path in Path("csrc/cuda").glob("*.cpp") if path.name != "module.cpp"], torch_flags)
-    add([Path("tests/simt/module.cpp")], [*torch_flags, *_module_flags(torch, sanitize)])
+    _add(library, directory, _simulator(), sanitizers)
+    # What launches the kernels is the same in every variant.
+    launchers = [Path("csrc", f"{stem}.cpp") for stem in HOST_SOURCES]
+    launchers += [path for path in Path("csrc/cuda").glob("*.cpp") if path.name != "module.cpp"]
+    _add(library, BUILDS / torch.version, launchers, torch_flags)
+    _add(library, directory, [Path("tests/simt/module.cpp")], [*torch_flags, *_module_flags(torch, sanitize)])
     # Of inline functions that others have too, the linker takes the first copy: one without hooks.
     chosen = {path for glob in kernels.split(",") for path in Path("csrc/cuda/kernels").glob(f"{glob}.cu")}
-    add(chosen, CUDA_FLAGS if sanitize else KERNEL_FLAGS)
+    _add(library, directory, chosen, [*CUDA_FLAGS, *sanitizers] if sanitize else KERNEL_FLAGS)
     stubs = directory / STUBS
-    if not stubs.exists():
-        stubs.write_text("")
-    add([stubs], [])
+    directory.mkdir(exist_ok=True)
+    stubs.touch()
+    _add(library, directory, [stubs], [])
     library.link_flags = ["-shared", *sanitizers, f"-L{torch.directory / 'lib'}", "-ltorch_cpu", "-lc10"]
     return library
 
