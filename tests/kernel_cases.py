@@ -46,6 +46,8 @@ SHAPES = [
     Shape("empty batch", samples=0),
     Shape("7x7", samples=3, height=7, width=7, channels=40, bottleneck=48, growth=12),
     Shape("14x14", height=14, width=14, channels=33, bottleneck=128, growth=32, outputs=16),
+    Shape("no multiples of 16, growth of more than 16", height=9, width=7, channels=20, bottleneck=100, growth=22),
+    Shape("growth of more than 16 and few channels", height=5, width=9, channels=12, bottleneck=40, growth=20),
     Shape("bottleneck of more than 128", height=5, width=5, channels=24, bottleneck=160, growth=40),
     Shape("more than 128 channels", height=7, width=6, channels=150, bottleneck=48, growth=12, outputs=75),
     Shape("two columns and many rows", height=41, width=2, channels=4),

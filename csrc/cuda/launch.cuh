@@ -82,7 +82,7 @@ inline int current_device() { return 0; }
 inline Capability device_capability(int) { return {simt::capability(), 0}; }
 inline std::string device_name(int) { return "the simulated device"; }
 inline int multiprocessors() { return simt::kMultiprocessors; }
-inline int64_t shared_limit() { return simt::kSharedLimit; }
+inline int64_t shared_limit() { return simt::shared_limit(); }
 
 template <class... P>
 void launch(const Context&, void (*kernel)(P...), Grid grid, int threads, int64_t shared_bytes,

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <string_view>
 #include <tuple>
 
 #include "device.h"
@@ -11,8 +12,8 @@ namespace simt {
 
 // Small, so that persistent blocks have several tiles each.
 constexpr int kMultiprocessors = 3;
-// The least that a supported architecture gives one block.
-constexpr int64_t kSharedLimit = 99 * 1024;
+// What the supported architectures give one block, at least and at most.
+constexpr int64_t kLeastShared = 99 * 1024, kMostShared = 227 * 1024;
 
 struct Launch {
   Index grid;
@@ -34,6 +35,12 @@ void set_seed(uint64_t seed);
 inline int capability() {
   const char* const given = std::getenv("SIMT_CAPABILITY");
   return given != nullptr ? std::atoi(given) : 8;
+}
+
+// Bytes of shared memory for one block: SIMT_SHARED=most, or the least.
+inline int64_t shared_limit() {
+  const char* const given = std::getenv("SIMT_SHARED");
+  return given != nullptr && std::string_view(given) == "most" ? kMostShared : kLeastShared;
 }
 
 template <class... P, class... A>

@@ -33,9 +33,9 @@ void check_launch(const Launch& launch) {
     fail("a block of " + std::to_string(launch.threads) +
          " threads: it must be whole warps, at most 1024 threads");
   }
-  if (launch.shared_bytes < 0 || launch.shared_bytes > kSharedLimit) {
+  if (launch.shared_bytes < 0 || launch.shared_bytes > shared_limit()) {
     fail(std::to_string(launch.shared_bytes) + " bytes of shared memory: the limit is " +
-         std::to_string(kSharedLimit));
+         std::to_string(shared_limit()));
   }
   if (launch.grid.y > 65535 || launch.grid.z > 65535 || launch.grid.x > 0x7fffffff) {
     fail("the grid is too large");

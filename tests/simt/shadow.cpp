@@ -20,9 +20,9 @@ namespace {
 
 // Shared memory lies between guards, so that what misses it is known for what it is.
 constexpr int64_t kGuard = 64 * 1024;
-alignas(128) unsigned char zone[kGuard + kSharedLimit + kGuard];
+alignas(128) unsigned char zone[kGuard + kMostShared + kGuard];
 unsigned char* const shared_memory = zone + kGuard;
-Cell shared_cells[kSharedLimit / 2 + 1];
+Cell shared_cells[kMostShared / 2 + 1];
 
 const char* verb(Access kind) {
   return kind == Access::kRead ? "reads" : kind == Access::kWrite ? "writes" : "atomically adds to";

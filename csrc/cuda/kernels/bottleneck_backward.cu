@@ -4,9 +4,9 @@
 //   dW = db^T z, dz = db W        (z = relu(scale x + shift), remade)
 //   dv1 = r [z > 0] dz            G += q gamma rstd dv1, S1 = sum dv1, S2 = sum dv1 xhat
 //
-// A block has a chunk of channels and a part of the rows: grid (chunks, parts). A warp owns 16
-// channels, alone or with a second one, and keeps their dW (all kUnits * 16 rows of it, or half of
-// them), their S1 and S2, and their columns of W in registers until the last tile. For each tile:
+// A block has a chunk of channels and a part of the rows: grid (chunks, parts). Chunks are of the
+// same size, or all would wait for the fullest. A warp owns 16 channels, alone or with a second
+// one, and keeps their dW (all kUnits * 16 rows of it, or half of them), their S1 and S2, and their columns of W in registers until the last tile. For each tile:
 // all threads form db in shared memory; the warp makes dz of 16 rows (all of the tile's, or half of
 // them) by 16 channels, and with it z over x and the new G over the old one, in shared memory; it
 // stores its G, and multiplies db^T by z. Meanwhile x and G of the next tiles come by cp.async, dv
@@ -82,6 +82,7 @@ struct Arguments {
   int x_pitch, grad_in_pitch, grad_pitch;
   int rows, pixels;  // of all samples, of one
   int channels, width, pitch;
+  int chunk;            // channels of a chunk, a multiple of 16
   const S* dv;          // [M, pitch]
   const S* bottleneck;  // [M, pitch]
   const T* db_table;    // [3, width]
@@ -184,7 +185,8 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
   Channel<T>* const channels = reinterpret_cast<Channel<T>*>(rest + K::kRestSize);
   T* const db_table = reinterpret_cast<T*>(channels + K::kChannels);
   const int g = lane_id() / 4, t = lane_id() % 4;
-  const int channel0 = static_cast<int>(blockIdx.x) * K::kChannels;
+  const int channel0 = static_cast<int>(blockIdx.x) * p.chunk;
+  const int end = channel0 + p.chunk < p.channels ? channel0 + p.chunk : p.channels;
   const int own = warp_id() % K::kGroups * 16;  // first channel of the warp in the chunk
   const int share = warp_id() / K::kGroups;     // which of the warps with these channels it is
   const int tiles = (p.rows + K::kRows - 1) / K::kRows;
@@ -219,7 +221,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
     const int c = channel0 + i;
     const ScaleShift<T> entry = p.table.data[c];
     Channel<T> channel = {entry.scale, entry.shift, T(0), T(0)};
-    if (c < p.channels) {
+    if (c < end) {
       channel.mean = p.norm.mean[c];
       channel.slope = p.norm.weight[c] / sqrt(p.norm.var[c] + static_cast<T>(p.norm.eps));
     }
@@ -232,9 +234,9 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
     if (tile < last) {
       const int row0 = tile * K::kRows;
       S* const to = maps + stage * 2 * K::kMapSize;
-      load_maps<K>(p.x, p.x_pitch, p.rows, p.channels, row0, channel0, self, to);
+      load_maps<K>(p.x, p.x_pitch, p.rows, end, row0, channel0, self, to);
       if (main && p.grad_in != nullptr)
-        load_maps<K>(p.grad_in, p.grad_in_pitch, p.rows, p.channels, row0, channel0, self,
+        load_maps<K>(p.grad_in, p.grad_in_pitch, p.rows, end, row0, channel0, self,
                      to + K::kMapSize);
     }
     cp_async_commit();
@@ -250,7 +252,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
     const int row0 = tile * K::kRows;
     const int self = fresh(static_cast<int>(threadIdx.x));
     const int g = self % kWarp / 4, t = self % 4;
-    const bool idle = channel0 + self / kWarp % K::kGroups * 16 >= p.channels;  // no channel here
+    const bool idle = channel0 + self / kWarp % K::kGroups * 16 >= end;  // no channel here
     S* const x = maps + stage * 2 * K::kMapSize;
     S* const gradient = x + K::kMapSize;
     S* const db = buffers + (tile - first) % K::kBuffers * K::kBottleneckSize;
@@ -311,6 +313,16 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
       const int m = share + i * K::kSplit;
       T dz[2][4] = {};
       if constexpr (!kWide) multiply(m, 0, dz);
+      S values[2][2][2] = {}, before[2][2][2] = {};  // of x and G, all on their way at once
+#pragma unroll
+      for (int tile8 = 0; tile8 < 2; ++tile8) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at = (m * 16 + g + 8 * half) * K::kMapPitch + own + 8 * tile8 + 2 * t;
+          load_raw<2>(x + at, 2, values[tile8][half]);
+          if (main && p.grad_in != nullptr) load_raw<2>(gradient + at, 2, before[tile8][half]);
+        }
+      }
 #pragma unroll
       for (int tile8 = 0; tile8 < 2; ++tile8) {
         const int column = own + 8 * tile8 + 2 * t;
@@ -320,31 +332,30 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
         for (int half = 0; half < 2; ++half) {
           const int r = m * 16 + g + 8 * half;
           const int n = (row0 + r < p.rows ? row0 + r : p.rows - 1) / p.pixels;
-          T value[2], old[2] = {T(0), T(0)}, z[2], updated[2];
-          load<2>(x + r * K::kMapPitch + column, value);
-          if (main && p.grad_in != nullptr) load<2>(gradient + r * K::kMapPitch + column, old);
+          T z[2], updated[2];
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
+            const T value = widen(values[tile8][half][j]), old = widen(before[tile8][half][j]);
             Channel<T> channel = kMasked ? channels[column + j] : both[j];  // fewer registers
             T q = T(1), r2 = T(1);  // masks before and after
             if constexpr (kMasked) {
               const ScaleShift<T> entry =
                   p.table.data[n * static_cast<int>(p.table.sample_stride) + c + j];
               channel.scale = entry.scale, channel.shift = entry.shift;
-              if (c + j < p.channels) {
+              if (c + j < end) {
                 if (p.pre_mask.data != nullptr)
                   q = p.pre_mask.data[n * static_cast<int>(p.pre_mask.sample_stride) + c + j];
                 if (p.post_mask.data != nullptr)
                   r2 = p.post_mask.data[n * static_cast<int>(p.post_mask.sample_stride) + c + j];
               }
             }
-            const T v = affine(value[j], channel.scale, channel.shift);
+            const T v = affine(value, channel.scale, channel.shift);
             z[j] = relu(v);
             const T u = v > T(0) ? (kWide ? sums_of_parts[m] : dz)[tile8][2 * half + j] : T(0);
             const T dv = u * r2;
-            updated[j] = affine(dv, q * channel.slope, old[j]);
+            updated[j] = affine(dv, q * channel.slope, old);
             sum1[tile8][j] += dv;
-            sum2[tile8][j] = affine(dv, affine(value[j], q, -channel.mean), sum2[tile8][j]);
+            sum2[tile8][j] = affine(dv, affine(value, q, -channel.mean), sum2[tile8][j]);
           }
           store_operands<Math>(x + r * K::kMapPitch + column, z);
           if (main) store<2>(gradient + r * K::kMapPitch + column, updated);
@@ -359,13 +370,13 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
           const int column = own + i % kPieces * K::kElements;
           const int row = row0 + m * 16 + i / kPieces;
           const int c = channel0 + column;
-          if (row >= p.rows || c >= p.channels) continue;
+          if (row >= p.rows || c >= end) continue;
           const S* const from = gradient + (m * 16 + i / kPieces) * K::kMapPitch + column;
           S* const to = p.grad + static_cast<int64_t>(row) * p.grad_pitch + c;
-          if (c + K::kElements <= p.channels) {
+          if (c + K::kElements <= end) {
             st16_global(to, ld16(from));
           } else {
-            for (int e = 0; c + e < p.channels; ++e) to[e] = from[e];
+            for (int e = 0; c + e < end; ++e) to[e] = from[e];
           }
         }
         __syncwarp();  // lanes leave that loop at different times
@@ -399,7 +410,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
         const int64_t row = static_cast<int64_t>(blockIdx.z) * K::kWidth +
                             (share * K::kOwnUnits + u) * 16 + g + i / 2 * 8;
         const int c = channel0 + own + 8 * tile + 2 * t + i % 2;
-        if (row < p.width && c < p.channels) dweight[row * p.channels + c] = acc[u][tile][i];
+        if (row < p.width && c < end) dweight[row * p.channels + c] = acc[u][tile][i];
       }
     }
   }
@@ -414,7 +425,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
         sum2[tile][j] += __shfl_xor_sync(0xffffffffu, sum2[tile][j], lanes);
       }
       const int c = channel0 + own + 8 * tile + 2 * t + j;
-      if (g == 0 && c < p.channels) {
+      if (g == 0 && c < end) {
         sums[c] = sum1[tile][j];
         sums[p.channels + c] = sum2[tile][j];
       }
@@ -479,7 +490,8 @@ void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) 
   const int64_t tiles_each = parts > 0 ? ceil_div(tiles, parts) : 0;
   parts = tiles_each > 0 ? ceil_div(tiles, tiles_each) : 0;
 
-  const int64_t depth = chunks * K::kChannels;
+  const int64_t depth = chunks * K::kChannels,
+                chunk = chunks > 0 ? round_up(ceil_div(a.channels, chunks), 16) : 0;
   const auto packed = pack<Math>(a.weight, a.width, a.channels, depth, blocks * K::kWidth, true,
                                  a.table, a.features.samples, a.channels, depth, context);
   const Arguments<S> p = {a.features.data,
@@ -493,6 +505,7 @@ void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) 
                           as_int(a.channels),
                           as_int(a.width),
                           as_int(round_up(a.width, kLanes)),
+                          as_int(chunk),
                           a.dv,
                           a.bottleneck,
                           a.db_table,

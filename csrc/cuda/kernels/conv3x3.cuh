@@ -8,7 +8,7 @@
 namespace densenet_ext::cuda {
 
 constexpr int kTaps = 9;      // tap 3*i + j reads the pixel at (y + i - 1, x + j - 1)
-constexpr int kOutputs = 16;  // output channels of a tile; the growth rate may be smaller
+constexpr int kOutputs = 16;  // output channels come in units of so many
 constexpr int kUnit = 16;     // channels of the bottleneck come in units of so many
 
 // Elements in 16 bytes.
@@ -37,7 +37,7 @@ void dispatch_conv3x3(const Context& context, int64_t width, const F& body) {
     }
   });
 }
-// Layers of these sizes have kernels of their own; the map's width decides whether a tile fits.
+// Layers of these sizes have kernels of their own, if the maps are not too wide for a tile.
 template <class S>
 bool is_narrow(int64_t width, int64_t growth, int64_t pixels) {
   return width <= kMostUnits<S> * kUnit && growth <= kOutputs && pixels < (int64_t{1} << 28);
@@ -132,8 +132,8 @@ struct TapPacking {
   using T = Arithmetic<S>;
   const T* weight;  // [growth, width, 3, 3]
   int growth, width;
-  S* packed;  // [kTaps, kOutputs, pitch], 0 beyond growth and width
-  int pitch;
+  S* packed;  // [kTaps, outputs, pitch], 0 beyond growth and width
+  int outputs, pitch;
   NormTable<T> norm;
   const T* mean;       // null: not needed
   PerChannel<T> mask;  // data null: all ones
@@ -146,10 +146,10 @@ template <class Math>
 KERNEL __launch_bounds__(256) pack_taps_kernel(TapPacking<typename Math::Storage> a) {
   using T = typename Math::T;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  const int64_t weights = static_cast<int64_t>(kTaps) * kOutputs * a.pitch;
+  const int64_t weights = static_cast<int64_t>(kTaps) * a.outputs * a.pitch;
   if (i < weights) {
-    const int at = static_cast<int>(i), c = at % a.pitch, o = at / a.pitch % kOutputs,
-              tap = at / a.pitch / kOutputs;
+    const int at = static_cast<int>(i), c = at % a.pitch, o = at / a.pitch % a.outputs,
+              tap = at / a.pitch / a.outputs;
     const bool real = o < a.growth && c < a.width;
     a.packed[i] = Math::operand(real ? a.weight[(o * a.width + c) * kTaps + tap] : T(0));
   } else if (i - weights < a.samples * a.columns) {
@@ -166,11 +166,11 @@ KERNEL __launch_bounds__(256) pack_taps_kernel(TapPacking<typename Math::Storage
 
 template <class S>
 struct PackedTaps {
-  const S* weight;  // [kTaps, kOutputs, shared_pitch]
+  const S* weight;  // [kTaps, outputs, shared_pitch]
   const Entry<Arithmetic<S>>* table;
   int64_t sample_stride;  // 0 where all samples share a row of the table
 };
-template <class Math, int kUnits>
+template <class Math, int kUnits, int outputs = kOutputs>
 PackedTaps<typename Math::Storage> pack_taps(const typename Math::T* weight, int64_t growth,
                                              int64_t width, const NormTable<typename Math::T>& norm,
                                              const typename Math::T* mean,
@@ -181,11 +181,12 @@ PackedTaps<typename Math::Storage> pack_taps(const typename Math::T* weight, int
   constexpr int columns = kUnits * kUnit, pitch = shared_pitch<S>(columns);
   const bool per_sample =
       norm.scale.sample_stride != 0 || norm.shift.sample_stride != 0 || mask.data != nullptr;
-  const int64_t table_rows = per_sample ? samples : 1, weights = kTaps * kOutputs * pitch;
+  const int64_t table_rows = per_sample ? samples : 1, weights = kTaps * outputs * pitch;
   TapPacking<S> a = {weight,
                      static_cast<int>(growth),
                      static_cast<int>(width),
                      context.scratch<S>(weights),
+                     outputs,
                      pitch,
                      norm,
                      mean,

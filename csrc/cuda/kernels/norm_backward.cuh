@@ -57,15 +57,31 @@ DEVICE void norm_backward_block(const NormBackward<T>& a, int64_t block, unsigne
     constant = -g * (s1 - static_cast<double>(a.norm.mean[c]) * rstd * s2);
     factor = -g * rstd * s2;
   }
-  for (int64_t n = map.row(); n < a.coef.samples; n += map.rows) {
-    if (a.starts) {
+  if (a.starts) {
+    for (int64_t n = map.row(); n < a.coef.samples; n += map.rows) {
       a.coef.at(0, n, c) = T(1);
       a.coef.at(1, n, c) = static_cast<T>(constant);
       a.coef.at(2, n, c) = static_cast<T>(factor);
-    } else if (a.norm.training) {
-      const double q = a.mask.data != nullptr ? static_cast<double>(a.mask.row(n)[c]) : 1.0;
-      a.coef.at(1, n, c) += static_cast<T>(q * constant);
-      a.coef.at(2, n, c) += static_cast<T>(q * q * factor);
+    }
+  } else if (a.norm.training) {
+    constexpr int kAhead = 4;  // samples whose coefficients are on their way at a time
+    for (int64_t first = map.row(); first < a.coef.samples; first += kAhead * map.rows) {
+      T sum[kAhead][2] = {};
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t n = first + i * map.rows;
+        if (n >= a.coef.samples) break;
+        const double q = a.mask.data != nullptr ? static_cast<double>(a.mask.row(n)[c]) : 1.0;
+        sum[i][0] = a.coef.at(1, n, c) + static_cast<T>(q * constant);
+        sum[i][1] = a.coef.at(2, n, c) + static_cast<T>(q * q * factor);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t n = first + i * map.rows;
+        if (n >= a.coef.samples) break;
+        a.coef.at(1, n, c) = sum[i][0];
+        a.coef.at(2, n, c) = sum[i][1];
+      }
     }
   }
 }
