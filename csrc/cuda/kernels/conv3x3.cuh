@@ -84,20 +84,26 @@ DEVICE int taps_inside(const Map& map, int pixel) {
 // How many rows further a tap reads.
 DEVICE int tap_distance(const Map& map, int tap) { return (tap / 3 - 1) * map.width + tap % 3 - 1; }
 
-// The rows that this lane hands to Math::load_a, looked up once for all columns.
-template <class S>
+// What belongs to the rows that this lane hands to Math::load_a, looked up once for all columns.
+template <class V, bool kOne>
 struct LaneRows {
-  const S* low;
-  const S* high;
-  DEVICE const S* operator()(int i) const { return i < 8 ? low : high; }
+  V rows[kOne ? 1 : 2];
+  DEVICE V operator()(int i) const { return kOne || i < 8 ? rows[0] : rows[kOne ? 0 : 1]; }
+  template <class F>
+  DEVICE auto map(const F& f) const -> LaneRows<decltype(f(rows[0])), kOne> {
+    if constexpr (kOne) {
+      return {{f(rows[0])}};
+    } else {
+      return {{f(rows[0]), f(rows[1])}};
+    }
+  }
 };
 template <class Math, class F>
-DEVICE auto lane_rows(int lane, const F& row) -> LaneRows<typename Math::Storage> {
+DEVICE auto lane_rows(int lane, const F& row) -> LaneRows<decltype(row(0)), Math::kTensor> {
   if constexpr (Math::kTensor) {  // one row a lane
-    const auto* const own = row(lane % 16);
-    return {own, own};
+    return {{row(lane % 16)}};
   } else {  // rows g and g + 8
-    return {row(lane / 4), row(lane / 4 + 8)};
+    return {{row(lane / 4), row(lane / 4 + 8)}};
   }
 }
 

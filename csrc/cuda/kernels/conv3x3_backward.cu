@@ -222,8 +222,7 @@ KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits>::kBlocks)
       T dh[kUnits][2][4] = {};
 #pragma unroll kUnroll
       for (int tap = 0; tap < kTaps; ++tap) {
-        const LaneRows<S> from =
-            lane_rows<Math>(lane, [&](int i) { return gradient_row(own + i, tap); });
+        const auto from = lane_rows<Math>(lane, [&](int i) { return gradient_row(own + i, tap); });
         const S* const w = weight + tap * kOutputs * kPitch;
 #pragma unroll 1
         for (int o = 0; o < kOutputs; o += Math::kDepth) {

@@ -3,17 +3,15 @@
 //   y[p, o] = sum_{tap, c} h[p + tap, c] W[o, c, tap],   h = relu(scale * b + shift), 0 outside a
 //   map
 //
-// b [M, pitch] are rows of pixels, map after map, and a tile is as many consecutive rows as a block
-// has threads, whatever the maps' size: the rows of a tile and those one map row and one pixel
-// around it go to shared memory by cp.async, each thread normalizes what it has fetched, and then a
-// tap is the same rows shifted. Where a tap leaves the map (the shifted row is a pixel of another
+// b [M, pitch] are rows of pixels, map after map, and a tile is some consecutive rows, whatever the
+// maps' size: they and those one map row and one pixel around them go to shared memory by cp.async,
+// each thread normalizes what it has fetched, and then a tap is the same rows shifted. Where a tap leaves the map (the shifted row is a pixel of another
 // map row, or of another sample) its row is one of zeros, so padding is 0 behind the rectifier.
 //
-// A warp has 32 rows and all output columns: per tap and step of depth, two loads of h and one of W
-// for each 16 outputs, of which four tensor core products come. A lane stores pairs of neighboring
-// channels. Bytes a row: K2 read, k written; what is read around a tile comes from L2, as does W.
-// Blocks stay for several tiles, so that W is copied once for each of them. Results do not depend
-// on the tiles.
+// A warp has 32 rows and 16 output columns: per tap and step of depth, two loads of h and one of W
+// for four tensor core products. A lane stores pairs of neighboring channels. Bytes a row: K2 read,
+// k written; what is read around a tile comes from L2, as does W. Blocks stay for several tiles, so
+// that W is copied once for each of them. Results do not depend on the tiles.
 //
 // The channels of a tile come in slabs of at most kSlab, each with its own place in shared memory.
 // When one has been multiplied, the same slab of the block's next tile takes its place: with two of
@@ -24,7 +22,7 @@
 namespace densenet_ext::cuda {
 namespace {
 
-constexpr int kMostWarps = 8;
+constexpr int kMostRows = 256;  // of a tile
 constexpr int kSlab = 64;
 // The largest layers of 16-bit types: what shared memory has room for. Others are narrow.
 constexpr int kWideUnits = 8, kWideTiles = 2;
@@ -54,7 +52,8 @@ struct Shape {
   static_assert(kSlabs * kColumns == kWidth, "whole slabs");
   static constexpr int kPitch = shared_pitch<S>(kWidth), kSlabPitch = shared_pitch<S>(kColumns);
   static constexpr int kWeights = kTaps * kOut * kPitch;
-  // On a multiprocessor, of the most warps: what the registers allow, and shared memory.
+  static constexpr int kMostThreads = kMostRows * kTiles;
+  // Of so many threads, on a multiprocessor: what the registers allow, and shared memory.
   static constexpr int kBlocks = Math::kTensor && kSlabs == 1 ? 3 : 1;
 
   static int64_t shared_bytes(int64_t rows, int64_t map_width) {
@@ -83,13 +82,14 @@ struct Pieces {
 };
 
 template <class Math, int kUnits, int kTiles>
-KERNEL __launch_bounds__(kMostWarps* kWarp, Shape<Math, kUnits, kTiles>::kBlocks)
+KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
+                         Shape<Math, kUnits, kTiles>::kBlocks)
     conv3x3_forward_kernel(Args<typename Math::Storage> a) {
   using S = typename Math::Storage;
   using T = typename Math::T;
   using K = Shape<Math, kUnits, kTiles>;
   constexpr int kPiece = kGranule<S>;
-  const int tile_rows = static_cast<int>(blockDim.x);
+  const int tile_rows = static_cast<int>(blockDim.x) / kTiles;
   const int halo = a.map.width + 1, loaded = tile_rows + 2 * halo;
 
   DYNAMIC_SHARED(shared);
@@ -102,19 +102,28 @@ KERNEL __launch_bounds__(kMostWarps* kWarp, Shape<Math, kUnits, kTiles>::kBlocks
     const int self = fresh(static_cast<int>(threadIdx.x)), left = a.pitch - slab * K::kColumns,
               each = (left < K::kColumns ? left : K::kColumns) / kPiece;
     if (each <= 0) return {0, loaded, 1};
-    const int lines = tile_rows / each;
+    const int lines = static_cast<int>(blockDim.x) / each;
     return {self % each * kPiece, self / each < lines ? self / each : loaded, lines};
+  };
+  // Of the rows of a tile and around it those that there are.
+  struct Around {
+    int64_t from;
+    int begin, end;
+  };
+  const auto around_of = [&](int64_t index) -> Around {
+    const int64_t from = index * tile_rows - halo, left = a.map.rows - from;
+    return {from, from < 0 ? static_cast<int>(-from) : 0,
+            left < loaded ? static_cast<int>(left) : loaded};
   };
   // Starts the copy of a slab of a tile, if there is one.
   const auto load_slab = [&](int64_t index, int slab) {
     if (index < a.tiles) {
-      const int64_t from = index * tile_rows - halo;
       const Pieces own = pieces_of(slab);
+      const Around around = around_of(index);
       S* const to = slabs + slab * loaded * K::kSlabPitch + own.column;
-      const S* const source = a.bottleneck + slab * K::kColumns + own.column;
-      for (int i = own.line; i < loaded; i += own.lines) {
-        if (from + i >= 0 && from + i < a.map.rows)
-          cp_async16(to + i * K::kSlabPitch, source + (from + i) * a.pitch);
+      const S* source = a.bottleneck + (around.from + own.line) * a.pitch + slab * K::kColumns + own.column;
+      for (int i = own.line; i < around.end; i += own.lines, source += own.lines * a.pitch) {
+        if (i >= around.begin) cp_async16(to + i * K::kSlabPitch, source);
       }
     }
     cp_async_commit();
@@ -128,13 +137,16 @@ KERNEL __launch_bounds__(kMostWarps* kWarp, Shape<Math, kUnits, kTiles>::kBlocks
   for (int slab = 0; slab < K::kSlabs; ++slab) load_slab(blockIdx.x, slab);
 
   for (unsigned index = blockIdx.x; index < a.tiles; index += gridDim.x) {
-    const int64_t first = static_cast<int64_t>(index) * tile_rows, from = first - halo;
-    const Cursor around(a.map, from);
+    const int64_t first = static_cast<int64_t>(index) * tile_rows;
+    const Cursor around(a.map, first - halo);
     const int self = fresh(static_cast<int>(threadIdx.x));
-    inside[self] = static_cast<uint16_t>(
-        first + self < a.map.rows ? taps_inside(a.map, around.pixel(halo + self)) : 0);
-    const int own = fresh(warp_id()) * 32, lane = fresh(lane_id());
-    T acc[2][kTiles][2][4] = {};
+    if (self < tile_rows) {
+      inside[self] = static_cast<uint16_t>(
+          first + self < a.map.rows ? taps_inside(a.map, around.pixel(halo + self)) : 0);
+    }
+    const int warp = fresh(warp_id()), lane = fresh(lane_id());
+    const int own = warp * kWarp % tile_rows, output = warp * kWarp / tile_rows * kOutputs;
+    T acc[2][2][4] = {};
 #pragma unroll 1
     for (int slab = 0; slab < K::kSlabs; ++slab) {
       S* const tile = slabs + slab * loaded * K::kSlabPitch;
@@ -142,8 +154,9 @@ KERNEL __launch_bounds__(kMostWarps* kWarp, Shape<Math, kUnits, kTiles>::kBlocks
       ScaleShift<T> norm[kPiece] = {};
       int64_t norm_sample = -1;
       cp_async_wait<K::kSlabs - 1>();
-      for (int i = pieces.line; i < loaded; i += pieces.lines) {
-        if (from + i < 0 || from + i >= a.map.rows) continue;
+      const Around real = around_of(index);
+      for (int i = pieces.line; i < real.end; i += pieces.lines) {
+        if (i < real.begin) continue;
         const int64_t n = a.taps.sample_stride == 0 ? 0 : around.sample(i);
         if (n != norm_sample) {
           norm_sample = n;
@@ -158,34 +171,38 @@ KERNEL __launch_bounds__(kMostWarps* kWarp, Shape<Math, kUnits, kTiles>::kBlocks
         T h[kPiece];
         load<kPiece>(at, h);
 #pragma unroll
-        for (int e = 0; e < kPiece; ++e) h[e] = relu(affine(h[e], norm[e].scale, norm[e].shift));
-        store_operands<Math>(at, h);
+        for (int e = 0; e < kPiece; ++e) h[e] = affine(h[e], norm[e].scale, norm[e].shift);
+        store_rectified<Math>(at, h);
       }
       __syncthreads();
 
-      for (int tap = 0; tap < kTaps; ++tap) {
-        const int shift = halo + tap_distance(a.map, tap);
-        const auto row = [&](int i) -> const S* {
-          return inside[i] >> tap & 1 ? tile + (i + shift) * K::kSlabPitch : zeros;
+      // Where a lane's rows lie, and which of their taps are inside.
+      struct Row {
+        const S* at;
+        int taps;
+      };
+      const auto row = [&](int i) {
+        return Row{tile + (halo + own + i) * K::kSlabPitch, inside[own + i]};
+      };
+      const auto low = lane_rows<Math>(lane, row),
+                 high = lane_rows<Math>(lane, [&](int i) { return row(16 + i); });
+      const S* w = weight + output * K::kPitch + slab * K::kColumns;
+      for (int tap = 0; tap < kTaps; ++tap, w += K::kOut * K::kPitch) {
+        const int distance = tap_distance(a.map, tap) * K::kSlabPitch;
+        const auto shifted = [&](const Row& r) -> const S* {
+          return (r.taps >> tap & 1) != 0 ? r.at + distance : zeros;
         };
-        const LaneRows<S> rows[2] = {
-            lane_rows<Math>(lane, [&](int i) { return row(own + i); }),
-            lane_rows<Math>(lane, [&](int i) { return row(own + 16 + i); })};
-        const S* const w = weight + tap * K::kOut * K::kPitch + slab * K::kColumns;
+        const auto from_low = low.map(shifted), from_high = high.map(shifted);
         constexpr int kUnroll = Math::kTensor ? K::kColumns / Math::kDepth : 1;
 #pragma unroll kUnroll
         for (int c = 0; c < K::kColumns; c += Math::kDepth) {
-          typename Math::B b[kTiles];
-#pragma unroll
-          for (int o = 0; o < kTiles; ++o)
-            Math::load_b(b[o], [&](int i) { return w + (o * kOutputs + i) * K::kPitch; }, c);
-#pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            typename Math::A h;
-            Math::load_a(h, rows[m], c);
-#pragma unroll
-            for (int o = 0; o < kTiles; ++o) Math::mma(acc[m][o], h, b[o]);
-          }
+          typename Math::B b;
+          Math::load_b(b, [&](int o) { return w + o * K::kPitch; }, c);
+          typename Math::A h;
+          Math::load_a(h, from_low, c);
+          Math::mma(acc[0], h, b);
+          Math::load_a(h, from_high, c);
+          Math::mma(acc[1], h, b);
         }
       }
       __syncthreads();  // the slab has been read, and inside
@@ -202,10 +219,9 @@ KERNEL __launch_bounds__(kMostWarps* kWarp, Shape<Math, kUnits, kTiles>::kBlocks
         n = around.sample(halo + in_tile), p = around.pixel(halo + in_tile);
       }
 #pragma unroll
-      for (int half = 0; half < 2 * kTiles; ++half) {
-        const int o = 8 * half + lane % 4 * 2;
-        const T(&sums)[4] = acc[i / 2][half / 2][half % 2];
-        T y[2] = {sums[i % 2 * 2], sums[i % 2 * 2 + 1]};
+      for (int half = 0; half < 2; ++half) {
+        const int o = output + 8 * half + lane % 4 * 2;
+        T y[2] = {acc[i / 2][half][i % 2 * 2], acc[i / 2][half][i % 2 * 2 + 1]};
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           if (o + e < a.growth) y[e] = a.dropout(y[e], n, o + e, p, a.growth, a.map.pixels);
@@ -216,19 +232,22 @@ KERNEL __launch_bounds__(kMostWarps* kWarp, Shape<Math, kUnits, kTiles>::kBlocks
   }
 }
 
-// Rows of a tile, 32 for each warp: as many as fill the device, and fit in half of a
-// multiprocessor's shared memory (a layer of two slabs has it all) or, if need be, in all of it; 0
-// where not even 32 do.
+// Rows of a tile, so that the multiprocessors read as few rows as can be, those around the tiles
+// included; 0 where not even 32 fit. Small tiles where large ones leave no room for a second block
+// that could work while one waits for memory; a block of two slabs needs no other.
 template <class K>
 int tile_rows(const Map& map) {
-  const int64_t limit = shared_limit(), wanted = multiprocessors();
-  int rows = kMostWarps * kWarp;
-  const auto bytes = [&] { return K::shared_bytes(rows, map.width); };
-  while (rows > 2 * kWarp &&
-         (bytes() > limit / (K::kSlabs > 1 ? 1 : 2) || ceil_div(map.rows, rows) < wanted))
-    rows /= 2;
-  if (bytes() > limit) rows = kWarp;
-  return bytes() > limit ? 0 : rows;
+  const int64_t limit = shared_limit();
+  int best = 0;
+  int64_t least = 0;
+  for (int rows = kMostRows; rows >= (best == 0 ? 1 : 2) * kWarp; rows /= 2) {
+    const int64_t bytes = K::shared_bytes(rows, map.width);
+    if (bytes > (K::kSlabs == 1 && rows > 2 * kWarp ? limit / 2 : limit)) continue;
+    const int64_t tiles = ceil_div(map.rows, rows),
+                  read = ceil_div(tiles, multiprocessors()) * (rows + 2 * (map.width + 1));
+    if (best == 0 || read < least) best = rows, least = read;
+  }
+  return best;
 }
 
 template <class Math, int kUnits, int kTiles, class S>
@@ -252,11 +271,11 @@ void run(const Conv3x3Forward<S>& f, Context& context) {
                      static_cast<unsigned>(ceil_div(map.rows, rows))};
   const int64_t bytes = K::shared_bytes(rows, map.width);
   // Those that run at the same time: one more would wait for all others.
-  const int64_t most = Math::kTensor ? K::kBlocks * kMostWarps * kWarp / rows : 8;
+  const int64_t most = Math::kTensor ? K::kBlocks * kMostRows / rows : 8;
   const int64_t blocks =
       multiprocessors() * std::min<int64_t>(most, std::max<int64_t>(1, shared_limit() / bytes));
   launch(context, conv3x3_forward_kernel<Math, kUnits, kTiles>,
-         {std::min<int64_t>(a.tiles, blocks)}, rows, bytes, a);
+         {std::min<int64_t>(a.tiles, blocks)}, rows * kTiles, bytes, a);
 }
 
 // Calls body(Math{}, units, tiles) for the arithmetic of S and the sizes of the layer; not at all

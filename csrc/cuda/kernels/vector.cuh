@@ -91,6 +91,24 @@ DEVICE void store_operands(typename Math::Storage* to, const typename Math::T (&
   }
 }
 
+// The same of max(v, 0); NaN stays NaN.
+template <class Math, int V>
+DEVICE void store_rectified(typename Math::Storage* to, typename Math::T (&v)[V]) {
+  using S = typename Math::Storage;
+  if constexpr (sizeof(S) == 2) {
+    uint32_t pairs[V / 2];
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) pairs[i] = narrow2_relu<S>(v[2 * i], v[2 * i + 1]);
+    Word<V * sizeof(S)> word;
+    memcpy(&word, pairs, sizeof word);
+    store_word<V * sizeof(S)>(to, word);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = relu(v[i]);
+    store_operands<Math>(to, v);
+  }
+}
+
 // The first `valid` values as they are stored, 0 beyond them.
 template <int V, class S>
 DEVICE void load_raw(const S* from, int valid, S (&v)[V]) {
