@@ -8,23 +8,23 @@
 // each thread normalizes what it has fetched, and then a tap is the same rows shifted. Where a tap leaves the map (the shifted row is a pixel of another
 // map row, or of another sample) its row is one of zeros, so padding is 0 behind the rectifier.
 //
-// A warp has 32 rows and 16 output columns: per tap and step of depth, two loads of h and one of W
-// for four tensor core products. A lane stores pairs of neighboring channels. Bytes a row: K2 read,
-// k written; what is read around a tile comes from L2, as does W. Blocks stay for several tiles, so
-// that W is copied once for each of them. Results do not depend on the tiles.
+// A warp has kUnitsM * 16 rows and all output columns: per tap and step of depth, a load of h for
+// each 16 rows and one of W for each 16 outputs, and two tensor core products for each pair of
+// them. What shared memory delivers bounds wide layers, so their warps have twice the rows. A lane
+// stores pairs of neighboring channels. Bytes a row: K2 read, k written; what is read around a tile
+// comes from L2, as does W. Blocks stay for several tiles, so that W is copied once for each of
+// them. Results do not depend on the tiles.
 //
-// The channels of a tile come in slabs of at most kSlab, each with its own place in shared memory.
-// When one has been multiplied, the same slab of the block's next tile takes its place: with two of
-// them memory is read while the other one is multiplied. Narrow layers have one, and several blocks
-// on a multiprocessor instead.
+// Wide layers' channels come in slabs, through two places in shared memory: when a slab has been
+// multiplied, the one after the next takes its place, be it of the block's next tile, so that memory
+// is read while the other one is multiplied. Narrow layers have one slab, and several blocks on a
+// multiprocessor instead.
 #include "conv3x3.cuh"
 
 namespace densenet_ext::cuda {
 namespace {
 
-constexpr int kMostRows = 256;  // of a tile
-constexpr int kSlab = 64;
-// The largest layers of 16-bit types: what shared memory has room for. Others are narrow.
+// The largest layers, of 16-bit types: what shared memory has room for. Others are narrow.
 constexpr int kWideUnits = 8, kWideTiles = 2;
 
 template <class S>
@@ -43,22 +43,25 @@ struct Args {
 };
 
 // For up to kUnits * 16 channels of the bottleneck and kTiles * 16 outputs.
-template <class Math, int kUnits, int kTiles>
+template <class Math, int kUnits, int kTiles_>
 struct Shape {
   using S = typename Math::Storage;
+  static constexpr bool kWide = kUnits > kMostUnits<S>;
+  static constexpr int kTiles = kTiles_;
   static constexpr int kWidth = kUnits * kUnit, kOut = kTiles * kOutputs;
-  static constexpr int kColumns = kWidth < kSlab ? kWidth : kSlab;  // of a slab
-  static constexpr int kSlabs = kWidth / kColumns;
-  static_assert(kSlabs * kColumns == kWidth, "whole slabs");
+  static constexpr int kColumns = kWide ? 32 : kWidth;  // of a slab
+  static constexpr int kSlabs = kWidth / kColumns, kPlaces = kWide ? 2 : 1;
+  static constexpr int kUnitsM = kWide ? 4 : 2, kWarpRows = kUnitsM * 16;
+  static constexpr int kMostRows = kWide ? 512 : 256;  // of a tile
+  static constexpr int kMostThreads = kMostRows / kWarpRows * kWarp;
+  // Of so many threads, on a multiprocessor: what the registers allow, and shared memory.
+  static constexpr int kBlocks = Math::kTensor && !kWide ? 3 : 1;
   static constexpr int kPitch = shared_pitch<S>(kWidth), kSlabPitch = shared_pitch<S>(kColumns);
   static constexpr int kWeights = kTaps * kOut * kPitch;
-  static constexpr int kMostThreads = kMostRows * kTiles;
-  // Of so many threads, on a multiprocessor: what the registers allow, and shared memory.
-  static constexpr int kBlocks = Math::kTensor && kSlabs == 1 ? 3 : 1;
 
   static int64_t shared_bytes(int64_t rows, int64_t map_width) {
     const int64_t elements =
-        kWeights + (1 + kSlabs * (rows + 2 * (map_width + 1))) * int64_t{kSlabPitch};
+        kWeights + (1 + kPlaces * (rows + 2 * (map_width + 1))) * int64_t{kSlabPitch};
     return elements * static_cast<int64_t>(sizeof(S)) +
            rows * static_cast<int64_t>(sizeof(uint16_t));
   }
@@ -75,12 +78,6 @@ DEVICE void store_pair(S* to, Arithmetic<S> first, Arithmetic<S> second, bool to
   }
 }
 
-// The place of a thread among the pieces of 16 bytes of a slab's rows: it has the same channels of
-// every `lines`-th row from `line` on, so what normalizes them changes with the sample only.
-struct Pieces {
-  int column, line, lines;
-};
-
 template <class Math, int kUnits, int kTiles>
 KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
                          Shape<Math, kUnits, kTiles>::kBlocks)
@@ -89,22 +86,22 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
   using T = typename Math::T;
   using K = Shape<Math, kUnits, kTiles>;
   constexpr int kPiece = kGranule<S>;
-  const int tile_rows = static_cast<int>(blockDim.x) / kTiles;
+  const int tile_rows = static_cast<int>(blockDim.x) / kWarp * K::kWarpRows;
   const int halo = a.map.width + 1, loaded = tile_rows + 2 * halo;
 
   DYNAMIC_SHARED(shared);
   S* const weight = reinterpret_cast<S*>(shared);
   S* const zeros = weight + K::kWeights;
-  S* const slabs = zeros + K::kSlabPitch;
-  uint16_t* const inside = reinterpret_cast<uint16_t*>(slabs + K::kSlabs * loaded * K::kSlabPitch);
+  S* const places = zeros + K::kSlabPitch;
+  uint16_t* const inside =
+      reinterpret_cast<uint16_t*>(places + K::kPlaces * loaded * K::kSlabPitch);
 
-  const auto pieces_of = [&](int slab) -> Pieces {
-    const int self = fresh(static_cast<int>(threadIdx.x)), left = a.pitch - slab * K::kColumns,
-              each = (left < K::kColumns ? left : K::kColumns) / kPiece;
-    if (each <= 0) return {0, loaded, 1};
-    const int lines = static_cast<int>(blockDim.x) / each;
-    return {self % each * kPiece, self / each < lines ? self / each : loaded, lines};
-  };
+  // A thread has the same channels of every `lines`-th row from `line` on: what normalizes them
+  // changes with the sample only.
+  constexpr int kPieces = K::kColumns / kPiece;
+  const auto column_of = [](int self) { return self % kPieces * kPiece; };
+  const int lines = static_cast<int>(blockDim.x) / kPieces;
+  const auto line_of = [&](int self) { return self / kPieces < lines ? self / kPieces : loaded; };
   // Of the rows of a tile and around it those that there are.
   struct Around {
     int64_t from;
@@ -115,47 +112,47 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
     return {from, from < 0 ? static_cast<int>(-from) : 0,
             left < loaded ? static_cast<int>(left) : loaded};
   };
-  // Starts the copy of a slab of a tile, if there is one.
+  // Starts the copy of a slab of a tile, if there is one; channels beyond the pitch become 0.
   const auto load_slab = [&](int64_t index, int slab) {
     if (index < a.tiles) {
-      const Pieces own = pieces_of(slab);
+      const int self = fresh(static_cast<int>(threadIdx.x)), line = line_of(self),
+                channel = slab * K::kColumns + column_of(self);
       const Around around = around_of(index);
-      S* const to = slabs + slab * loaded * K::kSlabPitch + own.column;
-      const S* source = a.bottleneck + (around.from + own.line) * a.pitch + slab * K::kColumns + own.column;
-      for (int i = own.line; i < around.end; i += own.lines, source += own.lines * a.pitch) {
-        if (i >= around.begin) cp_async16(to + i * K::kSlabPitch, source);
+      S* const to = places + slab % K::kPlaces * loaded * K::kSlabPitch + column_of(self);
+      const bool real = channel < a.pitch;
+      const S* from = a.bottleneck + (around.from + line) * a.pitch + channel;
+      for (int i = line; i < around.end; i += lines, from += lines * a.pitch) {
+        if (i >= around.begin)
+          cp_async16(to + i * K::kSlabPitch, real ? from : a.bottleneck, real ? 16 : 0);
       }
     }
     cp_async_commit();
   };
 
   copy_async(weight, a.taps.weight, K::kWeights);
-  // Channels beyond the rows' pitch stay 0.
-  zero_shared(zeros, (a.pitch < K::kWidth ? K::kSlabs * loaded + 1 : 1) * K::kSlabPitch);
-  __syncthreads();
+  zero_shared(zeros, K::kSlabPitch);
 #pragma unroll
-  for (int slab = 0; slab < K::kSlabs; ++slab) load_slab(blockIdx.x, slab);
+  for (int slab = 0; slab < K::kPlaces; ++slab) load_slab(blockIdx.x, slab);
 
   for (unsigned index = blockIdx.x; index < a.tiles; index += gridDim.x) {
     const int64_t first = static_cast<int64_t>(index) * tile_rows;
     const Cursor around(a.map, first - halo);
     const int self = fresh(static_cast<int>(threadIdx.x));
-    if (self < tile_rows) {
-      inside[self] = static_cast<uint16_t>(
-          first + self < a.map.rows ? taps_inside(a.map, around.pixel(halo + self)) : 0);
+    for (int i = self; i < tile_rows; i += static_cast<int>(blockDim.x)) {
+      inside[i] = static_cast<uint16_t>(
+          first + i < a.map.rows ? taps_inside(a.map, around.pixel(halo + i)) : 0);
     }
-    const int warp = fresh(warp_id()), lane = fresh(lane_id());
-    const int own = warp * kWarp % tile_rows, output = warp * kWarp / tile_rows * kOutputs;
-    T acc[2][2][4] = {};
+    const int own = fresh(warp_id()) * K::kWarpRows, lane = fresh(lane_id());
+    T acc[K::kUnitsM][kTiles][2][4] = {};
 #pragma unroll 1
     for (int slab = 0; slab < K::kSlabs; ++slab) {
-      S* const tile = slabs + slab * loaded * K::kSlabPitch;
-      const Pieces pieces = pieces_of(slab);
+      S* const tile = places + slab % K::kPlaces * loaded * K::kSlabPitch;
+      const int column = column_of(self);
       ScaleShift<T> norm[kPiece] = {};
       int64_t norm_sample = -1;
-      cp_async_wait<K::kSlabs - 1>();
+      cp_async_wait<K::kPlaces - 1>();
       const Around real = around_of(index);
-      for (int i = pieces.line; i < real.end; i += pieces.lines) {
+      for (int i = line_of(self); i < real.end; i += lines) {
         if (i < real.begin) continue;
         const int64_t n = a.taps.sample_stride == 0 ? 0 : around.sample(i);
         if (n != norm_sample) {
@@ -163,11 +160,11 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
 #pragma unroll
           for (int e = 0; e < kPiece; ++e) {
             const Entry<T> entry = load_entry(a.taps.table + n * a.taps.sample_stride +
-                                              slab * K::kColumns + pieces.column + e);
+                                              slab * K::kColumns + column + e);
             norm[e] = {entry.scale, entry.shift};
           }
         }
-        S* const at = tile + i * K::kSlabPitch + pieces.column;
+        S* const at = tile + i * K::kSlabPitch + column;
         T h[kPiece];
         load<kPiece>(at, h);
 #pragma unroll
@@ -181,36 +178,48 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
         const S* at;
         int taps;
       };
-      const auto row = [&](int i) {
-        return Row{tile + (halo + own + i) * K::kSlabPitch, inside[own + i]};
-      };
-      const auto low = lane_rows<Math>(lane, row),
-                 high = lane_rows<Math>(lane, [&](int i) { return row(16 + i); });
-      const S* w = weight + output * K::kPitch + slab * K::kColumns;
+      LaneRows<Row, Math::kTensor> rows[K::kUnitsM];
+#pragma unroll
+      for (int m = 0; m < K::kUnitsM; ++m) {
+        rows[m] = lane_rows<Math>(lane, [&](int i) {
+          const int row = own + 16 * m + i;
+          return Row{tile + (halo + row) * K::kSlabPitch, inside[row]};
+        });
+      }
+      const S* w = weight + slab * K::kColumns;
       for (int tap = 0; tap < kTaps; ++tap, w += K::kOut * K::kPitch) {
         const int distance = tap_distance(a.map, tap) * K::kSlabPitch;
-        const auto shifted = [&](const Row& r) -> const S* {
-          return (r.taps >> tap & 1) != 0 ? r.at + distance : zeros;
-        };
-        const auto from_low = low.map(shifted), from_high = high.map(shifted);
+        LaneRows<const S*, Math::kTensor> shifted[K::kUnitsM];
+#pragma unroll
+        for (int m = 0; m < K::kUnitsM; ++m) {
+          shifted[m] = rows[m].map([&](const Row& row) -> const S* {
+            return (row.taps >> tap & 1) != 0 ? row.at + distance : zeros;
+          });
+        }
         constexpr int kUnroll = Math::kTensor ? K::kColumns / Math::kDepth : 1;
 #pragma unroll kUnroll
         for (int c = 0; c < K::kColumns; c += Math::kDepth) {
-          typename Math::B b;
-          Math::load_b(b, [&](int o) { return w + o * K::kPitch; }, c);
-          typename Math::A h;
-          Math::load_a(h, from_low, c);
-          Math::mma(acc[0], h, b);
-          Math::load_a(h, from_high, c);
-          Math::mma(acc[1], h, b);
+          typename Math::B b[kTiles];
+#pragma unroll
+          for (int o = 0; o < kTiles; ++o)
+            Math::load_b(b[o], [&](int i) { return w + (o * kOutputs + i) * K::kPitch; }, c);
+#pragma unroll
+          for (int m = 0; m < K::kUnitsM; ++m) {
+            typename Math::A h;
+            Math::load_a(h, shifted[m], c);
+#pragma unroll
+            for (int o = 0; o < kTiles; ++o) Math::mma(acc[m][o], h, b[o]);
+          }
         }
       }
       __syncthreads();  // the slab has been read, and inside
-      load_slab(static_cast<int64_t>(index) + gridDim.x, slab);
+      const int next = slab + K::kPlaces;
+      load_slab(static_cast<int64_t>(index) + (next < K::kSlabs ? 0 : gridDim.x),
+                next < K::kSlabs ? next : next - K::kSlabs);
     }
 
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // rows g, g+8, g+16, g+24 of the warp
+    for (int i = 0; i < 2 * K::kUnitsM; ++i) {  // rows g, g+8, ... of the warp
       const int in_tile = own + 8 * i + lane / 4;
       const int64_t r = first + in_tile;
       if (r >= a.map.rows) continue;
@@ -219,9 +228,10 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
         n = around.sample(halo + in_tile), p = around.pixel(halo + in_tile);
       }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int o = output + 8 * half + lane % 4 * 2;
-        T y[2] = {acc[i / 2][half][i % 2 * 2], acc[i / 2][half][i % 2 * 2 + 1]};
+      for (int half = 0; half < 2 * kTiles; ++half) {
+        const int o = 8 * half + lane % 4 * 2;
+        const T(&sums)[4] = acc[i / 2][half / 2][half % 2];
+        T y[2] = {sums[i % 2 * 2], sums[i % 2 * 2 + 1]};
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           if (o + e < a.growth) y[e] = a.dropout(y[e], n, o + e, p, a.growth, a.map.pixels);
@@ -233,16 +243,17 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
 }
 
 // Rows of a tile, so that the multiprocessors read as few rows as can be, those around the tiles
-// included; 0 where not even 32 fit. Small tiles where large ones leave no room for a second block
-// that could work while one waits for memory; a block of two slabs needs no other.
+// included; 0 where not even a warp's fit. Of narrow layers small ones, where large ones leave no
+// room for a second block that could work while one waits for memory.
 template <class K>
 int tile_rows(const Map& map) {
   const int64_t limit = shared_limit();
   int best = 0;
   int64_t least = 0;
-  for (int rows = kMostRows; rows >= (best == 0 ? 1 : 2) * kWarp; rows /= 2) {
+  for (int rows = K::kMostRows; rows >= K::kWarpRows; rows /= 2) {
+    if (rows < 64 && best > 0) break;
     const int64_t bytes = K::shared_bytes(rows, map.width);
-    if (bytes > (K::kSlabs == 1 && rows > 2 * kWarp ? limit / 2 : limit)) continue;
+    if (bytes > (K::kWide || rows <= 64 ? limit : limit / 2)) continue;
     const int64_t tiles = ceil_div(map.rows, rows),
                   read = ceil_div(tiles, multiprocessors()) * (rows + 2 * (map.width + 1));
     if (best == 0 || read < least) best = rows, least = read;
@@ -271,11 +282,11 @@ void run(const Conv3x3Forward<S>& f, Context& context) {
                      static_cast<unsigned>(ceil_div(map.rows, rows))};
   const int64_t bytes = K::shared_bytes(rows, map.width);
   // Those that run at the same time: one more would wait for all others.
-  const int64_t most = Math::kTensor ? K::kBlocks * kMostRows / rows : 8;
+  const int64_t most = Math::kTensor ? K::kBlocks * K::kMostRows / rows : 8;
   const int64_t blocks =
       multiprocessors() * std::min<int64_t>(most, std::max<int64_t>(1, shared_limit() / bytes));
   launch(context, conv3x3_forward_kernel<Math, kUnits, kTiles>,
-         {std::min<int64_t>(a.tiles, blocks)}, rows * kTiles, bytes, a);
+         {std::min<int64_t>(a.tiles, blocks)}, rows / K::kWarpRows * kWarp, bytes, a);
 }
 
 // Calls body(Math{}, units, tiles) for the arithmetic of S and the sizes of the layer; not at all
