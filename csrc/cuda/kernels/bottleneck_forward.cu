@@ -2,9 +2,10 @@
 //
 // x [M, C] are rows of the feature buffer, W [K2, C]. A block makes kRows rows of the whole width
 // (of kUnits * 16 columns where K2 is wider: then x is read once for each such part), so x is read
-// once. A warp has 16 rows and all columns, so each x is normalized once: in registers, between
-// ldmatrix and mma. x and W come in chunks of 64 bytes of channels through a pipeline of cp.async.
-// Bytes a row: (C + K2) of S; W comes from L2.
+// once. A warp has 16 or 32 rows and all columns, so each x is normalized once: in registers,
+// between ldmatrix and mma. With 32 rows, shared memory delivers W half as often; they need the
+// registers of two warps. x and W come in chunks of 64 bytes of channels through a pipeline of
+// cp.async. Bytes a row: (C + K2) of S; W comes from L2.
 //
 // The rounded values are laid out in shared memory: they leave from there in pieces of 16 bytes,
 // and moments are those of them. Mean and centered sum of squares of a block's rows by column are
@@ -15,8 +16,7 @@
 namespace densenet_ext::cuda {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarps * kWarp;
-constexpr int kRows = kWarps * 16;  // of a block
+constexpr int kRows = 128;  // of a block
 constexpr int kChunkBytes = 64, kPitchBytes = kChunkBytes + 16;
 constexpr int kStages = 3;
 
@@ -27,6 +27,8 @@ struct Shape {
   static constexpr bool kMasked = kMasked_;     // tables of samples may differ
   static constexpr int kUnits = kUnits_;        // of 16 columns
   static constexpr int kColumns = kUnits * 16;  // of a block
+  static constexpr int kUnitsM = sizeof(S) == 2 && kUnits > 3 && !kMasked ? 2 : 1;  // of 16 rows
+  static constexpr int kWarpRows = kUnitsM * 16, kThreads = kRows / kWarpRows * kWarp;
   static constexpr int kBlocks = !Math::kTensor ? 1
                                  : kUnits == 3  ? 3
                                                 : 2;      // on a multiprocessor, at least
@@ -87,7 +89,7 @@ class Loader {
   }
 
  private:
-  static constexpr int kPieces = kChunkBytes / 16, kPerPass = kThreads / kPieces;
+  static constexpr int kPieces = kChunkBytes / 16, kPerPass = K::kThreads / kPieces;
   DEVICE static int own_row() { return static_cast<int>(threadIdx.x) / kPieces; }
   DEVICE static int own_channel() {
     return static_cast<int>(threadIdx.x) % kPieces * (16 / static_cast<int>(sizeof(S)));
@@ -141,7 +143,8 @@ DEVICE void column_moments(const S* out, int count, T* scratch, const Arguments<
 }
 
 template <class Math, int kUnits, bool kMasked>
-KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits, kMasked>::kBlocks)
+KERNEL __launch_bounds__(Shape<Math, kUnits, kMasked>::kThreads,
+                         Shape<Math, kUnits, kMasked>::kBlocks)
     bottleneck_forward_kernel(Arguments<typename Math::Storage> p) {
   using K = Shape<Math, kUnits, kMasked>;
   using S = typename Math::Storage;
@@ -153,13 +156,14 @@ KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits, kMasked>::kBlocks)
   const ScaleShift<T>* low = p.table.data;  // of rows g and g + 8
   const ScaleShift<T>* high = p.table.data;
   if constexpr (kMasked) {
+    static_assert(K::kUnitsM == 1, "a pair of tables");
     const int row = row0 + warp_id() * 16 + lane_id() / 4, last = p.rows - 1;
     const int stride = static_cast<int>(p.table.sample_stride);
     low += (row < last ? row : last) / p.pixels * stride;
     high += (row + 8 < last ? row + 8 : last) / p.pixels * stride;
   }
 
-  T acc[K::kUnits][2][4] = {};
+  T acc[K::kUnitsM][K::kUnits][2][4] = {};
   Loader<K, S> loader(p, row0, column0);
   for (int chunk = 0; chunk < kStages - 1; ++chunk) {
     if (chunk * K::kChunk < p.depth) loader.load(p, shared + chunk * K::kStageBytes);
@@ -179,14 +183,18 @@ KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits, kMasked>::kBlocks)
     };
 #pragma unroll(K::kUnroll)
     for (int k = 0; k < K::kChunk; k += Math::kDepth) {
-      typename Math::A a;
-      Math::load_a(a, row_of(warp_id() * 16), k);
-      Math::norm_relu(a, low + c + k, high + c + k, !kMasked);
+      typename Math::A a[K::kUnitsM];
+#pragma unroll
+      for (int m = 0; m < K::kUnitsM; ++m) {
+        Math::load_a(a[m], row_of(warp_id() * K::kWarpRows + m * 16), k);
+        Math::norm_relu(a[m], low + c + k, high + c + k, !kMasked);
+      }
 #pragma unroll
       for (int u = 0; u < K::kUnits; ++u) {
         typename Math::B b;
         Math::load_b(b, row_of(kRows + u * 16), k);
-        Math::mma(acc[u], a, b);
+#pragma unroll
+        for (int m = 0; m < K::kUnitsM; ++m) Math::mma(acc[m][u], a[m], b);
       }
     }
     reading = reading + 1 < kStages ? reading + 1 : 0;
@@ -195,23 +203,27 @@ KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits, kMasked>::kBlocks)
   __syncthreads();  // the pipeline's memory is used for other things from here on
 
   const int self = fresh(static_cast<int>(threadIdx.x)),
-            own_row = self / kWarp * 16 + self % kWarp / 4;
+            own_row = self / kWarp * K::kWarpRows + self % kWarp / 4;
   S* const out = reinterpret_cast<S*>(shared);
   const bool ragged = column0 + K::kColumns > p.width;  // zeros beyond the width, even for NaN
 #pragma unroll
-  for (int u = 0; u < K::kUnits; ++u) {
+  for (int m = 0; m < K::kUnitsM; ++m) {
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      const int column = u * 16 + tile * 8 + self % 4 * 2;
-      T(&v)[4] = acc[u][tile];
-      if (ragged) {
+    for (int u = 0; u < K::kUnits; ++u) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (column0 + column + i % 2 >= p.width) v[i] = T(0);
+      for (int tile = 0; tile < 2; ++tile) {
+        const int column = u * 16 + tile * 8 + self % 4 * 2;
+        T(&v)[4] = acc[m][u][tile];
+        if (ragged) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (column0 + column + i % 2 >= p.width) v[i] = T(0);
+          }
         }
+        S* const to = out + (own_row + m * 16) * K::kOutPitch + column;
+        store<2>(to, {v[0], v[1]});
+        store<2>(to + 8 * K::kOutPitch, {v[2], v[3]});
       }
-      store<2>(out + own_row * K::kOutPitch + column, {v[0], v[1]});
-      store<2>(out + (own_row + 8) * K::kOutPitch + column, {v[2], v[3]});
     }
   }
   __syncthreads();
@@ -219,7 +231,7 @@ KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits, kMasked>::kBlocks)
   constexpr int kElements = 16 / sizeof(S), kPieces = K::kColumns / kElements;
   S* const rows_out = p.out + static_cast<int64_t>(row0) * p.pitch + column0;
 #pragma unroll 4
-  for (int i = self; i < count * kPieces; i += kThreads) {
+  for (int i = self; i < count * kPieces; i += K::kThreads) {
     const int row = i / kPieces, column = i % kPieces * kElements;
     const S* const from = out + row * K::kOutPitch + column;
     S* const to = rows_out + row * p.pitch + column;
@@ -327,7 +339,7 @@ void run_as(const BottleneckForward<typename Math::Storage>& a, Context& context
                           as_int(round_up(a.width, kLanes)),
                           partial};
   as_int(a.features.samples * depth);  // the tables are indexed so
-  launch(context, bottleneck_forward_kernel<Math, kUnits, kMasked>, {tiles, columns}, kThreads,
+  launch(context, bottleneck_forward_kernel<Math, kUnits, kMasked>, {tiles, columns}, K::kThreads,
          K::kSharedBytes, p);
   if (a.mean) merge_moments<T>(partial, tiles, rows, a.width, a.mean, a.m2, context);
 }

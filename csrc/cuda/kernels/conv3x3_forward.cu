@@ -8,12 +8,12 @@
 // each thread normalizes what it has fetched, and then a tap is the same rows shifted. Where a tap leaves the map (the shifted row is a pixel of another
 // map row, or of another sample) its row is one of zeros, so padding is 0 behind the rectifier.
 //
-// A warp has kUnitsM * 16 rows and all output columns: per tap and step of depth, a load of h for
-// each 16 rows and one of W for each 16 outputs, and two tensor core products for each pair of
-// them. What shared memory delivers bounds wide layers, so their warps have twice the rows. A lane
-// stores pairs of neighboring channels. Bytes a row: K2 read, k written; what is read around a tile
-// comes from L2, as does W. Blocks stay for several tiles, so that W is copied once for each of
-// them. Results do not depend on the tiles.
+// A warp has 32 rows and all output columns: per tap and step of depth, two loads of h and one of W
+// for each 16 outputs, of which four tensor core products come. (Shared memory delivers no more
+// than that: with 16 outputs a warp it would bound wide layers. With 64 rows a warp there would be
+// too few of them to wait for each other.) A lane stores pairs of neighboring channels. Bytes a
+// row: K2 read, k written; what is read around a tile comes from L2, as does W. Blocks stay for
+// several tiles, so that W is copied once for each of them. Results do not depend on the tiles.
 //
 // Wide layers' channels come in slabs, through two places in shared memory: when a slab has been
 // multiplied, the one after the next takes its place, be it of the block's next tile, so that memory
@@ -51,9 +51,7 @@ struct Shape {
   static constexpr int kWidth = kUnits * kUnit, kOut = kTiles * kOutputs;
   static constexpr int kColumns = kWide ? 32 : kWidth;  // of a slab
   static constexpr int kSlabs = kWidth / kColumns, kPlaces = kWide ? 2 : 1;
-  static constexpr int kUnitsM = kWide ? 4 : 2, kWarpRows = kUnitsM * 16;
   static constexpr int kMostRows = kWide ? 512 : 256;  // of a tile
-  static constexpr int kMostThreads = kMostRows / kWarpRows * kWarp;
   // Of so many threads, on a multiprocessor: what the registers allow, and shared memory.
   static constexpr int kBlocks = Math::kTensor && !kWide ? 3 : 1;
   static constexpr int kPitch = shared_pitch<S>(kWidth), kSlabPitch = shared_pitch<S>(kColumns);
@@ -79,14 +77,14 @@ DEVICE void store_pair(S* to, Arithmetic<S> first, Arithmetic<S> second, bool to
 }
 
 template <class Math, int kUnits, int kTiles>
-KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
+KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostRows,
                          Shape<Math, kUnits, kTiles>::kBlocks)
     conv3x3_forward_kernel(Args<typename Math::Storage> a) {
   using S = typename Math::Storage;
   using T = typename Math::T;
   using K = Shape<Math, kUnits, kTiles>;
   constexpr int kPiece = kGranule<S>;
-  const int tile_rows = static_cast<int>(blockDim.x) / kWarp * K::kWarpRows;
+  const int tile_rows = static_cast<int>(blockDim.x);
   const int halo = a.map.width + 1, loaded = tile_rows + 2 * halo;
 
   DYNAMIC_SHARED(shared);
@@ -138,12 +136,10 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
     const int64_t first = static_cast<int64_t>(index) * tile_rows;
     const Cursor around(a.map, first - halo);
     const int self = fresh(static_cast<int>(threadIdx.x));
-    for (int i = self; i < tile_rows; i += static_cast<int>(blockDim.x)) {
-      inside[i] = static_cast<uint16_t>(
-          first + i < a.map.rows ? taps_inside(a.map, around.pixel(halo + i)) : 0);
-    }
-    const int own = fresh(warp_id()) * K::kWarpRows, lane = fresh(lane_id());
-    T acc[K::kUnitsM][kTiles][2][4] = {};
+    inside[self] = static_cast<uint16_t>(
+        first + self < a.map.rows ? taps_inside(a.map, around.pixel(halo + self)) : 0);
+    const int own = fresh(warp_id()) * 32, lane = fresh(lane_id());
+    T acc[2][kTiles][2][4] = {};
 #pragma unroll 1
     for (int slab = 0; slab < K::kSlabs; ++slab) {
       S* const tile = places + slab % K::kPlaces * loaded * K::kSlabPitch;
@@ -178,9 +174,9 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
         const S* at;
         int taps;
       };
-      LaneRows<Row, Math::kTensor> rows[K::kUnitsM];
+      LaneRows<Row, Math::kTensor> rows[2];
 #pragma unroll
-      for (int m = 0; m < K::kUnitsM; ++m) {
+      for (int m = 0; m < 2; ++m) {
         rows[m] = lane_rows<Math>(lane, [&](int i) {
           const int row = own + 16 * m + i;
           return Row{tile + (halo + row) * K::kSlabPitch, inside[row]};
@@ -189,9 +185,9 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
       const S* w = weight + slab * K::kColumns;
       for (int tap = 0; tap < kTaps; ++tap, w += K::kOut * K::kPitch) {
         const int distance = tap_distance(a.map, tap) * K::kSlabPitch;
-        LaneRows<const S*, Math::kTensor> shifted[K::kUnitsM];
+        LaneRows<const S*, Math::kTensor> shifted[2];
 #pragma unroll
-        for (int m = 0; m < K::kUnitsM; ++m) {
+        for (int m = 0; m < 2; ++m) {
           shifted[m] = rows[m].map([&](const Row& row) -> const S* {
             return (row.taps >> tap & 1) != 0 ? row.at + distance : zeros;
           });
@@ -204,7 +200,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
           for (int o = 0; o < kTiles; ++o)
             Math::load_b(b[o], [&](int i) { return w + (o * kOutputs + i) * K::kPitch; }, c);
 #pragma unroll
-          for (int m = 0; m < K::kUnitsM; ++m) {
+          for (int m = 0; m < 2; ++m) {
             typename Math::A h;
             Math::load_a(h, shifted[m], c);
 #pragma unroll
@@ -219,7 +215,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
     }
 
 #pragma unroll
-    for (int i = 0; i < 2 * K::kUnitsM; ++i) {  // rows g, g+8, ... of the warp
+    for (int i = 0; i < 4; ++i) {  // rows g, g+8, g+16, g+24 of the warp
       const int in_tile = own + 8 * i + lane / 4;
       const int64_t r = first + in_tile;
       if (r >= a.map.rows) continue;
@@ -242,21 +238,23 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostThreads,
   }
 }
 
-// Rows of a tile, so that the multiprocessors read as few rows as can be, those around the tiles
-// included; 0 where not even a warp's fit. Of narrow layers small ones, where large ones leave no
-// room for a second block that could work while one waits for memory.
+// Rows of a tile, 32 for each warp: those that take the multiprocessors the least time, which is
+// that of the rows they read, the ones around the tiles included, and of waiting; 0 where not even
+// 32 fit. Of narrow layers small ones, where large ones leave no room for a second block that could
+// work while one waits for memory.
 template <class K>
 int tile_rows(const Map& map) {
+  constexpr int kWaiting = 128;  // in rows, for each tile: an estimate
   const int64_t limit = shared_limit();
   int best = 0;
   int64_t least = 0;
-  for (int rows = K::kMostRows; rows >= K::kWarpRows; rows /= 2) {
-    if (rows < 64 && best > 0) break;
+  for (int rows = K::kMostRows; rows >= (best == 0 ? 1 : 2) * kWarp; rows /= 2) {
     const int64_t bytes = K::shared_bytes(rows, map.width);
-    if (bytes > (K::kWide || rows <= 64 ? limit : limit / 2)) continue;
+    if (bytes > (K::kWide || rows <= 2 * kWarp ? limit : limit / 2)) continue;
     const int64_t tiles = ceil_div(map.rows, rows),
-                  read = ceil_div(tiles, multiprocessors()) * (rows + 2 * (map.width + 1));
-    if (best == 0 || read < least) best = rows, least = read;
+                  time =
+                      ceil_div(tiles, multiprocessors()) * (rows + 2 * (map.width + 1) + kWaiting);
+    if (best == 0 || time < least) best = rows, least = time;
   }
   return best;
 }
@@ -286,7 +284,7 @@ void run(const Conv3x3Forward<S>& f, Context& context) {
   const int64_t blocks =
       multiprocessors() * std::min<int64_t>(most, std::max<int64_t>(1, shared_limit() / bytes));
   launch(context, conv3x3_forward_kernel<Math, kUnits, kTiles>,
-         {std::min<int64_t>(a.tiles, blocks)}, rows / K::kWarpRows * kWarp, bytes, a);
+         {std::min<int64_t>(a.tiles, blocks)}, rows, bytes, a);
 }
 
 // Calls body(Math{}, units, tiles) for the arithmetic of S and the sizes of the layer; not at all
