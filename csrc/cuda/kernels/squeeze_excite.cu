@@ -19,7 +19,6 @@ namespace {
 
 template <class S>
 KERNEL __launch_bounds__(kMaxThreads) gate_kernel(SqueezeExciteForward<S> a) {
-  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   T* const pooled = reinterpret_cast<T*>(memory);
@@ -62,7 +61,6 @@ struct ScaleArgs {
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) scale_kernel(ScaleArgs<S> a) {
-  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.channels);
@@ -92,7 +90,6 @@ struct DotArgs {
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) dot_kernel(DotArgs<S> a) {
-  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const Run run = a.items[blockIdx.x];
@@ -132,7 +129,6 @@ struct SampleArgs {
 
 template <class S>
 KERNEL __launch_bounds__(kMaxThreads) sample_kernel(SampleArgs<S> args) {
-  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const SqueezeExciteBackward<S>& a = args.a;
@@ -205,7 +201,6 @@ DEVICE Product<Arithmetic<S>> product_of(const SampleArgs<S>& s, int64_t q) {
 
 template <class S>
 KERNEL __launch_bounds__(kMaxThreads) parameter_kernel(SampleArgs<S> args) {
-  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const ThreadMap map = narrow_map();
