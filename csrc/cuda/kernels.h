@@ -298,8 +298,8 @@ struct Conv3x3Backward {
   T* table;  // [3, width]
 };
 
-// Whether the kernels below can do it on the current device: narrow layers only. Others go through
-// a convolution of a library, and the functions after them do what is around it.
+// Whether the kernels below can do it on the current device: narrow layers only, and forward some
+// wider ones of 16-bit types. Others go through a convolution of a library, and the functions after them do what is around it.
 template <class S>
 bool conv3x3_forward_fits(const Conv3x3Forward<S>& arguments, const Context& context);
 template <class S>
