@@ -1,7 +1,7 @@
 // Narrow layers, and forward those of up to 128 and 32 channels in 16 bits, have kernels of their
-// own, in one pass over the bottleneck. Others are a convolution of torch (on a GPU, of cuDNN), with kernels for what is around it: it gets packed
-// channels-last tensors and never a slice of a buffer, because cuDNN's plans are cached without
-// output strides.
+// own, in one pass over the bottleneck. Others are a convolution of torch (on a GPU, of cuDNN),
+// with kernels for what is around it: it gets packed channels-last tensors and never a slice of a
+// buffer, because cuDNN's plans are cached without output strides.
 #include <array>
 
 #include "../layout.h"

@@ -299,7 +299,8 @@ struct Conv3x3Backward {
 };
 
 // Whether the kernels below can do it on the current device: narrow layers only, and forward some
-// wider ones of 16-bit types. Others go through a convolution of a library, and the functions after them do what is around it.
+// wider ones of 16-bit types. Others go through a convolution of a library, and the functions after
+// them do what is around it.
 template <class S>
 bool conv3x3_forward_fits(const Conv3x3Forward<S>& arguments, const Context& context);
 template <class S>

@@ -6,11 +6,12 @@
 //
 // A block has a chunk of channels and a part of the rows: grid (chunks, parts). Chunks are of the
 // same size, or all would wait for the fullest. A warp owns 16 channels, alone or with a second
-// one, and keeps their dW (all kUnits * 16 rows of it, or half of them), their S1 and S2, and their columns of W in registers until the last tile. For each tile:
-// all threads form db in shared memory; the warp makes dz of 16 rows (all of the tile's, or half of
-// them) by 16 channels, and with it z over x and the new G over the old one, in shared memory; it
-// stores its G, and multiplies db^T by z. Meanwhile x and G of the next tiles come by cp.async, dv
-// and b of the next one into registers. A barrier a tile; two where warps share their channels.
+// one, and keeps their dW (all kUnits * 16 rows of it, or half of them), their S1 and S2, and their
+// columns of W in registers until the last tile. For each tile: all threads form db in shared
+// memory; the warp makes dz of 16 rows (all of the tile's, or half of them) by 16 channels, and
+// with it z over x and the new G over the old one, in shared memory; it stores its G, and
+// multiplies db^T by z. Meanwhile x and G of the next tiles come by cp.async, dv and b of the next
+// one into registers. A barrier a tile; two where warps share their channels.
 //
 // Where K2 is wider than kUnits * 16, db is formed in parts, one after the other for dz, and blocks
 // with another grid.z make the other rows of dW; they leave G alone.

@@ -5,8 +5,9 @@
 //
 // b [M, pitch] are rows of pixels, map after map, and a tile is some consecutive rows, whatever the
 // maps' size: they and those one map row and one pixel around them go to shared memory by cp.async,
-// each thread normalizes what it has fetched, and then a tap is the same rows shifted. Where a tap leaves the map (the shifted row is a pixel of another
-// map row, or of another sample) its row is one of zeros, so padding is 0 behind the rectifier.
+// each thread normalizes what it has fetched, and then a tap is the same rows shifted. Where a tap
+// leaves the map (the shifted row is a pixel of another map row, or of another sample) its row is
+// one of zeros, so padding is 0 behind the rectifier.
 //
 // A warp has 32 rows and all output columns: per tap and step of depth, two loads of h and one of W
 // for each 16 outputs, of which four tensor core products come. (Shared memory delivers no more
@@ -16,9 +17,9 @@
 // several tiles, so that W is copied once for each of them. Results do not depend on the tiles.
 //
 // Wide layers' channels come in slabs, through two places in shared memory: when a slab has been
-// multiplied, the one after the next takes its place, be it of the block's next tile, so that memory
-// is read while the other one is multiplied. Narrow layers have one slab, and several blocks on a
-// multiprocessor instead.
+// multiplied, the one after the next takes its place, be it of the block's next tile, so that
+// memory is read while the other one is multiplied. Narrow layers have one slab, and several blocks
+// on a multiprocessor instead.
 #include "conv3x3.cuh"
 
 namespace densenet_ext::cuda {
@@ -251,9 +252,8 @@ int tile_rows(const Map& map) {
   for (int rows = K::kMostRows; rows >= (best == 0 ? 1 : 2) * kWarp; rows /= 2) {
     const int64_t bytes = K::shared_bytes(rows, map.width);
     if (bytes > (K::kWide || rows <= 2 * kWarp ? limit : limit / 2)) continue;
-    const int64_t tiles = ceil_div(map.rows, rows),
-                  time =
-                      ceil_div(tiles, multiprocessors()) * (rows + 2 * (map.width + 1) + kWaiting);
+    const int64_t tiles = ceil_div(map.rows, rows), time = ceil_div(tiles, multiprocessors()) *
+                                                           (rows + 2 * (map.width + 1) + kWaiting);
     if (best == 0 || time < least) best = rows, least = time;
   }
   return best;
