@@ -242,11 +242,13 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostRows,
 // Rows of a tile, 32 for each warp: those that take the multiprocessors the least time, which is
 // that of the rows they read, the ones around the tiles included, and of waiting; 0 where not even
 // 32 fit. Of narrow layers small ones, where large ones leave no room for a second block that could
-// work while one waits for memory.
+// work while one waits for memory. Of wide ones 0 where 256 do not fit: with so few warps a library
+// is faster.
 template <class K>
 int tile_rows(const Map& map) {
   constexpr int kWaiting = 128;  // in rows, for each tile: an estimate
   const int64_t limit = shared_limit();
+  if (K::kWide && K::shared_bytes(256, map.width) > limit) return 0;
   int best = 0;
   int64_t least = 0;
   for (int rows = K::kMostRows; rows >= (best == 0 ? 1 : 2) * kWarp; rows /= 2) {
