@@ -242,8 +242,8 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostRows,
 // Rows of a tile, 32 for each warp: those that take the multiprocessors the least time, which is
 // that of the rows they read, the ones around the tiles included, and of waiting; 0 where not even
 // 32 fit. Of narrow layers small ones, where large ones leave no room for a second block that could
-// work while one waits for memory. Of wide ones 0 where 256 do not fit: with so few warps a library
-// is faster.
+// work while one waits for memory. Of wide ones 0 where 256 do not fit: so few warps would wait for
+// memory and for each other most of the time.
 template <class K>
 int tile_rows(const Map& map) {
   constexpr int kWaiting = 128;  // in rows, for each tile: an estimate
