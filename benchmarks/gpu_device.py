@@ -236,7 +236,7 @@ class SimulatedDevice(CudaDevice):
         return summarize_kernels([(e.name(), e.duration_ns()) for e in events if e.name().startswith("densenet_ext::")])
 
 
-def summarize_kernels(events, longest=12):
+def summarize_kernels(events, longest=40):
     """Of (name, nanoseconds): how many, their sum, and the names that took longest."""
     counts, time_of = Counter(name for name, _ in events), defaultdict(int)
     for name, nanoseconds in events:
