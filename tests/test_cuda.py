@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DEVICES
+from kernel_cases import DEVICES, Problem, Shape
 from stage_cases import Case
 
 from densenet_ext import DenseNetBC, EfficientDenseBlock, ops
@@ -26,6 +26,27 @@ def error(got, want):
     """The largest error of several tensors, each relative to its largest value."""
     pairs = zip(got, want, strict=True)
     return max(((a.double() - b.double()).abs().max() / b.abs().max().clamp_min(1e-3)).item() for a, b in pairs)
+
+
+def shared_memory():
+    """Bytes that one block may have."""
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    return (227 if os.environ.get("SIMT_SHARED") == "most" else 99) * 1024
+
+
+@needs_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("bottleneck", "growth"), [(48, 12), (128, 32), (100, 22), (160, 40)])
+def test_which_layers_conv3x3_forward_leaves_to_a_library(bottleneck, growth, dtype):
+    """Wide ones, but not those of 16 bits up to 128 and 32 channels where shared memory has room for them."""
+    has_room = dtype != torch.float32 and shared_memory() >= 160 * 1024
+    own = (bottleneck <= 64 and growth <= 16) or (bottleneck <= 128 and growth <= 32 and has_room)
+    shape = Shape("", height=14, width=14, bottleneck=bottleneck, growth=growth)
+    arguments = Problem(shape, dtype, device=DEVICE).conv3x3_forward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        torch.ops.densenet_ext.conv3x3_forward(*arguments)
+    assert ("aten::convolution" in {event.name for event in recorded.events()}) != own
 
 
 @needs_device

@@ -37,10 +37,15 @@ void dispatch_conv3x3(const Context& context, int64_t width, const F& body) {
     }
   });
 }
-// Layers of these sizes have kernels of their own, if the maps are not too wide for a tile.
+// Whether kernels for so many units of channels and of outputs serve a layer, if its maps are not
+// too wide for a tile.
+inline bool is_within(int units, int outputs, int64_t width, int64_t growth, int64_t pixels) {
+  return width <= units * kUnit && growth <= outputs * kOutputs && pixels < (int64_t{1} << 28);
+}
+// Layers of these sizes have kernels in every type.
 template <class S>
 bool is_narrow(int64_t width, int64_t growth, int64_t pixels) {
-  return width <= kMostUnits<S> * kUnit && growth <= kOutputs && pixels < (int64_t{1} << 28);
+  return is_within(kMostUnits<S>, 1, width, growth, pixels);
 }
 
 // ---- pixels ------------------------------------------------------------------------------------

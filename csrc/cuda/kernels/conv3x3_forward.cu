@@ -10,11 +10,11 @@
 // one of zeros, so padding is 0 behind the rectifier.
 //
 // A warp has 32 rows and all output columns: per tap and step of depth, two loads of h and one of W
-// for each 16 outputs, of which four tensor core products come. (Shared memory delivers no more
-// than that: with 16 outputs a warp it would bound wide layers. With 64 rows a warp there would be
-// too few of them to wait for each other.) A lane stores pairs of neighboring channels. Bytes a
-// row: K2 read, k written; what is read around a tile comes from L2, as does W. Blocks stay for
-// several tiles, so that W is copied once for each of them. Results do not depend on the tiles.
+// for each 16 outputs, of which four tensor core products come. (With 16 outputs a warp, shared
+// memory would bound wide layers; with 64 rows a warp, small maps would have too few warps.) A lane
+// stores pairs of neighboring channels. Bytes a row: K2 read, k written; what is read around a tile
+// comes from L2, as does W. Blocks stay for several tiles, so that W is copied once for each of
+// them. Results do not depend on the tiles.
 //
 // Wide layers' channels come in slabs, through two places in shared memory: when a slab has been
 // multiplied, the one after the next takes its place, be it of the block's next tile, so that
@@ -44,11 +44,10 @@ struct Args {
 };
 
 // For up to kUnits * 16 channels of the bottleneck and kTiles * 16 outputs.
-template <class Math, int kUnits, int kTiles_>
+template <class Math, int kUnits, int kTiles>
 struct Shape {
   using S = typename Math::Storage;
   static constexpr bool kWide = kUnits > kMostUnits<S>;
-  static constexpr int kTiles = kTiles_;
   static constexpr int kWidth = kUnits * kUnit, kOut = kTiles * kOutputs;
   static constexpr int kColumns = kWide ? 32 : kWidth;  // of a slab
   static constexpr int kSlabs = kWidth / kColumns, kPlaces = kWide ? 2 : 1;
@@ -166,7 +165,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostRows,
         load<kPiece>(at, h);
 #pragma unroll
         for (int e = 0; e < kPiece; ++e) h[e] = affine(h[e], norm[e].scale, norm[e].shift);
-        store_rectified<Math>(at, h);
+        store_operands<Math, true>(at, h);
       }
       __syncthreads();
 
@@ -299,7 +298,7 @@ void dispatch(const Conv3x3Forward<S>& f, const Context& context, const F& body)
       body(math, units, std::integral_constant<int, 1>{});
     });
   } else if constexpr (sizeof(S) == 2) {
-    if (f.width <= kWideUnits * kUnit && f.growth <= kWideTiles * kOutputs && pixels < (1 << 28))
+    if (is_within(kWideUnits, kWideTiles, f.width, f.growth, pixels))
       body(Half<S>{}, std::integral_constant<int, kWideUnits>{},
            std::integral_constant<int, kWideTiles>{});
   }

@@ -45,19 +45,23 @@ DEVICE void load(const S* from, Arithmetic<S> (&v)[V]) {
 #pragma unroll
   for (int i = 0; i < V; ++i) v[i] = widen(s[i]);
 }
-template <int V, class S>
+// With kRectify max(v, 0); NaN stays NaN.
+template <int V, bool kRectify = false, class S>
 DEVICE void store(S* to, const Arithmetic<S> (&v)[V]) {
   constexpr int bytes = V * sizeof(S);
   Word<bytes> word;
   if constexpr (sizeof(S) == 2 && V > 1) {
     uint32_t pairs[V / 2];
 #pragma unroll
-    for (int i = 0; i < V / 2; ++i) pairs[i] = narrow2<S>(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < V / 2; ++i) {
+      pairs[i] =
+          kRectify ? narrow2_relu<S>(v[2 * i], v[2 * i + 1]) : narrow2<S>(v[2 * i], v[2 * i + 1]);
+    }
     memcpy(&word, pairs, bytes);
   } else {
     S s[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) s[i] = store_as<S>(v[i]);
+    for (int i = 0; i < V; ++i) s[i] = store_as<S>(kRectify ? relu(v[i]) : v[i]);
     memcpy(&word, s, bytes);
   }
   store_word<bytes>(to, word);
@@ -79,33 +83,15 @@ DEVICE void round_values(Arithmetic<S> (&v)[V]) {
 }
 
 // Runs of values as operands of a product.
-template <class Math, int V>
+template <class Math, bool kRectify = false, int V>
 DEVICE void store_operands(typename Math::Storage* to, const typename Math::T (&from)[V]) {
   if constexpr (sizeof(typename Math::Storage) == 2) {  // stored is rounded
-    store<V>(to, from);
+    store<V, kRectify>(to, from);
   } else {
     typename Math::T v[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = Math::operand(from[i]);
+    for (int i = 0; i < V; ++i) v[i] = Math::operand(kRectify ? relu(from[i]) : from[i]);
     store<V>(to, v);
-  }
-}
-
-// The same of max(v, 0); NaN stays NaN.
-template <class Math, int V>
-DEVICE void store_rectified(typename Math::Storage* to, typename Math::T (&v)[V]) {
-  using S = typename Math::Storage;
-  if constexpr (sizeof(S) == 2) {
-    uint32_t pairs[V / 2];
-#pragma unroll
-    for (int i = 0; i < V / 2; ++i) pairs[i] = narrow2_relu<S>(v[2 * i], v[2 * i + 1]);
-    Word<V * sizeof(S)> word;
-    memcpy(&word, pairs, sizeof word);
-    store_word<V * sizeof(S)>(to, word);
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = relu(v[i]);
-    store_operands<Math>(to, v);
   }
 }
 
