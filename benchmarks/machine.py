@@ -39,7 +39,7 @@ def describe(device):
     """Processor, instruction set, device, versions, threads, date, commit and command line: a flat dict of strings."""
     description = {
         "cpu": _cpu_model(),
-        "cores": str(os.cpu_count()),
+        "cores": str(_cores()),
         "threads": str(torch.get_num_threads()),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "kernels": info.collect().get("instruction set", "not loaded").split(" (")[0],
@@ -86,6 +86,11 @@ def heading(description):
     if "malloc" in d:
         lines.append(f"malloc: {d['malloc']}")
     return "\n".join(lines)
+
+
+def _cores():
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _cpu_model():
