@@ -53,7 +53,6 @@ def parse_arguments(arguments=None):
     add("--groups", metavar="WORDS", help="training steps only of groups with one of these, such as densenet121,cifar")
     add("--implementations", metavar="NAMES", help="training steps only of these, such as plain,fused")
     add("--logs", metavar="FOLDER", type=Path, help="keep what the processes print, and their journals")
-    add("--commit", help="of the sources, where they are a copy without their history")
     add("--worker", choices=("compile", "kernels", "steps", "profile"), help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
     add("--seconds", type=float, help=argparse.SUPPRESS)
@@ -137,8 +136,6 @@ def describe(run):
         return False
     run.results["machine"] = machine.describe(device.name) | device.describe()
     run.results["machine"]["cuda_kernels"] = info.collect().get("CUDA kernels", "unknown")
-    if run.args.commit:
-        run.results["machine"]["commit"] = run.args.commit
     run.say(gpu_report.heading(run.results["machine"]) + "\n")
     if device.name not in ops.DEVICES:
         run.results["notes"].append(f"the library has no kernels for {device.name}: was it built where nvcc is?")

@@ -103,7 +103,12 @@ def _cpu_model():
 
 
 def _commit():
-    """Short hash of the sources beside the benchmarks, with a + where the tree differs from it."""
+    """Short hash of the sources beside the benchmarks, with a + where the tree differs from it.
+
+    Of a copy without its history: what DENSENET_EXT_COMMIT says.
+    """
+    if "DENSENET_EXT_COMMIT" in os.environ:
+        return os.environ["DENSENET_EXT_COMMIT"]
     git = ["git", "-C", str(ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
