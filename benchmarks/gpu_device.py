@@ -160,7 +160,7 @@ class CudaDevice:
             torch.cuda.synchronize()
         cuda = torch.autograd.DeviceType.CUDA
         events = [
-            (e.name(), e.duration_ns())
+            (e.name(), e.start_ns(), e.start_ns() + e.duration_ns())
             for e in recorded.profiler.kineto_results.events()
             if e.device_type() == cuda and not e.is_user_annotation() and not e.name().startswith(NOT_KERNELS)
         ]
@@ -233,14 +233,19 @@ class SimulatedDevice(CudaDevice):
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             function()
         events = recorded.profiler.kineto_results.events()
-        return summarize_kernels([(e.name(), e.duration_ns()) for e in events if e.name().startswith("densenet_ext::")])
+        ours = [e for e in events if e.name().startswith("densenet_ext::")]
+        return summarize_kernels([(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in ours])
 
 
 def summarize_kernels(events, longest=40):
-    """Of (name, nanoseconds): how many, their sum, and the names that took longest."""
-    counts, time_of = Counter(name for name, _ in events), defaultdict(int)
-    for name, nanoseconds in events:
-        time_of[name] += nanoseconds
+    """Of (name, start, end) in nanoseconds: how many, how long one ran, and the names that took longest.
+
+    A kernel that starts before the one in front of it has ended only waits for it until then.
+    """
+    counts, time_of, ended = Counter(name for name, _, _ in events), defaultdict(int), 0
+    for name, start, end in sorted(events, key=lambda event: event[1]):
+        time_of[name] += max(0, end - max(start, ended))
+        ended = max(ended, end)
     top = sorted(time_of, key=time_of.get, reverse=True)[:longest]
     return {
         "launches": len(events),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DEVICES, Problem, Shape
+from kernel_cases import DEVICES, Problem, Shape, to_device
 from stage_cases import Case
 
 from densenet_ext import DenseNetBC, EfficientDenseBlock, ops
@@ -43,7 +43,7 @@ def test_which_layers_conv3x3_forward_leaves_to_a_library(bottleneck, growth, dt
     has_room = dtype != torch.float32 and shared_memory() >= 160 * 1024
     own = (bottleneck <= 64 and growth <= 16) or (bottleneck <= 128 and growth <= 32 and has_room)
     shape = Shape("", height=14, width=14, bottleneck=bottleneck, growth=growth)
-    arguments = Problem(shape, dtype, device=DEVICE).conv3x3_forward()
+    arguments = to_device(Problem(shape, dtype, device=DEVICE).conv3x3_forward(), DEVICE)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         torch.ops.densenet_ext.conv3x3_forward(*arguments)
     assert ("aten::convolution" in {event.name for event in recorded.events()}) != own

@@ -57,6 +57,10 @@ inline std::string device_name(int device) {
   return properties.name;
 }
 
+// Whether kernels may be started before those in front of them have ended: the code that runs on
+// this device has to wait for them itself (device.cu).
+bool starts_early(int device);
+
 // Nothing is launched where the grid is empty. Shared memory is whole units of 16 bytes, because
 // the compiler may read it in such units, past the last value that is used.
 template <class... P>
@@ -69,11 +73,18 @@ void launch(const Context& context, void (*kernel)(P...), Grid grid, int threads
                                static_cast<int>(shared_bytes)),
           "shared memory of a kernel");
   }
-  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
-                    static_cast<unsigned>(grid.z));
-  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(
-      arguments...);
-  check(cudaGetLastError(), "a kernel could not be launched");
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                    static_cast<unsigned>(grid.z)};
+  config.blockDim = {static_cast<unsigned>(threads), 1, 1};
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(context.stream);
+  config.attrs = &early;
+  config.numAttrs = starts_early(current_device()) ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "a kernel could not be launched");
 }
 
 #else

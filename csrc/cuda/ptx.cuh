@@ -27,6 +27,16 @@ struct alignas(16) Bytes16 {
 
 #ifdef __CUDACC__
 
+// The first thing that every kernel does. On devices that can, its blocks start while the last ones
+// of the kernel before are still running (launch.cuh); here they wait until that one has ended and
+// what it has written is there.
+DEVICE void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
 DEVICE Bytes16 ld16(const void* from) {
   const uint4 v = *static_cast<const uint4*>(from);
   return {{v.x, v.y, v.z, v.w}};

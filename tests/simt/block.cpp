@@ -31,6 +31,7 @@ void start_threads() {
     t.step = t.ordered = 0;
     t.copies.pending.clear();
     t.copies.group = 0;
+    t.waited = false;
     t.fiber.start(thread_main);
   }
   for (int w = 0; w < threads / kWarp; ++w) state.warp[w] = {kAllLanes, 0};

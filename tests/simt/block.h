@@ -27,6 +27,7 @@ struct Thread {
   uint32_t step = 0;     // also one more at every fence
   uint32_t ordered = 0;  // what lanes of this warp did at lower steps came before
   Copies copies;
+  bool waited = false;  // for the kernels before this one
 };
 
 struct Warp {

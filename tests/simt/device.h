@@ -84,6 +84,8 @@ namespace densenet_ext::cuda {
 
 struct Bytes16;
 
+void wait_for_earlier_kernels();
+
 // Not inlined: the simulator does these accesses itself, and checks them.
 Bytes16 ld16(const void* from);
 void st16(void* to, const Bytes16& v);

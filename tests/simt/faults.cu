@@ -19,6 +19,7 @@ DEVICE int block_id() { return static_cast<int>(blockIdx.x); }
 
 template <bool planted>
 KERNEL barrier_after_wait(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   float* const s = floats(shared);
   const int t = thread_id();
@@ -31,6 +32,7 @@ KERNEL barrier_after_wait(Buffers b) {
 
 template <bool planted>
 KERNEL barrier_in_reduction(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   float* const s = floats(shared);
   const int t = thread_id();
@@ -45,6 +47,7 @@ KERNEL barrier_in_reduction(Buffers b) {
 
 template <bool planted>
 KERNEL barrier_before_refill(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   float* const s = floats(shared);
   const int t = thread_id();
@@ -62,6 +65,7 @@ KERNEL barrier_before_refill(Buffers b) {
 
 template <bool planted>
 KERNEL divergent_barrier(Buffers b) {
+  wait_for_earlier_kernels();
   const int t = thread_id();
   if (!planted || t < 32) __syncthreads();  // FAULT divergent_barrier
   b.output[t] = 1;
@@ -69,6 +73,7 @@ KERNEL divergent_barrier(Buffers b) {
 
 template <bool planted>
 KERNEL early_return(Buffers b) {
+  wait_for_earlier_kernels();
   const int t = thread_id();
   if (planted && t == 7) return;
   __syncthreads();  // FAULT early_return
@@ -79,6 +84,7 @@ KERNEL early_return(Buffers b) {
 
 template <bool planted>
 KERNEL missing_lanes(Buffers b) {
+  wait_for_earlier_kernels();
   const int t = thread_id();
   float v = b.input[t];
   if (!planted || t % 32 < 16) v += __shfl_xor_sync(0xffffffff, v, 1);  // FAULT missing_lanes
@@ -87,6 +93,7 @@ KERNEL missing_lanes(Buffers b) {
 
 template <bool planted>
 KERNEL partial_mask(Buffers b) {
+  wait_for_earlier_kernels();
   const int t = thread_id();
   b.output[t] =
       __shfl_xor_sync(planted ? 0xffff : 0xffffffff, b.input[t], 1);  // FAULT partial_mask
@@ -94,6 +101,7 @@ KERNEL partial_mask(Buffers b) {
 
 template <bool planted>
 KERNEL syncwarp(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   float* const s = floats(shared);
   const int t = thread_id();
@@ -104,6 +112,7 @@ KERNEL syncwarp(Buffers b) {
 
 template <bool planted>
 KERNEL syncwarp_after_reads(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   float* const s = floats(shared);
   const int t = thread_id();
@@ -117,6 +126,7 @@ KERNEL syncwarp_after_reads(Buffers b) {
 
 template <bool planted>
 KERNEL syncwarp_before_ldmatrix(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   const int t = thread_id();
   uint32_t* const own = reinterpret_cast<uint32_t*>(shared) + t / 32 * 128;
@@ -131,6 +141,7 @@ KERNEL syncwarp_before_ldmatrix(Buffers b) {
 
 template <bool planted>
 KERNEL weak_wait(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   float* const s = floats(shared);
   const int t = thread_id();
@@ -145,6 +156,7 @@ KERNEL weak_wait(Buffers b) {
 
 template <bool planted>
 KERNEL copy_out_of_bounds(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   const int t = thread_id(), left = (kInputs - 4 * t) * 4;
   const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
@@ -157,6 +169,7 @@ KERNEL copy_out_of_bounds(Buffers b) {
 
 template <bool planted>
 KERNEL copy_misaligned(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   const int t = thread_id();
   cp_async16(shared + 16 * t, b.input + (planted ? 2 : 4));  // FAULT copy_misaligned
@@ -167,6 +180,7 @@ KERNEL copy_misaligned(Buffers b) {
 
 template <bool planted>
 KERNEL copy_to_misaligned(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   const int t = thread_id();
   if (t < 4) cp_async16(shared + 16 * t + (planted ? 8 : 0), b.input);  // FAULT copy_to_misaligned
@@ -177,6 +191,7 @@ KERNEL copy_to_misaligned(Buffers b) {
 
 template <bool planted>
 KERNEL copy_beyond_shared(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   const int t = thread_id();
   cp_async16(shared + 16 * (t + planted), b.input);  // FAULT copy_beyond_shared
@@ -187,6 +202,7 @@ KERNEL copy_beyond_shared(Buffers b) {
 
 template <bool planted>
 KERNEL copy_source_changed(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   const int t = thread_id();
   b.output[t] = b.output[t + 64] = 1;
@@ -203,6 +219,7 @@ KERNEL copy_source_changed(Buffers b) {
 
 template <bool planted>
 KERNEL shared_out_of_bounds(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   const int t = thread_id();
   floats(shared)[t + 192 + planted] = b.input[t];  // FAULT shared_out_of_bounds
@@ -211,18 +228,21 @@ KERNEL shared_out_of_bounds(Buffers b) {
 
 template <bool planted>
 KERNEL read_out_of_bounds(Buffers b) {
+  wait_for_earlier_kernels();
   const int t = thread_id();
   b.output[t] = b.input[kInputs - kThreads + t + planted];  // FAULT read_out_of_bounds
 }
 
 template <bool planted>
 KERNEL write_out_of_bounds(Buffers b) {
+  wait_for_earlier_kernels();
   const int t = thread_id();
   b.output[planted && t == 9 ? kOutputs : t] = 1;  // FAULT write_out_of_bounds
 }
 
 template <bool planted>
 KERNEL wide_misaligned(Buffers b) {
+  wait_for_earlier_kernels();
   const int t = thread_id();
   const Bytes16 v = ld16(b.input + (planted ? 1 : 4) * (t % 16));  // FAULT wide_misaligned
   b.output[t] = float_of(v.word[0]);
@@ -230,12 +250,22 @@ KERNEL wide_misaligned(Buffers b) {
 
 template <bool planted>
 KERNEL double_misaligned(Buffers b) {
+  wait_for_earlier_kernels();
   const int t = thread_id();
   reinterpret_cast<double*>(b.output + planted)[t] = 1;  // FAULT double_misaligned
 }
 
 template <bool planted>
+KERNEL read_before_wait(Buffers b) {
+  if (!planted) wait_for_earlier_kernels();
+  const float first = b.input[thread_id()];  // FAULT read_before_wait
+  wait_for_earlier_kernels();
+  b.output[thread_id()] = first;
+}
+
+template <bool planted>
 KERNEL write_to_input(Buffers b) {
+  wait_for_earlier_kernels();
   const int t = thread_id();
   float* const to = planted ? const_cast<float*>(b.input) : b.output;
   to[t] = 2 * b.input[t];  // FAULT write_to_input
@@ -245,6 +275,7 @@ KERNEL write_to_input(Buffers b) {
 
 template <bool planted>
 KERNEL unwritten_shared(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   const int t = thread_id();
   if (!planted || t != 5) floats(shared)[t] = 1;
@@ -254,6 +285,7 @@ KERNEL unwritten_shared(Buffers b) {
 
 template <bool planted>
 KERNEL unwritten_scratch(Buffers b) {
+  wait_for_earlier_kernels();
   const int t = thread_id();
   if (!planted || t != 5) b.scratch[t] = 1;
   __syncthreads();
@@ -262,6 +294,7 @@ KERNEL unwritten_scratch(Buffers b) {
 
 template <bool planted>
 KERNEL wide_unwritten(Buffers b) {
+  wait_for_earlier_kernels();
   const int t = thread_id();
   if (t < (planted ? 63 : 64)) b.scratch[t] = 1;
   __syncthreads();
@@ -272,11 +305,13 @@ KERNEL wide_unwritten(Buffers b) {
 
 template <bool planted>
 KERNEL race_between_blocks(Buffers b) {
+  wait_for_earlier_kernels();
   b.output[thread_id() + (kThreads - planted) * block_id()] = 1;  // FAULT race_between_blocks
 }
 
 template <bool planted>
 KERNEL read_between_blocks(Buffers b) {
+  wait_for_earlier_kernels();
   const int t = thread_id(), at = block_id() * kThreads;
   b.output[at + t] = 1;
   if (planted && t == 3)
@@ -286,6 +321,7 @@ KERNEL read_between_blocks(Buffers b) {
 // Every block writes its part; the last one that draws a ticket adds them up.
 template <bool planted>
 KERNEL fence_before_ticket(Buffers b) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   unsigned* const drawn = reinterpret_cast<unsigned*>(shared);
   const int t = thread_id();
@@ -332,6 +368,7 @@ const Fault kFaults[] = {
     SIMT_FAULT(write_out_of_bounds, 1),
     SIMT_FAULT(wide_misaligned, 1),
     SIMT_FAULT(double_misaligned, 1),
+    SIMT_FAULT(read_before_wait, 1),
     SIMT_FAULT(write_to_input, 1),
     SIMT_FAULT(unwritten_shared, 1),
     SIMT_FAULT(unwritten_scratch, 1),

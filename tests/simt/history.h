@@ -65,7 +65,7 @@ inline bool usual_access(const Thread& thread, uintptr_t address, uintptr_t pc) 
     to = kind == Access::kRead ? 0 : clock_.block;
   } else {
     const Extent* const e = find_extent(address);
-    if (!e || e->end - address < bytes) return false;
+    if (!thread.waited || !e || e->end - address < bytes) return false;
     if (!e->cells) return kind == Access::kRead;
     cells = e->cells + (granule_of(address) - granule_of(e->begin));
     from = kind == Access::kRead && e->scratch ? e->birth : 0;

@@ -90,4 +90,6 @@ void cp_async16(void* shared, const void* global, int bytes) {
 
 void cp_async_commit() { ++state.current->copies.group; }
 
+void wait_for_earlier_kernels() { state.current->waited = true; }
+
 }  // namespace densenet_ext::cuda

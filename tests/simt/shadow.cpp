@@ -144,6 +144,11 @@ void access_global(Check& c) {
   const uintptr_t end = c.address + static_cast<uintptr_t>(c.bytes);
   const auto in_arguments = c.address - reinterpret_cast<uintptr_t>(state.launch->arguments);
   if (in_arguments < static_cast<uintptr_t>(state.launch->arguments_bytes)) return;
+  if (!c.thread.waited) {
+    report("too early",
+           c.subject(c.address) + " before it has waited for the kernels before this one", c.pc, 0);
+    stop();
+  }
   while (c.address < end) {
     const Extent* const e = find_extent(c.address);
     if (!e) out_of_bounds(c, describe_address(c.address));

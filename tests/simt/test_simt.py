@@ -34,6 +34,7 @@ FAULTS = {
     "write_out_of_bounds": "out of bounds",
     "wide_misaligned": "misaligned",
     "double_misaligned": "misaligned",
+    "read_before_wait": "too early",
     "write_to_input": "read-only",
     "unwritten_shared": "unwritten",
     "unwritten_scratch": "unwritten",

@@ -9,6 +9,7 @@ namespace {
 using namespace densenet_ext::cuda;
 
 KERNEL mma_kernel(MmaBuffers m) {
+  wait_for_earlier_kernels();
   const int lane = lane_id();
   uint32_t a[4], b[2];
   float c[4];
@@ -21,6 +22,7 @@ KERNEL mma_kernel(MmaBuffers m) {
 }
 
 KERNEL ldmatrix_kernel(LdmatrixBuffers m) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   const int lane = lane_id();
   st16(shared + 16 * lane, ld16(m.shared + 4 * lane));
@@ -35,6 +37,7 @@ KERNEL ldmatrix_kernel(LdmatrixBuffers m) {
 }
 
 KERNEL shuffle_kernel(uint32_t* out) {
+  wait_for_earlier_kernels();
   const int lane = lane_id();
   const auto own = static_cast<uint32_t>(100 + lane);
   out[lane] = __shfl_sync(0xffffffff, own, 5 + lane);

@@ -63,6 +63,7 @@ struct AppendArgs {
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads) append_rows_kernel(AppendArgs<S> a) {
+  wait_for_earlier_kernels();
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.x.channels);
   if (group.valid == 0) return;
@@ -74,6 +75,7 @@ KERNEL __launch_bounds__(kMaxThreads) append_rows_kernel(AppendArgs<S> a) {
 
 template <class S>
 KERNEL __launch_bounds__(kMaxThreads) append_planes_kernel(AppendArgs<S> a) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(memory);
   S* const shared = reinterpret_cast<S*>(memory);
   const Tile tile(ceil_div(a.pixels, kTilePixels));
@@ -121,6 +123,7 @@ DEVICE T true_gradient(T factor, T constant, T slope, T g, T x) {
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) finish_rows_kernel(FinishArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.out.channels);
@@ -143,6 +146,7 @@ KERNEL __launch_bounds__(kMaxThreads, 2) finish_rows_kernel(FinishArgs<S> a) {
 
 template <class S>
 KERNEL __launch_bounds__(kMaxThreads) finish_planes_kernel(FinishArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   S* const shared = reinterpret_cast<S*>(memory);

@@ -176,6 +176,7 @@ template <class Math, int kUnits, bool kWide, bool kMasked>
 KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
                          Shape<Math, kUnits, kWide, kMasked>::kBlocks)
     bottleneck_backward_kernel(Arguments<typename Math::Storage> p) {
+  wait_for_earlier_kernels();
   using K = Shape<Math, kUnits, kWide, kMasked>;
   using S = typename Math::Storage;
   using T = typename Math::T;
@@ -446,6 +447,7 @@ struct Finish {
 };
 template <class T, int V>
 KERNEL __launch_bounds__(kMaxThreads) bottleneck_finish_kernel(Finish<T> p) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   if (blockIdx.x >= p.weight_blocks) {
     norm_backward_block(p.norm, blockIdx.x - p.weight_blocks, shared);

@@ -146,6 +146,7 @@ template <class Math, int kUnits, bool kMasked>
 KERNEL __launch_bounds__(Shape<Math, kUnits, kMasked>::kThreads,
                          Shape<Math, kUnits, kMasked>::kBlocks)
     bottleneck_forward_kernel(Arguments<typename Math::Storage> p) {
+  wait_for_earlier_kernels();
   using K = Shape<Math, kUnits, kMasked>;
   using S = typename Math::Storage;
   using T = typename Math::T;
@@ -257,6 +258,7 @@ struct Merge {
 // then their sums in pairs.
 template <class T>
 KERNEL __launch_bounds__(kMergeColumns* kMergeLanes) merge_moments_kernel(Merge<T> p) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   double* const sums = reinterpret_cast<double*>(shared);
   const int column = static_cast<int>(threadIdx.x) % kMergeColumns;

@@ -155,6 +155,7 @@ struct TapPacking {
 // A thread an element: first the weights, then the table.
 template <class Math>
 KERNEL __launch_bounds__(256) pack_taps_kernel(TapPacking<typename Math::Storage> a) {
+  wait_for_earlier_kernels();
   using T = typename Math::T;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   const int64_t weights = static_cast<int64_t>(kTaps) * a.outputs * a.pitch;

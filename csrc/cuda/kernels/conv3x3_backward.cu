@@ -151,6 +151,7 @@ DEVICE T share_sums(T (&v)[8]) {
 template <class Math, int kUnits>
 KERNEL __launch_bounds__(kThreads, Shape<Math, kUnits>::kBlocks)
     conv3x3_backward_kernel(Args<typename Math::Storage> a) {
+  wait_for_earlier_kernels();
   using S = typename Math::Storage;
   using T = typename Math::T;
   using K = Shape<Math, kUnits>;
@@ -331,6 +332,7 @@ struct FinishArgs {
 // A block has 32 weights (in the order of the parts), or some channels of norm2 behind those.
 template <class T>
 KERNEL __launch_bounds__(kFinishThreads) conv3x3_finish_kernel(FinishArgs<T> a) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   double* const sums = reinterpret_cast<double*>(shared);
   if (blockIdx.x < a.weight_blocks) {

@@ -80,6 +80,7 @@ template <class Math, int kUnits, int kTiles>
 KERNEL __launch_bounds__(Shape<Math, kUnits, kTiles>::kMostRows,
                          Shape<Math, kUnits, kTiles>::kBlocks)
     conv3x3_forward_kernel(Args<typename Math::Storage> a) {
+  wait_for_earlier_kernels();
   using S = typename Math::Storage;
   using T = typename Math::T;
   using K = Shape<Math, kUnits, kTiles>;

@@ -34,6 +34,7 @@ struct InputArgs {
 };
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) conv3x3_input_kernel(InputArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.width);
@@ -66,6 +67,7 @@ struct OutputArgs {
 // The least number of blocks, here and below, is what keeps ptxas from spilling for sm_80.
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) conv3x3_output_kernel(OutputArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.growth);
@@ -99,6 +101,7 @@ struct OutputGradientArgs {
 };
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) conv3x3_output_gradient_kernel(OutputGradientArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.growth);
@@ -141,6 +144,7 @@ struct InputGradientArgs {
 };
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) conv3x3_input_gradient_kernel(InputGradientArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(shared);
   const Run run = a.items[blockIdx.x];
@@ -203,6 +207,7 @@ struct WideFinishArgs {
 // A block has kFinishThreads weights, or some channels of norm2.
 template <class S>
 KERNEL __launch_bounds__(kFinishThreads, 4) conv3x3_wide_finish_kernel(WideFinishArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(shared);
   if (blockIdx.x < a.weight_blocks) {

@@ -23,19 +23,28 @@ bool at_least(Capability a, Capability b) {
   return a.major > b.major || (a.major == b.major && a.minor >= b.minor);
 }
 
+Capability capability_of(const char* architecture, char* ptx = nullptr) {
+  Capability built = {0, 0};
+  char sign = 0;
+  std::sscanf(architecture, "%d.%d%c", &built.major, &built.minor, &sign);
+  if (ptx != nullptr) *ptx = sign;
+  return built;
+}
+
 // A binary runs on devices of its major version, from its minor version on; the driver translates
 // PTX for every device that is not older.
 bool serves(const char* architecture, Capability device) {
-  Capability built = {0, 0};
   char ptx = 0;
-  std::sscanf(architecture, "%d.%d%c", &built.major, &built.minor, &ptx);
+  const Capability built = capability_of(architecture, &ptx);
   return at_least(device, built) && (ptx == '+' || device.major == built.major);
 }
 
-bool served(const std::string& architectures, Capability device) {
+// Whether one of them, not older than `oldest`, serves the device.
+bool served(const std::string& architectures, Capability device, Capability oldest = kOldest) {
   for (size_t begin = 0; begin < architectures.size();) {
     const size_t end = std::min(architectures.find(':', begin), architectures.size());
-    if (serves(architectures.substr(begin, end - begin).c_str(), device)) return true;
+    const std::string one = architectures.substr(begin, end - begin);
+    if (at_least(capability_of(one.c_str()), oldest) && serves(one.c_str(), device)) return true;
     begin = end + 1;
   }
   return false;
@@ -44,6 +53,22 @@ bool served(const std::string& architectures, Capability device) {
 std::string text(Capability c) { return std::to_string(c.major) + "." + std::to_string(c.minor); }
 
 }  // namespace
+
+#ifdef __CUDACC__
+// Code for 9.0 or newer waits (ptx.cuh). A binary is preferred to PTX, and newer PTX to older, so
+// where some such code serves the device, it is what runs.
+bool starts_early(int device) {
+  static std::atomic<signed char> known[64];  // 1: yes, -1: no
+  signed char found = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
+  if (found == 0) {
+    const bool early = served(DENSENET_EXT_TEXT_OF(DENSENET_EXT_CUDA_ARCHITECTURES),
+                              device_capability(device), {9, 0});
+    found = early ? 1 : -1;
+    if (device < 64) known[device].store(found, std::memory_order_relaxed);
+  }
+  return found > 0;
+}
+#endif
 
 void check_device() {
   static std::atomic<bool> good[64];  // devices that have passed

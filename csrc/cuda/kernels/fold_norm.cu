@@ -20,6 +20,7 @@ DEVICE T mask_of(const PerChannel<T>& mask, int64_t n, int64_t c) {
 
 template <class T>
 KERNEL __launch_bounds__(kMaxThreads) fold_norm_kernel(FoldNorm<T> a) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(memory);
   double* const shared = reinterpret_cast<double*>(memory);
   const ThreadMap map = narrow_map();

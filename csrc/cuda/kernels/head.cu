@@ -26,6 +26,7 @@ struct ForwardArgs {
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) head_forward_kernel(ForwardArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const Run run = a.items[blockIdx.x];
@@ -56,6 +57,7 @@ KERNEL __launch_bounds__(kMaxThreads, 2) head_forward_kernel(ForwardArgs<S> a) {
 
 template <class S>
 KERNEL __launch_bounds__(kMaxThreads) head_mean_kernel(ForwardArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const ThreadMap map = narrow_map();
@@ -88,6 +90,7 @@ struct BackwardArgs {
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) head_backward_kernel(BackwardArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const int64_t channels = a.features.channels, block = blockIdx.x;

@@ -2,7 +2,7 @@
 //
 //   mean[n, c] = (1/P) sum_p x[n, p, c],   m2[n, c] = sum_p (x[n, p, c] - mean[n, c])^2
 //
-// A thread takes four pixels of V channels at a time: their own mean and squares around it, from
+// A thread takes some pixels of V channels at a time: their own mean and squares around it, from
 // registers, then Chan's merge into what it has; the threads of a block, and the blocks of a
 // sample, are merged by  m2 = sum_i m2_i + count_i (mean_i - mean)^2.  So nothing cancels, and the
 // channels are read once. Bytes moved: k*e a pixel. Where a sample is cut, its partial moments go
@@ -43,9 +43,10 @@ DEVICE void merge_rows(T (&mean)[V], T (&m2)[V], T count, T total, T* shared,
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 3) moments_kernel(Args<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
-  constexpr int kAhead = 4;
+  constexpr int kAhead = sizeof(T) == 8 ? 4 : 8;  // what the registers have room for
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.channels);
   const S* const from = a.data + run.sample * a.items.pixels * a.pitch + group.first;
@@ -103,6 +104,7 @@ struct MergeArgs {
 
 template <class T>
 KERNEL __launch_bounds__(kMaxThreads) merge_moments_kernel(MergeArgs<T> a) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(memory);
   const int64_t n = blockIdx.x;
   const ThreadMap map = narrow_map();

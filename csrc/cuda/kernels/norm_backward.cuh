@@ -88,6 +88,7 @@ DEVICE void norm_backward_block(const NormBackward<T>& a, int64_t block, unsigne
 
 template <class T>
 KERNEL __launch_bounds__(kMaxThreads) norm_backward_kernel(NormBackward<T> a) {
+  wait_for_earlier_kernels();
   DYNAMIC_SHARED(memory);
   norm_backward_block(a, blockIdx.x, memory);
 }

@@ -31,6 +31,7 @@ struct Packing {
 // A thread an element: first the weights, then the table.
 template <class Math>
 KERNEL __launch_bounds__(256) pack_kernel(Packing<typename Math::Storage> p) {
+  wait_for_earlier_kernels();
   using T = typename Math::T;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   const int64_t weights = p.packed_rows * p.packed_columns;

@@ -19,6 +19,7 @@ namespace {
 
 template <class S>
 KERNEL __launch_bounds__(kMaxThreads) gate_kernel(SqueezeExciteForward<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   T* const pooled = reinterpret_cast<T*>(memory);
@@ -61,6 +62,7 @@ struct ScaleArgs {
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) scale_kernel(ScaleArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.channels);
@@ -90,6 +92,7 @@ struct DotArgs {
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) dot_kernel(DotArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const Run run = a.items[blockIdx.x];
@@ -129,6 +132,7 @@ struct SampleArgs {
 
 template <class S>
 KERNEL __launch_bounds__(kMaxThreads) sample_kernel(SampleArgs<S> args) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const SqueezeExciteBackward<S>& a = args.a;
@@ -201,6 +205,7 @@ DEVICE Product<Arithmetic<S>> product_of(const SampleArgs<S>& s, int64_t q) {
 
 template <class S>
 KERNEL __launch_bounds__(kMaxThreads) parameter_kernel(SampleArgs<S> args) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const ThreadMap map = narrow_map();

@@ -68,6 +68,7 @@ struct PoolArgs {
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads) stem_pool_kernel(PoolArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.x.channels);
@@ -115,6 +116,7 @@ struct MaximaArgs {
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) stem_maxima_kernel(MaximaArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const int64_t channels = a.x.channels, block = blockIdx.x;
@@ -178,6 +180,7 @@ struct InputArgs {
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) stem_input_kernel(InputArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.x.channels);

@@ -40,6 +40,7 @@ struct SpreadArgs {
 template <class Math>
 KERNEL __launch_bounds__(PooledProduct<Math>::kThreads, sizeof(typename Math::T) == 8 ? 1 : 2)
     spread_kernel(SpreadArgs<typename Math::Storage> a) {
+  wait_for_earlier_kernels();
   using P = PooledProduct<Math>;
   using S = typename P::S;
   using T = typename P::T;
@@ -103,6 +104,7 @@ struct WeightArgs {
 template <class Math>
 KERNEL __launch_bounds__(WeightProduct<Math>::kThreads, sizeof(typename Math::T) == 8 ? 1 : 2)
     weight_kernel(WeightArgs<typename Math::Storage> a) {
+  wait_for_earlier_kernels();
   using P = WeightProduct<Math>;
   using T = typename P::T;
   DYNAMIC_SHARED(memory);
@@ -127,6 +129,7 @@ struct SumArgs {
 
 template <class T>
 KERNEL __launch_bounds__(kMaxThreads) sum_parts_kernel(SumArgs<T> a) {
+  wait_for_earlier_kernels();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x;
   if (i >= a.rows * a.columns) return;
   const T* const from = a.parts + i / a.columns * a.pitch + i % a.columns;
@@ -147,6 +150,7 @@ struct EdgeArgs {
 // First the last column, down to the windows' end, then the last row.
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads) clear_edge_kernel(EdgeArgs<S> a) {
+  wait_for_earlier_kernels();
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.grad.channels);
   if (group.valid == 0) return;

@@ -26,6 +26,7 @@ struct PoolArgs {
 
 template <class S, int V>
 KERNEL __launch_bounds__(kMaxThreads, 2) pool_kernel(PoolArgs<S> a) {
+  wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   const Run run = a.items[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.features.channels);
@@ -62,6 +63,7 @@ struct OutArgs {
 template <class Math>
 KERNEL __launch_bounds__(Product<Math>::kThreads, sizeof(typename Math::T) == 8 ? 1 : 2)
     out_kernel(OutArgs<typename Math::Storage> a) {
+  wait_for_earlier_kernels();
   using P = Product<Math>;
   using S = typename P::S;
   using T = typename P::T;
