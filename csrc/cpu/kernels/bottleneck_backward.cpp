@@ -8,9 +8,9 @@
 //
 // A tile of up to 512 pixels: db is formed once, in both orientations. Then for 12 channels at a
 // time: z (12 runs of pixels), dW (lanes are o) while the next 12 runs of x are fetched, dz (lanes
-// are pixels), and a sweep that masks, sums and updates G: z and dz never leave the cache. Threads
-// own shares of tiles and channels; the sums of the shares of tiles are merged in order. Bytes
-// moved: dv, b, x and G once, G written once.
+// are pixels) while G is fetched, and a sweep that masks, sums and updates G: z and dz never leave
+// the cache. Threads own shares of tiles and channels; the sums of the shares of tiles are merged
+// in order. Bytes moved: dv, b, x and G once, G written once.
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
@@ -105,10 +105,23 @@ struct Job {
     }
   }
 
+  // G of channel c0 and those after it, about those positions.
+  DX_INLINE void fetch_gradient(const Tile& tile, int64_t c0, int64_t position,
+                                int64_t count) const {
+    const int64_t s = position / tile.pitch,
+                  rows = std::min<int64_t>(kChannelRows, a.channels - c0);
+    if (s >= tile.samples) return;
+    const T* g = a.grad.plane(tile.sample + s, c0) + tile.pixel + position % tile.pitch;
+    for (int64_t r = 0; r < rows; ++r, g += a.grad.plane_stride) {
+      for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(g + i, 1, 2);
+    }
+  }
+
   void input_gradient(const Tile& tile, int64_t c0) const {
     for (int r0 = 0; r0 < kGroup; r0 += kChannelRows) {
       for_vector_groups<kPixelVectors>(tile.positions() / kVec<T>, [&](int64_t first, auto group) {
         constexpr int NV = decltype(group)::value;
+        fetch_gradient(tile, c0 + r0, first * kVec<T>, NV * kVec<T>);
         Block<T, kChannelRows, NV> block;
         block.product(a.width, weight + c0 * a.width + r0, 1, kGroup, db_t + first * kVec<T>,
                       stride);
@@ -132,7 +145,7 @@ struct Job {
       const S* const x = a.features.plane(n, c) + tile.pixel;
       const T* const before = FIRST ? nullptr : a.grad_in.plane(n, c) + tile.pixel;
       T* const g = a.grad.plane(n, c) + tile.pixel;
-      const int64_t count = tile.count, ahead = kGroup * a.grad_in.plane_stride;
+      const int64_t count = tile.count;
       const auto update = [&](int64_t p, int64_t left) {
         const Vec<T> d = where_positive(load(z_run + p), load_first(dz_run + p, left)) * post;
         s1 += d;
@@ -141,7 +154,6 @@ struct Job {
           store_first(g + p, step * d, left);
         } else {
           store_first(g + p, step * d + load_first(before + p, left), left);
-          __builtin_prefetch(before + ahead + p, 0, 2);
         }
       };
       int64_t p = 0;

@@ -5,8 +5,11 @@
 //
 // A tile of up to 256 pixels of all input channels is normalized and rectified into z [C,
 // positions] in the second-level cache; a register block of 8 pixels by 3 vectors of outputs then
-// runs over all channels, and meanwhile fetches the next tile of x. Threads own contiguous tiles.
+// runs over a chunk of channels, and meanwhile fetches the next tile of x; b keeps the sums from
+// chunk to chunk. Threads own contiguous tiles.
 // Bytes moved: x once, b once.
+#include <type_traits>
+
 #include "../parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
@@ -18,30 +21,32 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
+constexpr int64_t kChunk = 96;  // channels of which the first-level cache holds z and W
+
 template <class S, class T = Arithmetic<S>>
 void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const Tile& next,
                      const T* weight, int64_t pitch, T* z, int64_t stride) {
   for (int64_t c = 0; c < a.channels; ++c)
     norm_relu_tile(a.features, a.norm, tile, c, z + c * stride);
   S* const rows = a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch;
+  // Where b would round the sums of a chunk, it is the only one.
+  const int64_t chunk = std::is_same_v<S, T> ? kChunk : a.channels;
   for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
     constexpr int NV = decltype(group)::value;
     const T* const panel = weight + first * kVec<T> * a.channels;
-    for (int64_t m = 0; m < tile.rows(); m += kPixelRows) {
-      const S* const ahead =
-          a.features.plane(next.sample + m / tile.count, 0) + next.pixel + m % tile.count;
-      const bool fetch = first == 0 && m * sizeof(S) % 64 == 0;
-      Block<T, kPixelRows, NV> block;
-      block.product(a.channels, z + m, 1, stride, panel, NV * kVec<T>, ahead,
-                    fetch ? a.features.plane_stride : 0);
-      const int64_t valid = std::min<int64_t>(kPixelRows, tile.rows() - m);
-      S* const out = rows + m * pitch + first * kVec<T>;
-      DX_UNROLL
-      for (int r = 0; r < kPixelRows; ++r) {
-        if (r < valid) {
-          DX_UNROLL
-          for (int v = 0; v < NV; ++v) store(out + r * pitch + v * kVec<T>, block.acc[r][v]);
-        }
+    for (int64_t c = 0; c < a.channels; c += chunk) {
+      for (int64_t m = 0; m < tile.rows(); m += kPixelRows) {
+        const S* const ahead =
+            a.features.plane(next.sample + m / tile.count, c) + next.pixel + m % tile.count;
+        const bool fetch = first == 0 && m * sizeof(S) % 64 == 0;
+        S* const out = rows + m * pitch + first * kVec<T>;
+        const int64_t valid = std::min<int64_t>(kPixelRows, tile.rows() - m);
+        Block<T, kPixelRows, NV> block;
+        if (c > 0) block.load_rows(out, pitch, valid);
+        block.product(std::min(chunk, a.channels - c), z + c * stride + m, 1, stride,
+                      panel + c * NV * kVec<T>, NV * kVec<T>, ahead,
+                      fetch ? a.features.plane_stride : 0);
+        block.store_rows(out, pitch, valid);
       }
     }
   });

@@ -27,9 +27,21 @@ struct Block {
     }
   }
 
-  DX_INLINE void store_rows(T* out, int64_t row_step) const {
+  // The first `count` rows.
+  template <class S>
+  DX_INLINE void load_rows(const S* in, int64_t row_step, int64_t count) {
     DX_UNROLL
     for (int r = 0; r < R; ++r) {
+      if (r >= count) break;
+      DX_UNROLL
+      for (int v = 0; v < NV; ++v) acc[r][v] = load(in + r * row_step + v * kVec<T>);
+    }
+  }
+  template <class S>
+  DX_INLINE void store_rows(S* out, int64_t row_step, int64_t count = R) const {
+    DX_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if (r >= count) break;
       DX_UNROLL
       for (int v = 0; v < NV; ++v) store(out + r * row_step + v * kVec<T>, acc[r][v]);
     }
