@@ -43,7 +43,9 @@ def fastest_peer(rows, workload, allocator=None):
 
 
 def targets(rows, capability=None, dtype="float32"):
-    """What is to be reached, as dicts; those of another type or of a lesser processor in place of the ordinary ones."""
+    """What is to be reached, as dicts; those of another type or of a lesser processor in place of the ordinary ones, which
+    are those of AVX-512."""
+    lesser = capability not in (None, "avx512")
     found = {(r["allocator"], r["workload"], r["implementation"]): r for r in rows if r.get("rounds")}
     listed = []
 
@@ -56,7 +58,7 @@ def targets(rows, capability=None, dtype="float32"):
         against = f"{title}: {{}} against the fastest peer" + (f", {fastest['implementation']}" if fastest else "")
         least = FASTER[allocator].get(workload, (INFERENCE[allocator], None))
         training = not workload.endswith("-inference")
-        least = (RESTRICTED if training else None, None) if capability else least
+        least = (RESTRICTED if training else None, None) if lesser else least
         least = (1.0 if training else None, None) if dtype != "float32" else least
         for name, wanted in zip(("fused", "fused-kept"), least, strict=True):
             if name == "fused" or figure(allocator, workload, name, "faster"):
@@ -68,7 +70,7 @@ def targets(rows, capability=None, dtype="float32"):
             listed.append(
                 at_least(f"{title}: fused against fused float32", 1.0, pair[0] / pair[1] if all(pair) else None)
             )
-        elif not capability:
+        elif not lesser:
             name = f"{title}: fused over the arithmetic's time"
             listed.append(Target.at_most(name, OF_ARITHMETIC, figure(allocator, workload, "fused", "of_arithmetic")))
             peak = figure(allocator, workload, "fused", "peak_bytes")
