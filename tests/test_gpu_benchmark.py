@@ -600,17 +600,18 @@ def test_peak_is_over_what_was_there(cuda):
 
 
 def test_kernels_are_counted_without_copies_and_annotations(cuda, monkeypatch):
-    def event(name, nanoseconds, device=torch.autograd.DeviceType.CUDA, annotation=False):
-        values = {"name": name, "duration_ns": nanoseconds, "device_type": device, "is_user_annotation": annotation}
+    def event(name, start, nanoseconds, device=torch.autograd.DeviceType.CUDA, annotation=False):
+        values = {"name": name, "start_ns": start, "duration_ns": nanoseconds, "device_type": device}
+        values["is_user_annotation"] = annotation
         return SimpleNamespace(**{key: (lambda value=value: value) for key, value in values.items()})
 
     events = [
-        event("bottleneck", 4000),
-        event("bottleneck", 2000),
-        event("conv", 1000),
-        event("Memset (Device)", 500),
-        event("Optimizer.step#SGD.step", 9000, annotation=True),
-        event("aten::relu", 9000, torch.autograd.DeviceType.CPU),
+        event("bottleneck", 100, 4000),
+        event("bottleneck", 5000, 2100),  # started early: waits for conv
+        event("conv", 4100, 1000),
+        event("Memset (Device)", 7000, 500),
+        event("Optimizer.step#SGD.step", 0, 9000, annotation=True),
+        event("aten::relu", 0, 9000, torch.autograd.DeviceType.CPU),
     ]
     results = MagicMock()
     results.profiler.kineto_results.events.return_value = events
