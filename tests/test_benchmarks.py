@@ -271,6 +271,16 @@ def test_compiled_peers_are_compiled_apart():
     assert len(set(compilers)) == len(compilers)
 
 
+# ---- the machine -------------------------------------------------------------------------------------------------------
+
+
+def test_machine_is_described_by_what_this_process_may_use(monkeypatch):
+    monkeypatch.setenv("DENSENET_EXT_COMMIT", "0123abc")
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: {2, 3, 5}, raising=False)
+    described = machine.describe("cpu")
+    assert (described["commit"], described["cores"]) == ("0123abc", "3")
+
+
 # ---- targets -----------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +302,7 @@ def test_targets_are_held_against_the_fastest_right_peer():
         "fused over the arithmetic's time": "reached",
         "fused peak MB": "reached",
     }
+    assert speed_report.targets(rows, capability="avx512") == speed_report.targets(rows)
     restricted = speed_report.targets(rows, capability="avx2")
     assert [t["wanted"] for t in restricted] == [">= 1.5", ""]
     half = speed_report.targets([*rows, row("fused-float32", 0.6)], dtype="bfloat16")

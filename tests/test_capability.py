@@ -24,6 +24,7 @@ assert _C.cpu_capability() == {capability!r}, _C.cpu_capability()
 shapes = [
     Shape("", samples=3, height=17, width=19, channels=21, bottleneck=20, growth=5),
     Shape("", channels=33, bottleneck=48, growth=12),
+    Shape("in two chunks of channels", height=5, width=7, channels=101, bottleneck=48, growth=12),
     Shape("in blocks of rows, the last of them odd", height=57, width=40, channels=5, bottleneck=48, growth=7),
 ]
 count = 0
