@@ -2,12 +2,14 @@
 
 A fused stage reads the parameters of its modules and never calls them. Whatever somebody hung on an inner module, a hook,
 a parametrization, another type of norm, would be passed over in silence. So every call looks for such things first, and
-the plain implementation, which calls the modules, takes over where it finds one.
+where it finds one the modules are called: by the ordinary implementation, or in a block with one such layer by the
+checkpointed one, while the block's other layers stay fused one by one.
 
 A `*_reason` function returns None where the fused implementation can be used, else a string that says why not. Modules
 are named by a prefix, "" or ending in a dot.
 """
 
+import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,28 +22,38 @@ from torch.nn.modules import module as torch_module
 from . import ops
 from .functional import DTYPES
 from .masks import DropChannel, active_dropout
-from .running_stats import is_frozen
+from .patches import patched_reason
+from .running_stats import is_frozen, is_frozen_kind
 from .squeeze_excitation import SqueezeExcitation
 from .synchronization import group_of
+from .transforms import carries_no_data, transform_reason
 
 _CONV_KEYS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
 _CONV3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
-_POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "return_indices": False, "ceil_mode": False}
+_MAX_POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "return_indices": False, "ceil_mode": False}
+_AVG_POOL = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False, "divisor_override": None}
+_LAYER_PARTS = frozenset(("norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "drop_channel", "se"))
 _NORMS = ("norm1", "norm2")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What torch.nn.Module's call and a convolution's forward look up on the instance before the class.
+_METHODS = ("forward", "_conv_forward", "_call_impl")
 
+_disabled = os.environ.get("DENSENET_EXT_DISABLE", "0") not in ("", "0")
 _mode = "warn"
 _reported: set[str] = set()
 _thread = threading.local()
+_frozen_forward: dict[type, object] = {}  # as first seen: torchvision may be imported later than this package
 
 
 def set_fallback(mode: str) -> None:
     """What to do where efficient='fused' cannot serve a module or an input.
 
     Args:
-        mode: 'warn', the default: warn once for each reason and compute with the plain implementation; 'error': raise
+        mode: 'warn', the default: warn once for each reason and call the modules, with the same numbers; 'error': raise
             RuntimeError with the reason.
+
+    With the environment variable DENSENET_EXT_DISABLE=1 nothing is fused, whatever the mode is.
 
     Raises:
         ValueError: mode is neither.
@@ -55,36 +67,47 @@ def set_fallback(mode: str) -> None:
 
 def report(reason: str) -> None:
     """Warn about `reason`, the first time, or raise RuntimeError, as set_fallback says."""
-    if _mode == "error":
+    if getattr(_thread, "reported", False):
+        return
+    if _mode == "error" and not _disabled:
         raise RuntimeError(f"efficient='fused' cannot be used: {reason}")
-    if reason not in _reported:
-        _reported.add(reason)
-        warnings.warn(f"using the plain implementation instead of efficient='fused': {reason}", stacklevel=4)
+    warn_once(f"using the plain implementation instead of efficient='fused': {reason}")
+
+
+def warn_once(message: str) -> None:
+    """Warn the first time that there is something to say."""
+    if message not in _reported:
+        _reported.add(message)
+        warnings.warn(message, stacklevel=4)
 
 
 @contextmanager
-def plain_layers() -> Iterator[None]:
-    """Inside, on this thread, fused layers are computed by the plain implementation: their block has fallen back."""
-    before = in_plain_layers()
-    _thread.plain = True
+def already_reported() -> Iterator[None]:
+    """Inside, on this thread, single layers say nothing: their block has said why it falls back."""
+    before = getattr(_thread, "reported", False)
+    _thread.reported = True
     try:
         yield
     finally:
-        _thread.plain = before
+        _thread.reported = before
 
 
-def in_plain_layers() -> bool:
-    """Whether plain_layers holds on this thread."""
-    return getattr(_thread, "plain", False)
+def call_reason(inputs: Iterable[Tensor]) -> str | None:
+    """About the call, whatever the modules are: what is switched off, transformed, replaced everywhere, and the inputs."""
+    if _disabled:
+        return "DENSENET_EXT_DISABLE is set"
+    return transform_reason() or patched_reason() or global_reason() or input_reason(inputs)
 
 
 def input_reason(inputs: Iterable[Tensor]) -> str | None:
-    """About the inputs: other devices, layouts, dtypes, and subclasses of Tensor."""
+    """About the inputs: other devices, layouts, dtypes, and subclasses of Tensor that are more than their values."""
     for x in inputs:
-        if type(x) is not Tensor and type(x) is not nn.Parameter:
+        kind = type(x)
+        if kind is not Tensor and kind is not nn.Parameter:
             if not isinstance(x, Tensor):
                 return None  # for the checks of the arguments
-            return f"the input is a {type(x).__name__}, not a plain tensor"
+            if not carries_no_data(kind):
+                return f"the input is a {kind.__name__}, whose values the kernels cannot read"
         ops.require_kernels(x)  # who trains on a GPU wants its kernels, or to be told: nothing is replaced there
         if x.device.type not in ops.DEVICES:
             return f"this build has no kernels for {x.device.type} tensors"
@@ -109,17 +132,36 @@ def global_reason() -> str | None:
 
 def layers_reason(layers: dict[str, nn.Module], layer_type: type, prefix: str) -> str | None:
     """About the dense layers of a block, which one op has to serve together."""
-    rate = None
+    first = None
     for name, layer in layers.items():
         name = prefix + name
         reason = module_reason(layer, name, layer_type) or inner_reason(layer, name + ".")
         if reason is not None:
             return reason
-        if rate is None:
-            rate = active_dropout(layer)
-        elif active_dropout(layer) != rate:
-            return f"{name} drops values with probability {active_dropout(layer)}, earlier layers with {rate}"
+        kind = _kind(layer)
+        first = first or kind
+        if kind != first:
+            return f"{name} has {_describe(kind)}, earlier layers {_describe(first)}"
     return sharing_reason(layers, prefix)
+
+
+def _kind(layer: nn.Module) -> tuple:
+    """What layers have to have in common for one op: dropout, bottleneck, growth, squeeze-and-excitation's width."""
+    parts = layer._modules
+    se = parts.get("se")
+    width = 0 if se is None else _weight(se._modules["fc1"]).shape[0]
+    return active_dropout(layer), _weight(parts["conv1"]).shape[0], _weight(parts["conv2"]).shape[0], width
+
+
+def _describe(kind: tuple) -> str:
+    rate, width, growth, hidden = kind
+    excite = f"squeeze-and-excitation to {hidden}" if hidden else "no squeeze-and-excitation"
+    return f"drop_rate {rate}, {width} channels in the bottleneck, {growth} new ones and {excite}"
+
+
+def _weight(conv: nn.Module) -> Tensor:
+    weight = conv._parameters.get("weight")
+    return conv.weight if weight is None else weight  # replicas of DataParallel have it as an attribute
 
 
 def sharing_reason(layers: dict[str, nn.Module], prefix: str, *tail: tuple[str, nn.Module]) -> str | None:
@@ -135,60 +177,108 @@ def sharing_reason(layers: dict[str, nn.Module], prefix: str, *tail: tuple[str, 
 
 def inner_reason(layer: nn.Module, prefix: str) -> str | None:
     """About the modules inside a dense layer."""
-    parts = layer._modules
+    parts, se = layer._modules, layer._modules.get("se")
+    if not _LAYER_PARTS.issuperset(parts) or len(parts) < len(_LAYER_PARTS) - ("se" not in parts):
+        return children_reason(layer, prefix)
     reason = (
-        norm_reason(parts["norm1"], prefix + "norm1")
-        or conv_reason(parts["conv1"], prefix + "conv1", _POINTWISE, False)
+        segment_reason(layer, prefix)
         or norm_reason(parts["norm2"], prefix + "norm2")
+        or module_reason(parts["relu2"], prefix + "relu2", nn.ReLU)
         or conv_reason(parts["conv2"], prefix + "conv2", _CONV3X3, False)
-        or module_reason(parts["drop_channel"], prefix + "drop_channel", DropChannel)
     )
-    se = parts.get("se")
     if reason is None and se is not None:
-        reason = (
-            module_reason(se, prefix + "se", SqueezeExcitation)
-            or conv_reason(se._modules["fc1"], prefix + "se.fc1", _POINTWISE, True)
+        reason = module_reason(se, prefix + "se", SqueezeExcitation) or (
+            conv_reason(se._modules["fc1"], prefix + "se.fc1", _POINTWISE, True)
             or conv_reason(se._modules["fc2"], prefix + "se.fc2", _POINTWISE, True)
         )
+    elif reason is None and layer.__dict__.get("se") is not None:
+        reason = f"{prefix}se is a {type(layer.se).__name__}, not a SqueezeExcitation"
     return reason
+
+
+def children_reason(layer: nn.Module, prefix: str) -> str | None:
+    """About children of a dense layer that no implementation calls, and those that are missing."""
+    parts = layer._modules
+    unknown = next((part for part in parts if part not in _LAYER_PARTS), None)
+    if unknown is not None:
+        return f"a dense layer does not call its child {prefix}{unknown}"
+    missing = next((part for part in _LAYER_PARTS if part not in parts and part != "se"), None)
+    return None if missing is None else f"{prefix}{missing} is not there"
+
+
+def segment_reason(layer: nn.Module, prefix: str) -> str | None:
+    """About the modules of a dense layer up to its first convolution, which backward of 'checkpoint' computes again."""
+    parts = layer._modules
+    return (
+        norm_reason(parts["norm1"], prefix + "norm1")
+        or module_reason(parts["relu1"], prefix + "relu1", nn.ReLU)
+        or conv_reason(parts["conv1"], prefix + "conv1", _POINTWISE, False)
+        or module_reason(parts["drop_channel"], prefix + "drop_channel", DropChannel)
+    )
+
+
+def may_run_again(layer: nn.Module) -> bool:
+    """Whether the modules of a dense layer up to its first convolution may be called again in backward: PyTorch's and
+    this package's own, which nobody watches. A parametrization or somebody's module may count its calls, or draw."""
+    if global_reason() or patched_reason():
+        return False
+    parts = [layer._modules.get(name) for name in ("norm1", "relu1", "conv1", "drop_channel")]
+    return all(
+        part is not None
+        and type(part).__module__.startswith(("torch.nn.modules.", "torchvision.ops.", "densenet_ext."))
+        and module_reason(part, "", type(part)) is None
+        for part in parts
+    )
 
 
 def transition_reason(transition: nn.Module, name: str, transition_type: type) -> str | None:
     """About a transition and the modules inside."""
     parts = transition._modules
+    if list(parts) != ["norm", "relu", "conv", "pool"]:
+        return f"{name} consists of {', '.join(parts) or 'nothing'}, not of norm, relu, conv and pool"
     return (
         module_reason(transition, name, transition_type)
         or norm_reason(parts["norm"], name + ".norm")
+        or module_reason(parts["relu"], name + ".relu", nn.ReLU)
         or conv_reason(parts["conv"], name + ".conv", _POINTWISE, False)
+        or _pool_reason(parts["pool"], name + ".pool", nn.AvgPool2d, _AVG_POOL)
     )
 
 
 def stem_reason(modules: list[tuple[str, nn.Module]], x: Tensor) -> str | None:
     """About norm, ReLU and max pool of the stem, with their names, and x, which is what enters the norm."""
-    if [name.rpartition(".")[2] for name, _ in modules] != ["norm0", "relu0", "pool0"]:
-        return f"{modules[0][0]} is not followed by relu0 and pool0"
     (norm_name, norm), (relu_name, relu), (pool_name, pool) = modules
     reason = (
-        input_reason([x])
-        or global_reason()
+        call_reason([x])
         or norm_reason(norm, norm_name)
         or module_reason(relu, relu_name, nn.ReLU)
-        or module_reason(pool, pool_name, nn.MaxPool2d)
+        or _pool_reason(pool, pool_name, nn.MaxPool2d, _MAX_POOL)
     )
+    if reason is None and group_of(norm) >= 0:
+        return f"{norm_name} shares its batch statistics with other processes"
+    return reason
+
+
+def _pool_reason(pool: nn.Module, name: str, kind: type, settings: dict) -> str | None:
+    reason = module_reason(pool, name, kind)
     if reason is not None:
         return reason
-    for key, wanted in _POOL.items():
+    for key, wanted in settings.items():
         value = pool.__dict__[key]
         if value not in (wanted, (wanted, wanted)):
-            return f"{pool_name}.{key} is {value}, not {wanted}"
-    if group_of(norm) >= 0:
-        return f"{norm_name} shares its batch statistics with other processes"
+            return f"{name}.{key} is {value}, not {wanted}"
     return None
 
 
 def norm_reason(norm: nn.Module, name: str) -> str | None:
-    """About a batch normalization, of one process or of several."""
-    return module_reason(norm, name, nn.SyncBatchNorm if type(norm) is nn.SyncBatchNorm else nn.BatchNorm2d)
+    """About a batch normalization, of one process or of several, or one that is always frozen."""
+    kind = type(norm)
+    if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
+        return module_reason(norm, name, kind)
+    if is_frozen_kind(kind):
+        patched = _frozen_forward.setdefault(kind, kind.forward) is not kind.forward
+        return f"{kind.__name__}.forward was replaced" if patched else module_reason(norm, name, kind)
+    return f"{name} is a {kind.__name__}, not a BatchNorm2d"
 
 
 def conv_reason(conv: nn.Module, name: str, expected: tuple, bias: bool) -> str | None:
@@ -201,24 +291,30 @@ def conv_reason(conv: nn.Module, name: str, expected: tuple, bias: bool) -> str 
     if actual != expected:
         key, value, wanted = next(t for t in zip(_CONV_KEYS, actual, expected, strict=True) if t[1] != t[2])
         return f"{name}.{key} is {value}, not {wanted}"
-    if (conv._parameters["bias"] is not None) != bias:
+    # Replicas of DataParallel have their parameters as attributes.
+    if (v["_parameters"].get("bias", v.get("bias")) is not None) != bias:
         return f"{name} has {'no' if bias else 'a'} bias"
     return None
 
 
 def module_reason(module: nn.Module, name: str, expected: type) -> str | None:
     """About a module that would not be called: another type (which parametrizations make), another forward, a hook."""
+    v = module.__dict__
+    if not (
+        type(module) is not expected
+        or v["_forward_hooks"]
+        or v["_forward_pre_hooks"]
+        or v["_backward_hooks"]
+        or v["_backward_pre_hooks"]
+        or "forward" in v
+        or "_conv_forward" in v
+        or "_call_impl" in v
+    ):
+        return None
     if type(module) is not expected:
         return f"{name} is a {type(module).__name__}, not a {expected.__name__}"
-    values = module.__dict__
-    if "forward" in values:
-        return f"{name}.forward was replaced"
-    if (
-        values["_forward_hooks"]
-        or values["_forward_pre_hooks"]
-        or values["_backward_hooks"]
-        or values["_backward_pre_hooks"]
-    ):
-        kind = next(kind for kind in _HOOKS if values[kind])
-        return f"{name} has a {'backward' if 'backward' in kind else 'forward'} hook"
-    return None
+    replaced = next((method for method in _METHODS if method in v), None)
+    if replaced is not None:
+        return f"{name}.{replaced} was replaced"
+    kind = next(kind for kind in _HOOKS if v[kind])
+    return f"{name} has a {'backward' if 'backward' in kind else 'forward'} hook"

@@ -9,12 +9,14 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import ops
 from .masks import Masks, active_dropout, draw_masks
 from .reference.layout import arithmetic_dtype
 from .running_stats import is_frozen, update_running_statistics
 from .synchronization import group_of
+from .transforms import transform_reason
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,7 +38,9 @@ def dense_stage(
     Args:
         x: [N, C0, H, W], float64, float32, bfloat16 or float16, in any memory format; cast as PyTorch would under autocast.
         layers: at least one module with norm1, conv1, norm2, conv2 and, where used, se, drop_channel,
-            drop_channel_position and drop_rate, as EfficientDenseLayer has them; all of one width.
+            drop_channel_position and drop_rate, as EfficientDenseLayer has them; all of one width. Norms may also be
+            torchvision's FrozenBatchNorm2d. Weights of convolutions have x's dtype, or one that autocast makes so;
+            norms have x's dtype, or float32 where x is bfloat16 or float16.
         tail_norm: batch normalization of the consumer, or None for the block alone.
         tail_conv: 1x1 convolution of a transition; None with tail_norm makes the consumer a head.
         keep_bottleneck: keep the outputs of all conv1 for backward. Saves one convolution a layer in backward, costs
@@ -49,34 +53,39 @@ def dense_stage(
     Norms in training mode normalize with the batch's statistics and update their running ones, others use those.
 
     Raises:
-        TypeError: x is no tensor, or not of those dtypes.
+        TypeError: x is no tensor, or x or a parameter is not of those dtypes.
         ValueError: a shape or a device does not fit, or a norm in training mode gets a single value a channel.
-        RuntimeError: x is on a CUDA device and this build has no kernels that run there.
+        RuntimeError: x is on a CUDA device and this build has no kernels that run there; a transform of torch.func,
+            forward-mode differentiation, torch.jit.trace or torch.export is active.
         torch.OutOfMemoryError: there is no room for the result or a workspace; nothing was changed.
 
     Source: Huang et al., Densely Connected Convolutional Networks, CVPR 2017; Pleiss et al., Memory-Efficient
     Implementation of DenseNets, 2017; Cai et al., arXiv 1904.03392 (Drop-Channel); Hu et al., CVPR 2018 (SE).
     """
-    x = _input(x, "x")
+    if _is_overridden(x):
+        return handle_torch_function(
+            dense_stage, (x,), x, layers, tail_norm, tail_conv, keep_bottleneck=keep_bottleneck
+        )
+    x, casts = _input(x, "x")
     if not layers:
         raise ValueError("layers is empty; it must hold at least one dense layer")
     if tail_conv is not None and tail_norm is None:
         raise ValueError("tail_conv is given without tail_norm; a transition needs both")
-    arguments = _Arguments(x, layers)
+    arguments = _Arguments(x, casts, layers)
     channels = x.shape[1]
     for index, layer in enumerate(layers):
         arguments.add_layer(layer, index, channels, draw_masks(layer, x, channels))
-        channels += layer.conv2.out_channels
+        channels += arguments.growth
     tail = ops.TAIL_NONE
     if tail_norm is not None:
         tail = ops.TAIL_HEAD if tail_conv is None else ops.TAIL_TRANSITION
         arguments.add_norm(tail_norm, channels, "tail_norm")
     if tail_conv is not None:
-        if tail_conv.in_channels != channels:
-            raise ValueError(f"tail_conv takes {tail_conv.in_channels} channels; it must take {channels}")
+        if tail_conv.weight.shape[1] != channels:
+            raise ValueError(f"tail_conv takes {tail_conv.weight.shape[1]} channels; it must take {channels}")
         if x.shape[2] < 2 or x.shape[3] < 2:
             raise ValueError(f"x is {tuple(x.shape)}; a transition needs at least 2x2 pixels")
-        arguments.add_parameter(tail_conv.weight, "tail_conv.weight")
+        arguments.add_weight(tail_conv.weight, "tail_conv.weight")
     keep = keep_bottleneck and torch.is_grad_enabled()
     with _no_autocast(x), ops.memory_errors():
         output, _, stats, _, _ = ops.dense_stage(
@@ -103,7 +112,10 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
     inputs = [inputs] if isinstance(inputs, Tensor) else inputs
     if not inputs:
         raise ValueError("inputs is empty; it must hold at least one tensor")
-    inputs = [_input(x, f"inputs[{i}]") for i, x in enumerate(inputs)]
+    if _is_overridden(*inputs):
+        return handle_torch_function(dense_layer, tuple(inputs), inputs, layer, keep_bottleneck=keep_bottleneck)
+    checked = [_input(x, f"inputs[{i}]") for i, x in enumerate(inputs)]
+    inputs, casts = [x for x, _ in checked], checked[0][1]
     x, channels = inputs[0], sum(part.shape[1] for part in inputs)
     for i, part in enumerate(inputs):
         if part.device != x.device:
@@ -113,7 +125,7 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
                 f"inputs[{i}] is {tuple(part.shape)} of {part.dtype}; all inputs must have the samples, the size and "
                 f"the dtype of inputs[0], which is {tuple(x.shape)} of {x.dtype}"
             )
-    arguments = _Arguments(x, [layer])
+    arguments = _Arguments(x, casts, [layer])
     arguments.add_layer(layer, 0, channels, draw_masks(layer, x, channels))
     keep = keep_bottleneck and torch.is_grad_enabled()
     with _no_autocast(x), ops.memory_errors():
@@ -140,7 +152,9 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
     Source: He et al., Deep Residual Learning, CVPR 2016, table 1; Huang et al., CVPR 2017, table 1.
     """
-    x = _input(x, "x").contiguous(memory_format=torch.channels_last)
+    if _is_overridden(x):
+        return handle_torch_function(dense_stem, (x,), x, norm)
+    x = _input(x, "x")[0].contiguous(memory_format=torch.channels_last)
     arguments = _Norms(x)
     arguments.add_norm(norm, x.shape[1], "norm")
     if arguments.shared_by >= 0:
@@ -157,39 +171,49 @@ class _Norms:
     def __init__(self, x: Tensor):
         self.x, self.dtype = x, arithmetic_dtype(x.dtype)
         self.values = x.shape[0] * x.shape[2] * x.shape[3]
+        # Norms in mixed precision: PyTorch takes float32 beside lower types, and nothing else beside its own.
+        self.norm_dtypes = (x.dtype, self.dtype)
         self.params: list[Tensor] = []
-        self.norms: list[nn.BatchNorm2d] = []
+        self.norms: list[nn.Module] = []
+        self.widths: list[int] = []
         self.frozen_stats: list[Tensor] = []
         self.group: int | None = None  # of the norms that take batch statistics, once there is one
 
-    def add_parameter(self, value: Tensor, name: str) -> None:
+    def own(self, value: Tensor, name: str, width: int) -> Tensor:
+        """A norm's parameter or buffer [width], checked, in the dtype of the arithmetic."""
         self.check_device(value, name)
-        if value.dtype != self.dtype:
-            value = value.to(self.dtype)
-        self.params.append(value.contiguous())
+        if value.numel() != width:
+            raise ValueError(f"{name} has {value.numel()} channels; it must have {width}")
+        if value.dtype not in self.norm_dtypes:
+            raise TypeError(_wrong_dtype(value, name, self.norm_dtypes, "the input"))
+        return (value if value.dtype == self.dtype else value.to(self.dtype)).contiguous()
 
     def check_device(self, value: Tensor, name: str) -> None:
         if value.device != self.x.device:
             raise ValueError(f"{name} is on {value.device}; it must be on {self.x.device}, where the input is")
 
-    def add_norm(self, norm: nn.BatchNorm2d, channels: int, name: str) -> None:
-        if norm.num_features != channels:
-            raise ValueError(f"{name}.num_features is {norm.num_features}; it must be {channels}")
+    def add_norm(self, norm: nn.Module, channels: int, name: str) -> None:
+        weight, bias = norm.weight, norm.bias
         if is_frozen(norm):
-            self.check_device(norm.running_mean, f"{name}.running_mean")
-            self.frozen_stats += [norm.running_mean.to(self.dtype), norm.running_var.to(self.dtype)]
+            self.frozen_stats.append(self.own(norm.running_mean, f"{name}.running_mean", channels))
+            self.frozen_stats.append(self.own(norm.running_var, f"{name}.running_var", channels))
         else:
             self.add_group(group_of(norm), name)
             if self.values == 1 and self.group < 0:
                 size = torch.Size((1, channels, 1, 1))
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-        if norm.affine:
-            self.add_parameter(norm.weight, f"{name}.weight")
-            self.add_parameter(norm.bias, f"{name}.bias")
-        else:
-            self.params.append(self.x.new_ones(channels, dtype=self.dtype))
-            self.params.append(self.x.new_zeros(channels, dtype=self.dtype))
+            mean = norm.running_mean
+            if mean is not None and mean.numel() != channels:
+                raise ValueError(f"{name}.running_mean has {mean.numel()} channels; it must have {channels}")
+        x, dtype = self.x, self.dtype
+        self.params.append(
+            x.new_ones(channels, dtype=dtype) if weight is None else self.own(weight, f"{name}.weight", channels)
+        )
+        self.params.append(
+            x.new_zeros(channels, dtype=dtype) if bias is None else self.own(bias, f"{name}.bias", channels)
+        )
         self.norms.append(norm)
+        self.widths.append(channels)
 
     def add_group(self, group: int, name: str) -> None:
         if self.group not in (None, group):
@@ -204,39 +228,49 @@ class _Norms:
     def update_running_statistics(self, stats: Tensor) -> None:
         """From what the op returned; of shared statistics its last column has the values a channel."""
         if self.shared_by >= 0:
-            update_running_statistics(self.norms, stats[:, :-1], stats[0, -1])
+            update_running_statistics(self.norms, self.widths, stats[:, :-1], stats[0, -1])
         else:
-            update_running_statistics(self.norms, stats, self.values)
+            update_running_statistics(self.norms, self.widths, stats, self.values)
 
 
 class _Arguments(_Norms):
     """The flat lists that the ops of stage and layer take, gathered from modules."""
 
-    def __init__(self, x: Tensor, layers: Sequence[nn.Module]):
+    def __init__(self, x: Tensor, casts: bool, layers: Sequence[nn.Module]):
         super().__init__(x)
         first = layers[0]
-        self.growth, self.width = first.conv2.out_channels, first.conv1.out_channels
+        self.casts = casts  # whether autocast would give weights x's dtype
+        self.growth, self.width = first.conv2.weight.shape[0], first.conv1.weight.shape[0]
         self.squeeze_excite = getattr(first, "se", None) is not None
         self.dropout = active_dropout(first)
         self.masks: list[Masks] = []
         self.channels: list[int] = []
 
+    def add_weight(self, value: Tensor, name: str) -> None:
+        """A parameter of a convolution: of x's dtype, as a convolution takes it."""
+        self.check_device(value, name)
+        dtype = value.dtype
+        if dtype != self.x.dtype and not (self.casts and dtype.is_floating_point and dtype != torch.float64):
+            raise TypeError(_wrong_dtype(value, name, (self.x.dtype,), "the input"))
+        self.params.append((value if dtype == self.dtype else value.to(self.dtype)).contiguous())
+
     def add_layer(self, layer: nn.Module, index: int, channels: int, masks: Masks) -> None:
-        conv1, conv2, se, name = layer.conv1, layer.conv2, getattr(layer, "se", None), f"layers[{index}]"
-        if (conv1.out_channels, conv2.in_channels, conv2.out_channels) != (self.width, self.width, self.growth):
+        conv1, conv2, se, name = layer.conv1.weight, layer.conv2.weight, getattr(layer, "se", None), f"layers[{index}]"
+        if (conv1.shape[0], conv2.shape[1], conv2.shape[0]) != (self.width, self.width, self.growth):
             raise ValueError(
-                f"{name} has convolutions to {conv1.out_channels} and from {conv2.in_channels} to {conv2.out_channels} "
+                f"{name} has convolutions to {conv1.shape[0]} and from {conv2.shape[1]} to {conv2.shape[0]} "
                 f"channels; all layers must go to {self.width} and from there to {self.growth}"
             )
         if (se is not None) != self.squeeze_excite or active_dropout(layer) != self.dropout:
             raise ValueError(f"{name} differs from layers[0] in se or in drop_rate; all layers must be alike")
         self.add_norm(layer.norm1, channels, f"{name}.norm1")
-        self.add_parameter(conv1.weight, f"{name}.conv1.weight")
+        self.add_weight(conv1, f"{name}.conv1.weight")
         self.add_norm(layer.norm2, self.width, f"{name}.norm2")
-        self.add_parameter(conv2.weight, f"{name}.conv2.weight")
+        self.add_weight(conv2, f"{name}.conv2.weight")
         if se is not None:
-            for parameter in (se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias):
-                self.add_parameter(parameter, f"{name}.se")
+            for part, fc in (("fc1", se.fc1), ("fc2", se.fc2)):
+                self.add_weight(fc.weight, f"{name}.se.{part}.weight")
+                self.add_weight(fc.bias, f"{name}.se.{part}.bias")
         self.masks.append(masks)
         self.channels.append(channels)
 
@@ -265,21 +299,36 @@ class _Arguments(_Norms):
         return mask
 
 
-def _input(x: Tensor, name: str) -> Tensor:
-    """x, checked, in the dtype that autocast asks for."""
+def _is_overridden(*inputs: Tensor) -> bool:
+    """Whether a subclass of Tensor says what becomes of these inputs, as in every function of PyTorch."""
+    return any(type(x) is not Tensor and type(x) is not nn.Parameter for x in inputs) and has_torch_function(inputs)
+
+
+def _input(x: Tensor, name: str) -> tuple[Tensor, bool]:
+    """x, checked, in the dtype that autocast asks for, and whether autocast asks for one."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
+    reason = transform_reason()
+    if reason is not None:
+        raise RuntimeError(f"densenet_ext.functional cannot be used: {reason}; call the module, or efficient=False")
     if x.dim() != 4:
         raise ValueError(f"{name} has {x.dim()} dimensions; it must have 4: [N, C, H, W]")
     if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"{name} is {tuple(x.shape)}; only the number of samples may be 0")
     if x.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} is of {str(x.dtype).removeprefix('torch.')}; it may be of {names}")
+        raise TypeError(_wrong_dtype(x, name, DTYPES))
     ops.require_kernels(x)
-    if x.dtype != torch.float64 and _autocasts(x):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        x = x.as_subclass(Tensor)
+    if x.dtype == torch.float64 or not _autocasts(x):
+        return x, False
+    return x.to(torch.get_autocast_dtype(x.device.type)), True
+
+
+def _wrong_dtype(value: Tensor, name: str, dtypes: Sequence[torch.dtype], like: str = "") -> str:
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes))
+    actual = str(value.dtype).removeprefix("torch.")
+    return f"{name} is of {actual}; it may be of {names}" + (f", as {like} is" if like else "")
 
 
 def _tf32_allowed(x: Tensor) -> bool:

@@ -1,16 +1,21 @@
 """The building blocks of a DenseNet: dense layer, dense block and transition."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import fallback, functional
-from .masks import DropChannel, Masks, check_position, check_probability, draw_masks
+from .concatenation import kept_as_pieces
+from .masks import DropChannel, Masks, active_dropout, check_position, check_probability, draw_masks
+from .patches import is_replaced, watch
 from .running_stats import unchanged_running_statistics
 from .squeeze_excitation import SqueezeExcitation, check_positive
+from .state_dicts import rename_layer_keys
+from .transforms import as_node, is_symbolic, refuse_scripting, transform_reason
 
 __all__ = ["DropChannel", "EfficientDenseBlock", "EfficientDenseLayer", "SqueezeExcitation", "Transition"]
 
@@ -22,14 +27,20 @@ def check_efficient(value: bool | str) -> bool | str:
     return value
 
 
-def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
-    """relu(norm(x)), in place where nothing else can see norm's output."""
-    untouched = fallback.module_reason(norm, "", nn.BatchNorm2d) is None and fallback.global_reason() is None
-    return F.relu(norm(x), inplace=untouched)
+def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
+    """relu(norm(x)), in place where nothing else can see norm's output, whatever relu.inplace says."""
+    y = norm(x)
+    if (
+        fallback.module_reason(relu, "", nn.ReLU) is not None
+        or fallback.global_reason()
+        or is_replaced(nn.ReLU, "forward")
+    ):
+        return relu(y)
+    return F.relu(y, inplace=fallback.module_reason(norm, "", nn.BatchNorm2d) is None)
 
 
-class Transition(nn.Module):
-    """Between two dense blocks: avg_pool2d(conv(relu(norm(x))), 2).
+class Transition(nn.Sequential):
+    """Between two dense blocks: pool(conv(relu(norm(x)))), with a 1x1 convolution and a 2x2 average pool.
 
     Args:
         in_channels, out_channels: channels before and after; DenseNet-BC has out = floor(compression * in).
@@ -45,11 +56,25 @@ class Transition(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, eps: float = 1e-5, momentum: float | None = 0.1):
         super().__init__()
-        self.norm = nn.BatchNorm2d(check_positive(in_channels, "in_channels"), eps, momentum)
+        in_channels = check_positive(in_channels, "in_channels")
+        self.norm = nn.BatchNorm2d(in_channels, eps, momentum)
+        self.relu = nn.ReLU()
         self.conv = nn.Conv2d(in_channels, check_positive(out_channels, "out_channels"), 1, bias=False)
+        self.pool = nn.AvgPool2d(2, stride=2)
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(self.conv(norm_relu(self.norm, x)), 2)
+        parts = list(self._modules.values())
+        if list(self._modules)[:2] == ["norm", "relu"]:
+            x = norm_relu(*parts[:2], x)
+            del parts[:2]
+        for part in parts:
+            x = part(x)
+        return x
 
 
 class EfficientDenseLayer(nn.Module):
@@ -97,11 +122,14 @@ class EfficientDenseLayer(nn.Module):
         momentum: float | None = 0.1,
     ):
         super().__init__()
-        check_positive(in_channels, "in_channels")
-        width = check_positive(bn_size, "bn_size") * check_positive(growth_rate, "growth_rate")
+        in_channels = check_positive(in_channels, "in_channels")
+        growth_rate = check_positive(growth_rate, "growth_rate")
+        width = check_positive(bn_size, "bn_size") * growth_rate
         self.norm1 = nn.BatchNorm2d(in_channels, eps, momentum)
+        self.relu1 = nn.ReLU()
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(width, eps, momentum)
+        self.relu2 = nn.ReLU()
         self.conv2 = nn.Conv2d(width, growth_rate, 3, padding=1, bias=False)
         self.drop_rate = check_probability(drop_rate, "drop_rate")
         self.drop_channel = DropChannel(check_probability(drop_channel, "drop_channel"))
@@ -120,30 +148,71 @@ class EfficientDenseLayer(nn.Module):
         self._efficient = check_efficient(value)
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
+        if is_symbolic(inputs):
+            return self._traced(inputs)
         inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-        if self.efficient == "fused" and not fallback.in_plain_layers():
+        if self.efficient == "fused":
             reason = (
-                fallback.input_reason(inputs)
-                or fallback.global_reason()
+                fallback.call_reason(inputs)
                 or fallback.inner_reason(self, "")
                 or fallback.sharing_reason({"layer": self}, "")
             )
             if reason is None:
                 return functional.dense_layer(inputs, self, keep_bottleneck=self.keep_bottleneck)
             fallback.report(reason)
-        masks = draw_masks(self, inputs[0], self.norm1.num_features)
-        if self.efficient == "checkpoint" and torch.is_grad_enabled():
-            b = self._checkpointed_bottleneck(inputs, masks)
-        else:
-            b = self._bottleneck(inputs, masks)
-        y = self.conv2(self._drop("pre_conv", norm_relu(self.norm2, b), masks.pre_conv2))
+        elif type(self) is EfficientDenseLayer and fallback.children_reason(self, "") is not None:
+            fallback.warn_once(fallback.children_reason(self, ""))
+        return self._called(inputs)
+
+    def _traced(self, inputs: fx.Proxy | Sequence[fx.Proxy]) -> fx.Proxy:
+        """What torch.fx gets to see: one node, whose module chooses when it runs; all parts where nothing is chosen."""
+        if self.efficient is not False or active_dropout(self) or _drops_channels(self):
+            node = as_node(self, inputs)
+            if node is not None:
+                return node
+        return self._called([inputs] if isinstance(inputs, fx.Proxy) else inputs)
+
+    def _called(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The layer by its modules, each called once; backward computes again what `efficient` lets it."""
+        own_dropout = is_replaced(F, "dropout")
+        channels = sum(x.shape[1] for x in inputs) if _drops_channels(self) else 0
+        masks = draw_masks(self, inputs[0], channels, own_dropout)
+        b = self._bottleneck_of(inputs, masks)
+        y = self.conv2(self._drop("pre_conv", norm_relu(self.norm2, self.relu2, b), masks.pre_conv2))
         if masks.dropout is not None:
             y = torch.where(masks.dropout, y * (1 / (1 - self.drop_rate)), 0.0)
+        elif own_dropout:
+            y = F.dropout(y, self.drop_rate, self.training)
         return y if self.se is None else self.se(y)
+
+    def _bottleneck_of(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
+        """conv1's output, by the way that keeps least for backward."""
+        if self.efficient is False or not torch.is_grad_enabled() or transform_reason() is not None:
+            return self._bottleneck(inputs, masks)
+        if torch.compiler.is_compiling():
+            checkpointed = self.efficient == "checkpoint"
+            return (self._checkpointed_bottleneck if checkpointed else self._bottleneck)(inputs, masks)
+        if fallback.may_run_again(self):
+            return self._checkpointed_bottleneck(inputs, masks)
+        return self._bottleneck_of_pieces(inputs, masks)
 
     def _bottleneck(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
-        z = norm_relu(self.norm1, self._drop("pre_norm", x, masks.pre_norm))
+        z = norm_relu(self.norm1, self.relu1, self._drop("pre_norm", x, masks.pre_norm))
+        return self.conv1(self._drop("pre_conv", z, masks.pre_conv1))
+
+    def _bottleneck_of_pieces(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
+        """The same numbers from modules that are called once: autograd keeps the inputs, not their concatenation."""
+
+        def concatenate(pieces: Sequence[Tensor]) -> Tensor:
+            x = torch.cat(pieces, 1)
+            return x if masks.pre_norm is None else self.drop_channel(x, masks.pre_norm)
+
+        if self.drop_channel_position == "pre_norm" and fallback.module_reason(self.drop_channel, "", DropChannel):
+            return self._bottleneck(inputs, masks)
+        x = concatenate(inputs)
+        with kept_as_pieces(x, inputs, concatenate):
+            z = norm_relu(self.norm1, self.relu1, x)
         return self.conv1(self._drop("pre_conv", z, masks.pre_conv1))
 
     def _drop(self, position: str, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -167,11 +236,21 @@ class EfficientDenseLayer(nn.Module):
         draws = type(self.drop_channel) is not DropChannel
         return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+        rename_layer_keys(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
-class EfficientDenseBlock(nn.Module):
+    __prepare_scriptable__ = refuse_scripting
+
+
+def _drops_channels(layer: EfficientDenseLayer) -> bool:
+    return type(layer.drop_channel) is DropChannel and layer.drop_channel.active
+
+
+class EfficientDenseBlock(nn.ModuleDict):
     """Dense layers that each read the block's input and all earlier layers' outputs: [N, C0, H, W] to [N, C0 + L*k, H, W].
 
-    Children are denselayer1 to denselayerL.
+    Children are denselayer1 to denselayerL; any module that takes the list of all features so far may stand in their place.
 
     Args:
         num_layers: L.
@@ -188,6 +267,7 @@ class EfficientDenseBlock(nn.Module):
 
     def __init__(self, num_layers: int, in_channels: int, growth_rate: int, bn_size: int = 4, **options):
         super().__init__()
+        growth_rate = check_positive(growth_rate, "growth_rate")
         for i in range(check_positive(num_layers, "num_layers")):
             layer = EfficientDenseLayer(in_channels + i * growth_rate, growth_rate, bn_size, **options)
             self.add_module(f"denselayer{i + 1}", layer)
@@ -203,7 +283,7 @@ class EfficientDenseBlock(nn.Module):
     @efficient.setter
     def efficient(self, value: bool | str) -> None:
         self._efficient = check_efficient(value)
-        for layer in self.layers:
+        for layer in self._dense_layers():
             layer.efficient = value
 
     @property
@@ -214,7 +294,7 @@ class EfficientDenseBlock(nn.Module):
     @keep_bottleneck.setter
     def keep_bottleneck(self, value: bool) -> None:
         self._keep_bottleneck = bool(value)
-        for layer in self.layers:
+        for layer in self._dense_layers():
             layer.keep_bottleneck = self._keep_bottleneck
 
     @property
@@ -222,22 +302,21 @@ class EfficientDenseBlock(nn.Module):
         """The dense layers in order."""
         return list(self._modules.values())
 
+    def _dense_layers(self) -> list[nn.Module]:
+        return [layer for layer in self.layers if isinstance(layer, EfficientDenseLayer)]
+
     def fallback_reason(self, x: Tensor) -> str | None:
         """Why the fused implementation cannot compute this block for x, or None."""
-        return (
-            fallback.input_reason([x])
-            or fallback.global_reason()
-            or fallback.layers_reason(self._modules, EfficientDenseLayer, self.name)
-        )
+        return fallback.call_reason([x]) or fallback.layers_reason(self._modules, EfficientDenseLayer, self.name)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.efficient != "fused" or fallback.in_plain_layers():
+        if self.efficient != "fused" or is_symbolic(x):
             return self._concatenate(x)
         reason = self.fallback_reason(x)
         if reason is None:
             return functional.dense_stage(x, self.layers, keep_bottleneck=self.keep_bottleneck)
         fallback.report(reason)
-        with fallback.plain_layers():
+        with fallback.already_reported():
             return self._concatenate(x)
 
     def _concatenate(self, x: Tensor) -> Tensor:
@@ -245,3 +324,9 @@ class EfficientDenseBlock(nn.Module):
         for layer in self.layers:
             features.append(layer(features))
         return torch.cat(features, 1)
+
+    __prepare_scriptable__ = refuse_scripting
+
+
+# A network computes a block without calling its layers, and its features without calling blocks and transitions.
+watch((EfficientDenseLayer, "forward"), (EfficientDenseBlock, "forward"), (Transition, "forward"))

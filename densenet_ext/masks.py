@@ -42,8 +42,8 @@ class DropChannel(nn.Module):
 
     def draw(self, samples: int, channels: int, like: Tensor) -> Tensor:
         """A mask [samples, channels] in the dtype in which values of `like` are computed."""
-        mask = like.new_empty((samples, channels), dtype=arithmetic_dtype(like.dtype))
-        return mask.bernoulli_(1 - self.p).mul_(1 / (1 - self.p))
+        kept = _bernoulli(like, (samples, channels), arithmetic_dtype(like.dtype), 1 - self.p)
+        return kept.mul_(1 / (1 - self.p))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if not self.active:
@@ -73,10 +73,17 @@ def active_dropout(layer: nn.Module) -> float:
     return layer.drop_rate if layer.training else 0.0
 
 
-def draw_masks(layer: nn.Module, x: Tensor, channels: int) -> Masks:
+def _bernoulli(like: Tensor, size: tuple[int, ...], dtype: torch.dtype, p: float) -> Tensor:
+    """Ones with probability p, else zeros, on the device of `like`; under vmap as many as its samples ask for."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return torch.empty(size, dtype=dtype, device=like.device).bernoulli_(p)
+    return torch.bernoulli(torch.full(size, p, device=like.device)).to(dtype)
+
+
+def draw_masks(layer: nn.Module, x: Tensor, channels: int, dropout_elsewhere: bool = False) -> Masks:
     """The masks of one forward pass of `layer`, whose input has x's samples and size, and that many channels.
 
-    Drawn in this order: before norm1, or before conv1 and before conv2; then dropout.
+    Drawn in this order: before norm1, or before conv1 and before conv2; then dropout, unless that is done elsewhere.
     """
     pre_norm = pre_conv1 = pre_conv2 = dropout = None
     drop_channel = getattr(layer, "drop_channel", None)
@@ -88,9 +95,9 @@ def draw_masks(layer: nn.Module, x: Tensor, channels: int) -> Masks:
             pre_conv1 = drop_channel.draw(samples, channels, x)
             pre_conv2 = drop_channel.draw(samples, layer.conv1.out_channels, x)
     rate = active_dropout(layer)
-    if rate > 0:
+    if rate > 0 and not dropout_elsewhere:
         size = (x.shape[0], layer.conv2.out_channels, x.shape[2], x.shape[3])
-        dropout = torch.empty(size, dtype=torch.bool, device=x.device).bernoulli_(1 - rate)
+        dropout = _bernoulli(x, size, torch.bool, 1 - rate)
     return Masks(pre_norm, pre_conv1, pre_conv2, dropout)
 
 

@@ -1,16 +1,20 @@
 """DenseNet-BC, and the variants of it that the hybrid approach compares."""
 
 import math
+import operator
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fallback, functional
-from .layers import EfficientDenseBlock, EfficientDenseLayer, Transition, check_efficient
+from .layers import EfficientDenseBlock, EfficientDenseLayer, Transition, check_efficient, norm_relu
+from .patches import watch
 from .squeeze_excitation import check_positive
+from .state_dicts import rename_network_keys, short_error
+from .transforms import is_symbolic, refuse_scripting
 
 # A: Drop-Channel in place of dropout; B: squeeze-and-excitation; C: the memory-efficient implementation.
 VARIANTS = {
@@ -20,6 +24,92 @@ VARIANTS = {
     "A+B": {"drop_channel": 0.2, "se_reduction": 16},
     "A+B+C": {"drop_channel": 0.2, "se_reduction": 16, "efficient": "fused"},
 }
+
+
+class DenseFeatures(nn.Sequential):
+    """Stem, dense blocks, transitions and last norm of a network, in order; slices are networks cut short.
+
+    With blocks whose `efficient` is 'fused', norm, ReLU and max pool of the stem are one op, and each block with the
+    transition after it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_features(self._modules, x)[0]
+
+
+def run_features(modules: dict[str, nn.Module], x: Tensor, head: bool = False) -> tuple[Tensor, bool]:
+    """The modules one after the other, fused where the fused implementation serves them.
+
+    Returns the output, and whether the head (the last norm, ReLU, global average pool) is in it, which only `head` allows.
+    """
+    rest = list(modules.items())
+    fused = any(isinstance(m, EfficientDenseBlock) and m.efficient == "fused" for _, m in rest) and not is_symbolic(x)
+    if fused and rest[0][0] == "conv0":
+        x = _images(x)
+    while rest:
+        (name, module), after = rest.pop(0), [n for n, _ in rest]
+        if name == "norm0" and after[:1] == ["relu0"]:
+            if fused and after[:2] == ["relu0", "pool0"] and _serves_stem([(name, module), *rest[:2]], x):
+                x = functional.dense_stem(x, module)
+                del rest[:2]
+            else:
+                x = norm_relu(module, rest.pop(0)[1], x)
+            continue
+        tail = _tail_of(name, module, rest, x, head) if fused else None
+        if tail is None:
+            x = module(x)
+        else:
+            rest.pop(0)
+            x = functional.dense_stage(x, module.layers, *tail, keep_bottleneck=module.keep_bottleneck)
+            if len(tail) == 1:
+                return x, True
+    return x, False
+
+
+def _images(x: Tensor) -> Tensor:
+    """x as conv0 gets it: channels last, which makes its output so, as the ops after it read it. (On a CPU oneDNN computes
+    a planar output in another layout first and then copies it.)"""
+    if not isinstance(x, Tensor) or x.dim() != 4 or fallback.call_reason([x]) is not None:
+        return x
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.shape[1] == 1:  # in either layout; the strides have to tell which is meant
+        x = x.reshape(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
+    return x
+
+
+def _serves_stem(modules: list[tuple[str, nn.Module]], x: Tensor) -> bool:
+    """Whether norm0, relu0 and pool0 are computed by one op: where nothing hinders that."""
+    reason = fallback.stem_reason([(f"features.{name}", module) for name, module in modules], x)
+    if reason is not None:
+        fallback.report(reason)
+    return reason is None
+
+
+def _tail_of(name: str, block: nn.Module, rest: list, x: Tensor, head: bool) -> tuple[nn.Module, ...] | None:
+    """The norm, and the convolution if any, of what follows a block; None where both cannot be fused into a stage."""
+    if not isinstance(block, EfficientDenseBlock) or block.efficient != "fused" or not rest:
+        return None
+    tail_name, tail = f"features.{rest[0][0]}", rest[0][1]
+    if rest[0][0].startswith("transition"):
+        reason = fallback.transition_reason(tail, tail_name, Transition)
+    elif rest[0][0] == "norm5" and len(rest) == 1 and head:
+        reason = fallback.norm_reason(tail, tail_name)
+    else:
+        return None
+    reason = reason or fallback.module_reason(block, f"features.{name}", EfficientDenseBlock)
+    if reason is None:
+        if block.fallback_reason(x) is not None:
+            return None  # the block reports it
+        tail = (tail.norm, tail.conv) if isinstance(tail, Transition) else (tail,)
+        reason = fallback.sharing_reason(block._modules, block.name, (tail_name, tail[0]))
+    if reason is not None:
+        fallback.report(reason)
+        return None
+    return tail
+
+
+# A network with the head in its last stage does not call its features.
+watch((DenseFeatures, "forward"))
 
 
 class DenseNetBC(nn.Module):
@@ -77,14 +167,14 @@ class DenseNetBC(nn.Module):
         momentum: float | None = 0.1,
     ):
         super().__init__()
-        check_positive(growth_rate, "growth_rate")
-        check_positive(in_channels, "in_channels")
-        check_positive(num_classes, "num_classes")
+        growth_rate = check_positive(growth_rate, "growth_rate")
+        in_channels = check_positive(in_channels, "in_channels")
+        num_classes = check_positive(num_classes, "num_classes")
         blocks = _block_config(depth, block_config)
         if not 0 < compression <= 1:
             raise ValueError(f"compression is {compression}; it must be more than 0 and at most 1")
         channels = 2 * growth_rate if num_init_features is None else num_init_features
-        check_positive(channels, "num_init_features")
+        channels = check_positive(channels, "num_init_features")
         norm = {"eps": eps, "momentum": momentum}
         layer = dict(
             drop_rate=drop_rate,
@@ -93,7 +183,7 @@ class DenseNetBC(nn.Module):
             se_reduction=se_reduction,
             **norm,
         )
-        self.features = nn.Sequential(_stem(in_channels, channels, small_inputs, norm))
+        self.features = DenseFeatures(_stem(in_channels, channels, small_inputs, norm))
         for i, count in enumerate(blocks, 1):
             block = EfficientDenseBlock(count, channels, growth_rate, bn_size, **layer)
             block.name = f"features.denseblock{i}."
@@ -154,84 +244,47 @@ class DenseNetBC(nn.Module):
         return [m for m in self.modules() if isinstance(m, EfficientDenseBlock | EfficientDenseLayer)]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.efficient != "fused":
-            return self._classify(self.features(x))
-        reason = fallback.module_reason(self.features, "features", nn.Sequential)
-        if reason is not None:
-            fallback.report(reason)
-            return self._classify(self.features(x))
-        modules = list(self.features._modules.items())
-        if modules and modules[0][0] == "conv0":
-            x = self._images(x)
-        while modules:
-            name, module = modules.pop(0)
-            if name == "norm0" and self._fuses_stem(module, modules, x):
-                del modules[:2]
-                x = functional.dense_stem(x, module)
-                continue
-            tail = self._tail_of(module, name, modules, x)
-            if tail is None:
-                x = module(x)
-            else:
-                modules.pop(0)
-                x = functional.dense_stage(x, module.layers, *tail, keep_bottleneck=module.keep_bottleneck)
-        return self._classify(x)
-
-    def _images(self, x: Tensor) -> Tensor:
-        """x as conv0 gets it: channels last, which makes its output so, as the ops after it read it. (On a CPU oneDNN computes
-        a planar output in another layout first and then copies it.)"""
-        if not isinstance(x, Tensor) or x.dim() != 4 or fallback.input_reason([x]) is not None:
-            return x
-        x = x.contiguous(memory_format=torch.channels_last)
-        if x.shape[1] == 1:  # in either layout; the strides have to tell which is meant
-            x = x.reshape(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
-        return x
-
-    def _fuses_stem(self, norm: nn.Module, rest: list, x: Tensor) -> bool:
-        """Whether norm0, and relu0 and pool0 after it, are computed by one op: where nothing hinders that."""
-        reason = fallback.stem_reason([(f"features.{n}", m) for n, m in [("norm0", norm), *rest[:2]]], x)
-        if reason is not None:
-            fallback.report(reason)
-        return reason is None
-
-    def _tail_of(self, block: nn.Module, name: str, rest: list, x: Tensor) -> tuple[nn.Module, ...] | None:
-        """The norm, and the convolution if any, of what follows a block; None where both cannot be fused into a stage."""
-        if not isinstance(block, EfficientDenseBlock) or block.efficient != "fused" or not rest:
-            return None
-        tail_name, tail = f"features.{rest[0][0]}", rest[0][1]
-        if len(rest) == 1:
-            reason = fallback.norm_reason(tail, tail_name)
+        features, pooled = self.features, False
+        if self.efficient != "fused" or is_symbolic(x):
+            x = features(x)
         else:
-            reason = fallback.transition_reason(tail, tail_name, Transition)
-        reason = reason or fallback.module_reason(block, f"features.{name}", EfficientDenseBlock)
-        if reason is not None:
-            fallback.report(reason)
-            return None
-        if block.fallback_reason(x) is not None:
-            return None  # the block reports it
-        modules = (tail,) if len(rest) == 1 else (tail.norm, tail.conv)
-        reason = fallback.sharing_reason(block._modules, block.name, (tail_name, modules[0]))
-        if reason is not None:
-            fallback.report(reason)
-            return None
-        return modules
-
-    def _classify(self, x: Tensor) -> Tensor:
-        """The head, unless x [N, C] comes from a stage that contained it, and the classifier."""
-        if x.dim() == 4:
+            kind = nn.Sequential if type(features) is nn.Sequential else DenseFeatures
+            reason = fallback.module_reason(features, "features", kind)
+            if reason is None:
+                x, pooled = run_features(features._modules, x, head=True)
+            else:
+                fallback.report(reason)
+                x = features(x)
+        if not pooled:
             x = F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1)
         return self.classifier(x)
+
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """As torch.nn.Module; also with the keys of older files, of wrappers ('module.', '_orig_mod.') and of MONAI."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            raise short_error(error) from None
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+        rename_network_keys(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    __prepare_scriptable__ = refuse_scripting
 
 
 def _block_config(depth: int | None, block_config: Sequence[int] | None) -> list[int]:
     if block_config is None:
-        depth = 100 if depth is None else depth
-        if not isinstance(depth, int) or depth < 10 or (depth - 4) % 6:
+        try:
+            number = 100 if depth is None else operator.index(depth)
+        except TypeError:
+            number = 0
+        if number < 10 or (number - 4) % 6:
             raise ValueError(f"depth is {depth!r}; it must be 6 * n + 4 with n at least 1, such as 40 or 100")
-        return [(depth - 4) // 6] * 3
+        return [(number - 4) // 6] * 3
     if depth is not None:
         raise ValueError(f"depth is {depth} and block_config is {tuple(block_config)}; only one of them may be given")
-    if not block_config:
+    if len(block_config) == 0:
         raise ValueError("block_config is empty; it must hold the number of layers of at least one block")
     return [check_positive(count, f"block_config[{i}]") for i, count in enumerate(block_config)]
 
@@ -242,7 +295,7 @@ def _stem(in_channels: int, channels: int, small_inputs: bool, norm: dict) -> Or
     return OrderedDict(
         conv0=nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False),
         norm0=nn.BatchNorm2d(channels, **norm),
-        relu0=nn.ReLU(inplace=True),
+        relu0=nn.ReLU(),
         pool0=nn.MaxPool2d(3, stride=2, padding=1),
     )
 

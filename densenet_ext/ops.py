@@ -93,6 +93,8 @@ def memory_errors() -> Iterator[None]:
         raise
 
 
+_TAIL_PARAMS = {TAIL_NONE: 0, TAIL_TRANSITION: 3, TAIL_HEAD: 2}
+
 # ---- autograd ----------------------------------------------------------------------------------------------------------
 
 
@@ -163,9 +165,12 @@ class DenseBlock(torch.autograd.Function):
         x, params, masks, _, *ctx.numbers, ctx.tail, _, ctx.tf32, ctx.group = inputs
         _, features, *kept = outputs
         ctx.set_materialize_grads(False)
-        ctx.in_channels, ctx.params = x.shape[1], len(params)
+        ctx.in_channels = x.shape[1]
         ctx.layout = DX_CHANNELS_LAST if lies_channels_last(x) else DX_OWN_LAYOUT
-        ctx.save_for_backward(*kept, *params, *masks)
+        # The tail's parameters only say how many channels it has: by the time of backward they may have been updated.
+        own = len(params) - _TAIL_PARAMS[ctx.tail]
+        ctx.tail_params = [param.detach() for param in params[own:]]
+        ctx.save_for_backward(*kept, *params[:own], *masks)
         coef = (3, *features.shape[:2])
         return (
             features.new_empty_strided(features.shape, (0,) * 4),
@@ -179,11 +184,12 @@ class DenseBlock(torch.autograd.Function):
         if buffer is None:
             return (None,) * (3 + len(need_params))
         stats, gates, bottlenecks, *rest = ctx.saved_tensors
-        params, masks = rest[: ctx.params], rest[ctx.params :]
+        params, masks = rest[: len(need_params)], rest[len(need_params) :]
         layout = ctx.layout if need_x else DX_NONE
         options = (*ctx.numbers, ctx.tail, ctx.in_channels, layout, ctx.tf32, ctx.group)
         with torch.no_grad(), memory_errors():
-            dparams = new_gradients(params[: len(need_params)])
+            dparams = new_gradients(params)
+            params = [*params, *ctx.tail_params]
             dx = dense_block_backward(
                 buffer, coef, dparams, features, params, masks, stats, gates, bottlenecks, *options
             )
@@ -224,7 +230,7 @@ def _stage_autograd(keyset, *inputs):
     x, params = inputs[:2]
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))):
         return below(*inputs)
-    own = (0, 3, 2)[inputs[-4]]  # parameters of the tail
+    own = _TAIL_PARAMS[inputs[-4]]
     if not own or type(x) is not Tensor:
         return DenseStage.apply(below, inputs, x, *params)
     outputs = below(*inputs)
@@ -238,7 +244,10 @@ def _layer_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
     ctx.counts = (len(xs), len(params), len(masks), len(inputs[3]))
-    ctx.save_for_backward(result, *kept, *xs, *params, *masks)
+    # Only squeeze-and-excitation's gradient needs the output; without it the output may be written to.
+    squeeze_excite = inputs[-4]
+    output = result if squeeze_excite else result.new_zeros(()).expand(result.shape)
+    ctx.save_for_backward(output, *kept, *xs, *params, *masks)
 
 
 def _layer_backward(ctx, grad, *_):

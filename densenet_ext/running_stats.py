@@ -1,51 +1,84 @@
-"""Which statistics a batch normalization uses, and the update of its running ones."""
+"""Batch normalizations: which statistics one uses, how many channels it has, and the update of its running statistics."""
 
+import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def is_frozen(norm: nn.BatchNorm2d) -> bool:
-    """Whether `norm` normalizes with its running statistics, by the rule of torch.nn.BatchNorm2d."""
+def is_frozen_kind(kind: type) -> bool:
+    """Whether that is torchvision's FrozenBatchNorm2d, which timm uses too: parameters and statistics are buffers."""
+    misc = sys.modules.get("torchvision.ops.misc")
+    return misc is not None and kind is misc.FrozenBatchNorm2d
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether `norm` normalizes with its running statistics: by the rule of torch.nn.BatchNorm2d, or always."""
+    if not isinstance(norm, _BatchNorm):
+        return True
     return not norm.training and norm.running_mean is not None and norm.running_var is not None
 
 
+def tracks(norm: nn.Module) -> bool:
+    """Whether a forward pass changes the running statistics of `norm`, where it has any."""
+    return norm.training and isinstance(norm, _BatchNorm) and norm.track_running_stats
+
+
 @torch.no_grad()
-def update_running_statistics(norms: list[nn.Module], stats: Tensor, values: int | Tensor) -> None:
+def update_running_statistics(
+    norms: Sequence[nn.Module], widths: Sequence[int], stats: Tensor, values: int | Tensor
+) -> None:
     """Let every norm in training mode that tracks statistics take in one batch, as torch.nn.BatchNorm2d does.
 
         running = (1 - momentum) * running + momentum * batch,    momentum None: 1 / num_batches_tracked
     stats [>= 2, sum of widths]: mean and biased variance in the norms' order, from `values` values a channel (on the
     device where other processes have a part in them); the running variance gets the unbiased one. A batch without values
-    counts as a batch and changes nothing else.
+    counts as a batch and changes nothing else. A norm that stands there twice takes in one after the other.
     """
-    tracking = [norm._buffers if norm.training and norm.track_running_stats else {} for norm in norms]
+    tracking = [tracks(norm) for norm in norms]
     if not any(tracking):
         return
-    counters = [buffers.get("num_batches_tracked") for buffers in tracking]
+    known = not isinstance(values, Tensor)
+    correction = values / (max(values - 1, 1) if known else (values - 1).clamp(min=1))
+    means, variances = stats[0].split(widths), (stats[1] * correction).split(widths)
+    batches = [
+        batch for batch, tracked in zip(zip(norms, means, variances, strict=True), tracking, strict=True) if tracked
+    ]
+    while batches:
+        first = {}
+        for batch in batches:
+            first.setdefault(id(_running_mean(batch[0])), batch)
+        _take_in(list(first.values()), stats.dtype, not known or values > 0)
+        batches = [batch for batch in batches if first[id(_running_mean(batch[0]))] is not batch]
+
+
+def _running_mean(norm: nn.Module) -> Tensor | nn.Module:
+    """What tells two norms apart that must not take in a batch at the same time."""
+    mean = norm._buffers.get("running_mean")
+    return norm if mean is None else mean
+
+
+def _take_in(batches: list[tuple], dtype: torch.dtype, any_values: bool) -> None:
+    counters = [norm._buffers.get("num_batches_tracked") for norm, *_ in batches]
     counters = [counter for counter in counters if counter is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    known = not isinstance(values, Tensor)
-    if known and values == 0:
+    if not any_values:
         return
-    correction = values / (max(values - 1, 1) if known else (values - 1).clamp(min=1))
-    widths = [norm.num_features for norm in norms]
-    means = stats[0].split(widths)
-    variances = (stats[1] * correction).split(widths)
     groups = defaultdict(lambda: ([], []))
-    for norm, buffers, mean, variance in zip(norms, tracking, means, variances, strict=True):
-        running_mean = buffers.get("running_mean")
+    for norm, mean, variance in batches:
+        running_mean = norm._buffers.get("running_mean")
         if running_mean is not None:
             running, batch = groups[_momentum(norm), running_mean.dtype]
-            running += (running_mean, buffers["running_var"])
+            running += (running_mean, norm._buffers["running_var"])
             batch += (mean, variance)
-    for (momentum, dtype), (running, batch) in groups.items():
-        if dtype != stats.dtype:
-            batch = [value.to(dtype) for value in batch]
+    for (momentum, kind), (running, batch) in groups.items():
+        if kind != dtype:
+            batch = [value.to(kind) for value in batch]
         torch._foreach_lerp_(running, batch, momentum)
 
 

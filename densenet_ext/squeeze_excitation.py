@@ -1,5 +1,7 @@
 """Squeeze-and-excitation as a module."""
 
+import operator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +23,8 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
-        hidden = max(1, check_positive(channels, "channels") // check_positive(reduction, "reduction"))
+        channels = check_positive(channels, "channels")
+        hidden = max(1, channels // check_positive(reduction, "reduction"))
         self.fc1 = nn.Conv2d(channels, hidden, 1)
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
@@ -31,7 +34,11 @@ class SqueezeExcitation(nn.Module):
 
 
 def check_positive(value: int, name: str) -> int:
-    """`value` if it is a positive integer, else ValueError."""
-    if not isinstance(value, int) or value < 1:
+    """`value`, an integer of any type such as numpy's, as an int if it is positive, else ValueError."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise ValueError(f"{name} is {value!r}; it must be a positive integer")
-    return value
+    return number

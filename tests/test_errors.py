@@ -87,13 +87,13 @@ CALLS = [
     (lambda: dense_stage(x(dtype=torch.int64), layers()), TypeError, "x is of int64; it may be of float64, float32"),
     (lambda: dense_stage(x(dtype=torch.complex64), layers()), TypeError, "x is of complex64"),
     (lambda: dense_stage(x(), []), ValueError, "layers is empty"),
-    (lambda: dense_stage(x(2, 5, 6, 6), layers()), ValueError, "layers[0].norm1.num_features is 4; it must be 5"),
-    (lambda: dense_stage(x(), layers()[1:]), ValueError, "layers[0].norm1.num_features is 7; it must be 4"),
+    (lambda: dense_stage(x(2, 5, 6, 6), layers()), ValueError, "layers[0].norm1.running_mean has 4 channels; it must have 5"),
+    (lambda: dense_stage(x(), layers()[1:]), ValueError, "layers[0].norm1.running_mean has 7 channels; it must have 4"),
     (lambda: dense_stage(x(), MIXED_WIDTH), ValueError, "layers[1] has convolutions to 15"),
     (lambda: dense_stage(x(), MIXED_SE), ValueError, "layers[1] differs from layers[0] in se or in drop_rate"),
     (lambda: dense_stage(x(), MIXED_DROP), ValueError, "layers[1] differs from layers[0] in se or in drop_rate"),
     (lambda: dense_stage(x(), layers(), None, CONV), ValueError, "tail_conv is given without tail_norm"),
-    (lambda: dense_stage(x(), layers(1), NORM), ValueError, "tail_norm.num_features is 10; it must be 7"),
+    (lambda: dense_stage(x(), layers(1), NORM), ValueError, "tail_norm.running_mean has 10 channels; it must have 7"),
     (
         lambda: dense_stage(x(), layers(), NORM, nn.Conv2d(9, 5, 1)),
         ValueError,
@@ -109,7 +109,7 @@ CALLS = [
         ValueError,
         "inputs[1] is (2, 4, 6, 6) of torch.float64",
     ),
-    (lambda: dense_layer(x(2, 3, 6, 6), layers()[0]), ValueError, "layers[0].norm1.num_features is 4; it must be 3"),
+    (lambda: dense_layer(x(2, 3, 6, 6), layers()[0]), ValueError, "layers[0].norm1.running_mean has 4 channels; it must have 3"),
 ]
 
 
@@ -130,7 +130,7 @@ def test_one_value_a_channel_in_training(efficient):
 
 def test_failed_call_leaves_running_statistics_alone():
     block = EfficientDenseBlock(2, 4, 3, efficient="fused")
-    with pytest.raises(ValueError, match="must be 5"):
+    with pytest.raises(ValueError, match="must have 5"):
         block(torch.randn(2, 5, 6, 6))
     assert block.denselayer1.norm1.num_batches_tracked == 0
 

@@ -1,0 +1,53 @@
+"""Ways of running a module in which the fused ops would compute something else, or write a file that needs this package.
+
+Below autograd the ops see values alone: the tangent of a dual number and the level of a functorch transform are not
+there. What is recorded for another process has to consist of PyTorch's own operators.
+"""
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, fx
+
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+
+
+def transform_reason() -> str | None:
+    """What runs the module right now that only plain operators serve, or None."""
+    if _functorch_level() is not None:
+        return "a transform of torch.func is active (grad, vmap, jvp, jacrev and others)"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active (torch.autograd.forward_ad)"
+    if _tracing_state() is not None:
+        return "torch.jit.trace records the model, and its file should load without densenet_ext"
+    if torch.compiler.is_exporting():
+        return "torch.export records the model, and its file should load without densenet_ext"
+    return None
+
+
+def is_symbolic(x: object) -> bool:
+    """Whether torch.fx traces with x, or with the tensors in the list x."""
+    return isinstance(x, fx.Proxy) or (isinstance(x, list | tuple) and any(isinstance(part, fx.Proxy) for part in x))
+
+
+def as_node(module: torch.nn.Module, inputs: fx.Proxy | list) -> fx.Proxy | None:
+    """One node of the graph that torch.fx traces, which calls `module` with `inputs`; None where `module` is the root."""
+    tracer = (inputs if isinstance(inputs, fx.Proxy) else next(x for x in inputs if isinstance(x, fx.Proxy))).tracer
+    path = tracer.path_of_module(module)
+    return tracer.create_proxy("call_module", path, (inputs,), {}) if path else None
+
+
+def carries_no_data(kind: type[Tensor]) -> bool:
+    """Whether tensors of that subclass are their values and Python attributes, so that the ops can read them."""
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def refuse_scripting(module: torch.nn.Module) -> None:
+    """For __prepare_scriptable__, which torch.jit.script calls first.
+
+    Raises: NotImplementedError, always.
+    """
+    raise NotImplementedError(
+        f"densenet_ext: torch.jit.script does not serve {type(module).__name__}, which chooses its implementation in "
+        "Python; use torch.jit.trace or torch.export, or load the weights into torchvision's DenseNet and script that"
+    )
