@@ -14,14 +14,16 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import ops
 from .functional import DTYPES
-from .masks import DropChannel, active_dropout
+from .masks import DropChannel
 from .patches import patched_reason
 from .running_stats import is_frozen, is_frozen_kind
 from .squeeze_excitation import SqueezeExcitation
@@ -29,6 +31,7 @@ from .synchronization import group_of
 from .transforms import carries_no_data, transform_reason
 
 _CONV_KEYS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_conv_settings = itemgetter(*_CONV_KEYS)
 _POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
 _CONV3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 _MAX_POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "return_indices": False, "ceil_mode": False}
@@ -132,40 +135,17 @@ def global_reason() -> str | None:
 
 def layers_reason(layers: dict[str, nn.Module], layer_type: type, prefix: str) -> str | None:
     """About the dense layers of a block, which one op has to serve together."""
-    first = None
     for name, layer in layers.items():
-        name = prefix + name
-        reason = module_reason(layer, name, layer_type) or inner_reason(layer, name + ".")
+        reason = module_reason(layer, prefix, name, layer_type) or inner_reason(layer, f"{prefix}{name}.")
         if reason is not None:
             return reason
-        kind = _kind(layer)
-        first = first or kind
-        if kind != first:
-            return f"{name} has {_describe(kind)}, earlier layers {_describe(first)}"
     return sharing_reason(layers, prefix)
-
-
-def _kind(layer: nn.Module) -> tuple:
-    """What layers have to have in common for one op: dropout, bottleneck, growth, squeeze-and-excitation's width."""
-    parts = layer._modules
-    se = parts.get("se")
-    width = 0 if se is None else _weight(se._modules["fc1"]).shape[0]
-    return active_dropout(layer), _weight(parts["conv1"]).shape[0], _weight(parts["conv2"]).shape[0], width
-
-
-def _describe(kind: tuple) -> str:
-    rate, width, growth, hidden = kind
-    excite = f"squeeze-and-excitation to {hidden}" if hidden else "no squeeze-and-excitation"
-    return f"drop_rate {rate}, {width} channels in the bottleneck, {growth} new ones and {excite}"
-
-
-def _weight(conv: nn.Module) -> Tensor:
-    weight = conv._parameters.get("weight")
-    return conv.weight if weight is None else weight  # replicas of DataParallel have it as an attribute
 
 
 def sharing_reason(layers: dict[str, nn.Module], prefix: str, *tail: tuple[str, nn.Module]) -> str | None:
     """About the norms of a block's layers and a named one of the tail: all take the statistics of the same processes."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
     norms = [(f"{prefix}{name}.{part}", layer._modules[part]) for name, layer in layers.items() for part in _NORMS]
     groups = ((name, group_of(norm)) for name, norm in (*norms, *tail) if not is_frozen(norm))
     first = next(groups, None)
@@ -182,14 +162,14 @@ def inner_reason(layer: nn.Module, prefix: str) -> str | None:
         return children_reason(layer, prefix)
     reason = (
         segment_reason(layer, prefix)
-        or norm_reason(parts["norm2"], prefix + "norm2")
-        or module_reason(parts["relu2"], prefix + "relu2", nn.ReLU)
-        or conv_reason(parts["conv2"], prefix + "conv2", _CONV3X3, False)
+        or norm_reason(parts["norm2"], prefix, "norm2")
+        or module_reason(parts["relu2"], prefix, "relu2", nn.ReLU)
+        or conv_reason(parts["conv2"], prefix, "conv2", _CONV3X3, False)
     )
     if reason is None and se is not None:
-        reason = module_reason(se, prefix + "se", SqueezeExcitation) or (
-            conv_reason(se._modules["fc1"], prefix + "se.fc1", _POINTWISE, True)
-            or conv_reason(se._modules["fc2"], prefix + "se.fc2", _POINTWISE, True)
+        reason = module_reason(se, prefix, "se", SqueezeExcitation) or (
+            conv_reason(se._modules["fc1"], prefix, "se.fc1", _POINTWISE, True)
+            or conv_reason(se._modules["fc2"], prefix, "se.fc2", _POINTWISE, True)
         )
     elif reason is None and layer.__dict__.get("se") is not None:
         reason = f"{prefix}se is a {type(layer.se).__name__}, not a SqueezeExcitation"
@@ -210,10 +190,10 @@ def segment_reason(layer: nn.Module, prefix: str) -> str | None:
     """About the modules of a dense layer up to its first convolution, which backward of 'checkpoint' computes again."""
     parts = layer._modules
     return (
-        norm_reason(parts["norm1"], prefix + "norm1")
-        or module_reason(parts["relu1"], prefix + "relu1", nn.ReLU)
-        or conv_reason(parts["conv1"], prefix + "conv1", _POINTWISE, False)
-        or module_reason(parts["drop_channel"], prefix + "drop_channel", DropChannel)
+        norm_reason(parts["norm1"], prefix, "norm1")
+        or module_reason(parts["relu1"], prefix, "relu1", nn.ReLU)
+        or conv_reason(parts["conv1"], prefix, "conv1", _POINTWISE, False)
+        or module_reason(parts["drop_channel"], prefix, "drop_channel", DropChannel)
     )
 
 
@@ -226,7 +206,7 @@ def may_run_again(layer: nn.Module) -> bool:
     return all(
         part is not None
         and type(part).__module__.startswith(("torch.nn.modules.", "torchvision.ops.", "densenet_ext."))
-        and module_reason(part, "", type(part)) is None
+        and module_reason(part, "", "", type(part)) is None
         for part in parts
     )
 
@@ -237,11 +217,11 @@ def transition_reason(transition: nn.Module, name: str, transition_type: type) -
     if list(parts) != ["norm", "relu", "conv", "pool"]:
         return f"{name} consists of {', '.join(parts) or 'nothing'}, not of norm, relu, conv and pool"
     return (
-        module_reason(transition, name, transition_type)
-        or norm_reason(parts["norm"], name + ".norm")
-        or module_reason(parts["relu"], name + ".relu", nn.ReLU)
-        or conv_reason(parts["conv"], name + ".conv", _POINTWISE, False)
-        or _pool_reason(parts["pool"], name + ".pool", nn.AvgPool2d, _AVG_POOL)
+        module_reason(transition, "", name, transition_type)
+        or norm_reason(parts["norm"], name, ".norm")
+        or module_reason(parts["relu"], name, ".relu", nn.ReLU)
+        or conv_reason(parts["conv"], name, ".conv", _POINTWISE, False)
+        or _pool_reason(parts["pool"], name, ".pool", nn.AvgPool2d, _AVG_POOL)
     )
 
 
@@ -250,54 +230,54 @@ def stem_reason(modules: list[tuple[str, nn.Module]], x: Tensor) -> str | None:
     (norm_name, norm), (relu_name, relu), (pool_name, pool) = modules
     reason = (
         call_reason([x])
-        or norm_reason(norm, norm_name)
-        or module_reason(relu, relu_name, nn.ReLU)
-        or _pool_reason(pool, pool_name, nn.MaxPool2d, _MAX_POOL)
+        or norm_reason(norm, "", norm_name)
+        or module_reason(relu, "", relu_name, nn.ReLU)
+        or _pool_reason(pool, "", pool_name, nn.MaxPool2d, _MAX_POOL)
     )
     if reason is None and group_of(norm) >= 0:
         return f"{norm_name} shares its batch statistics with other processes"
     return reason
 
 
-def _pool_reason(pool: nn.Module, name: str, kind: type, settings: dict) -> str | None:
-    reason = module_reason(pool, name, kind)
+def _pool_reason(pool: nn.Module, prefix: str, name: str, kind: type, settings: dict) -> str | None:
+    reason = module_reason(pool, prefix, name, kind)
     if reason is not None:
         return reason
     for key, wanted in settings.items():
         value = pool.__dict__[key]
         if value not in (wanted, (wanted, wanted)):
-            return f"{name}.{key} is {value}, not {wanted}"
+            return f"{prefix}{name}.{key} is {value}, not {wanted}"
     return None
 
 
-def norm_reason(norm: nn.Module, name: str) -> str | None:
+def norm_reason(norm: nn.Module, prefix: str, name: str) -> str | None:
     """About a batch normalization, of one process or of several, or one that is always frozen."""
     kind = type(norm)
     if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
-        return module_reason(norm, name, kind)
+        return module_reason(norm, prefix, name, kind)
     if is_frozen_kind(kind):
         patched = _frozen_forward.setdefault(kind, kind.forward) is not kind.forward
-        return f"{kind.__name__}.forward was replaced" if patched else module_reason(norm, name, kind)
-    return f"{name} is a {kind.__name__}, not a BatchNorm2d"
+        return f"{kind.__name__}.forward was replaced" if patched else module_reason(norm, prefix, name, kind)
+    return f"{prefix}{name} is a {kind.__name__}, not a BatchNorm2d"
 
 
-def conv_reason(conv: nn.Module, name: str, expected: tuple, bias: bool) -> str | None:
+def conv_reason(conv: nn.Module, prefix: str, name: str, expected: tuple, bias: bool) -> str | None:
     """About a convolution; `expected` are the values of _CONV_KEYS."""
-    reason = module_reason(conv, name, nn.Conv2d)
+    reason = module_reason(conv, prefix, name, nn.Conv2d)
     if reason is not None:
         return reason
     v = conv.__dict__
-    actual = (v["kernel_size"], v["stride"], v["padding"], v["dilation"], v["groups"], v["padding_mode"])
+    actual = _conv_settings(v)
     if actual != expected:
         key, value, wanted = next(t for t in zip(_CONV_KEYS, actual, expected, strict=True) if t[1] != t[2])
-        return f"{name}.{key} is {value}, not {wanted}"
+        return f"{prefix}{name}.{key} is {value}, not {wanted}"
     # Replicas of DataParallel have their parameters as attributes.
     if (v["_parameters"].get("bias", v.get("bias")) is not None) != bias:
-        return f"{name} has {'no' if bias else 'a'} bias"
+        return f"{prefix}{name} has {'no' if bias else 'a'} bias"
     return None
 
 
-def module_reason(module: nn.Module, name: str, expected: type) -> str | None:
+def module_reason(module: nn.Module, prefix: str, name: str, expected: type) -> str | None:
     """About a module that would not be called: another type (which parametrizations make), another forward, a hook."""
     v = module.__dict__
     if not (
@@ -312,9 +292,9 @@ def module_reason(module: nn.Module, name: str, expected: type) -> str | None:
     ):
         return None
     if type(module) is not expected:
-        return f"{name} is a {type(module).__name__}, not a {expected.__name__}"
+        return f"{prefix}{name} is a {type(module).__name__}, not a {expected.__name__}"
     replaced = next((method for method in _METHODS if method in v), None)
     if replaced is not None:
-        return f"{name}.{replaced} was replaced"
+        return f"{prefix}{name}.{replaced} was replaced"
     kind = next(kind for kind in _HOOKS if v[kind])
-    return f"{name} has a {'backward' if 'backward' in kind else 'forward'} hook"
+    return f"{prefix}{name} has a {'backward' if 'backward' in kind else 'forward'} hook"

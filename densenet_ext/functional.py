@@ -18,6 +18,15 @@ from .running_stats import is_frozen, update_running_statistics
 from .synchronization import group_of
 from .transforms import transform_reason
 
+
+class LayersDiffer(ValueError):
+    """Layers of a stage that one op cannot compute together."""
+
+    def __init__(self, index: int, what: str):
+        super().__init__(f"layers[{index}] {what}; all layers of a stage must be alike")
+        self.index, self.what = index, what
+
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -74,7 +83,7 @@ def dense_stage(
     arguments = _Arguments(x, casts, layers)
     channels = x.shape[1]
     for index, layer in enumerate(layers):
-        arguments.add_layer(layer, index, channels, draw_masks(layer, x, channels))
+        arguments.add_layer(layer, index, channels)
         channels += arguments.growth
     tail = ops.TAIL_NONE
     if tail_norm is not None:
@@ -87,6 +96,7 @@ def dense_stage(
             raise ValueError(f"x is {tuple(x.shape)}; a transition needs at least 2x2 pixels")
         arguments.add_weight(tail_conv.weight, "tail_conv.weight")
     keep = keep_bottleneck and torch.is_grad_enabled()
+    arguments.draw_masks(layers)
     with _no_autocast(x), ops.memory_errors():
         output, _, stats, _, _ = ops.dense_stage(
             x, *arguments.flat(), tail, keep, _tf32_allowed(x), arguments.shared_by
@@ -126,7 +136,8 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
                 f"the dtype of inputs[0], which is {tuple(x.shape)} of {x.dtype}"
             )
     arguments = _Arguments(x, casts, [layer])
-    arguments.add_layer(layer, 0, channels, draw_masks(layer, x, channels))
+    arguments.add_layer(layer, 0, channels)
+    arguments.draw_masks([layer])
     keep = keep_bottleneck and torch.is_grad_enabled()
     with _no_autocast(x), ops.memory_errors():
         output, stats, _, _ = ops.dense_layer(inputs, *arguments.flat(), keep, _tf32_allowed(x), arguments.shared_by)
@@ -171,22 +182,27 @@ class _Norms:
     def __init__(self, x: Tensor):
         self.x, self.dtype = x, arithmetic_dtype(x.dtype)
         self.values = x.shape[0] * x.shape[2] * x.shape[3]
-        # Norms in mixed precision: PyTorch takes float32 beside lower types, and nothing else beside its own.
-        self.norm_dtypes = (x.dtype, self.dtype)
         self.params: list[Tensor] = []
         self.norms: list[nn.Module] = []
         self.widths: list[int] = []
+        self.frozen: list[int] = []
         self.frozen_stats: list[Tensor] = []
         self.group: int | None = None  # of the norms that take batch statistics, once there is one
 
     def own(self, value: Tensor, name: str, width: int) -> Tensor:
-        """A norm's parameter or buffer [width], checked, in the dtype of the arithmetic."""
+        """A norm's parameter or buffer [width], checked, in the dtype of the arithmetic.
+
+        As batch normalization in PyTorch it may be of x's dtype, or of float32 beside lower ones, and of no other.
+        """
         self.check_device(value, name)
         if value.numel() != width:
             raise ValueError(f"{name} has {value.numel()} channels; it must have {width}")
-        if value.dtype not in self.norm_dtypes:
-            raise TypeError(_wrong_dtype(value, name, self.norm_dtypes, "the input"))
-        return (value if value.dtype == self.dtype else value.to(self.dtype)).contiguous()
+        dtype = value.dtype
+        if dtype != self.dtype:
+            if dtype != self.x.dtype:
+                raise TypeError(_wrong_dtype(value, name, (self.x.dtype, self.dtype), "the input"))
+            value = value.to(self.dtype)
+        return value.contiguous()
 
     def check_device(self, value: Tensor, name: str) -> None:
         if value.device != self.x.device:
@@ -194,7 +210,9 @@ class _Norms:
 
     def add_norm(self, norm: nn.Module, channels: int, name: str) -> None:
         weight, bias = norm.weight, norm.bias
-        if is_frozen(norm):
+        frozen = is_frozen(norm)
+        self.frozen.append(int(frozen))
+        if frozen:
             self.frozen_stats.append(self.own(norm.running_mean, f"{name}.running_mean", channels))
             self.frozen_stats.append(self.own(norm.running_var, f"{name}.running_var", channels))
         else:
@@ -202,7 +220,7 @@ class _Norms:
             if self.values == 1 and self.group < 0:
                 size = torch.Size((1, channels, 1, 1))
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-            mean = norm.running_mean
+            mean = norm._buffers.get("running_mean")
             if mean is not None and mean.numel() != channels:
                 raise ValueError(f"{name}.running_mean has {mean.numel()} channels; it must have {channels}")
         x, dtype = self.x, self.dtype
@@ -241,7 +259,8 @@ class _Arguments(_Norms):
         first = layers[0]
         self.casts = casts  # whether autocast would give weights x's dtype
         self.growth, self.width = first.conv2.weight.shape[0], first.conv1.weight.shape[0]
-        self.squeeze_excite = getattr(first, "se", None) is not None
+        se = getattr(first, "se", None)
+        self.hidden = None if se is None else se.fc1.weight.shape[0]
         self.dropout = active_dropout(first)
         self.masks: list[Masks] = []
         self.channels: list[int] = []
@@ -249,20 +268,30 @@ class _Arguments(_Norms):
     def add_weight(self, value: Tensor, name: str) -> None:
         """A parameter of a convolution: of x's dtype, as a convolution takes it."""
         self.check_device(value, name)
-        dtype = value.dtype
-        if dtype != self.x.dtype and not (self.casts and dtype.is_floating_point and dtype != torch.float64):
-            raise TypeError(_wrong_dtype(value, name, (self.x.dtype,), "the input"))
+        dtype, own = value.dtype, self.x.dtype
+        if dtype != own and not (self.casts and dtype.is_floating_point and dtype != torch.float64):
+            raise TypeError(_wrong_dtype(value, name, (own,), "the input"))
         self.params.append((value if dtype == self.dtype else value.to(self.dtype)).contiguous())
 
-    def add_layer(self, layer: nn.Module, index: int, channels: int, masks: Masks) -> None:
+    def add_layer(self, layer: nn.Module, index: int, channels: int) -> None:
         conv1, conv2, se, name = layer.conv1.weight, layer.conv2.weight, getattr(layer, "se", None), f"layers[{index}]"
-        if (conv1.shape[0], conv2.shape[1], conv2.shape[0]) != (self.width, self.width, self.growth):
-            raise ValueError(
-                f"{name} has convolutions to {conv1.shape[0]} and from {conv2.shape[1]} to {conv2.shape[0]} "
-                f"channels; all layers must go to {self.width} and from there to {self.growth}"
+        width, growth = conv1.shape[0], conv2.shape[0]
+        if (width, growth) != (self.width, self.growth):
+            raise LayersDiffer(
+                index,
+                f"has {width} channels in the bottleneck and {growth} new ones, the first layer {self.width} and "
+                f"{self.growth}",
             )
-        if (se is not None) != self.squeeze_excite or active_dropout(layer) != self.dropout:
-            raise ValueError(f"{name} differs from layers[0] in se or in drop_rate; all layers must be alike")
+        if conv2.shape[1] != width:
+            raise ValueError(f"{name}.conv2.weight takes {conv2.shape[1]} channels; it must take {width}")
+        hidden = None if se is None else se.fc1.weight.shape[0]
+        if hidden != self.hidden:
+            raise LayersDiffer(
+                index, f"has squeeze-and-excitation to {hidden} channels, the first layer to {self.hidden}"
+            )
+        dropout = active_dropout(layer)
+        if dropout != self.dropout:
+            raise LayersDiffer(index, f"has drop_rate {dropout}, the first layer {self.dropout}")
         self.add_norm(layer.norm1, channels, f"{name}.norm1")
         self.add_weight(conv1, f"{name}.conv1.weight")
         self.add_norm(layer.norm2, self.width, f"{name}.norm2")
@@ -271,8 +300,12 @@ class _Arguments(_Norms):
             for part, fc in (("fc1", se.fc1), ("fc2", se.fc2)):
                 self.add_weight(fc.weight, f"{name}.se.{part}.weight")
                 self.add_weight(fc.bias, f"{name}.se.{part}.bias")
-        self.masks.append(masks)
         self.channels.append(channels)
+
+    def draw_masks(self, layers: Sequence[nn.Module]) -> None:
+        """After all checks, so that a call that fails draws nothing."""
+        for layer, channels in zip(layers, self.channels, strict=True):
+            self.masks.append(draw_masks(layer, self.x, channels))
 
     def flat(self) -> tuple:
         """params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, in the ops' order."""
@@ -286,8 +319,8 @@ class _Arguments(_Norms):
             sum(kinds[i] for i in used),
             1 / (1 - self.dropout),
             [norm.eps for norm in self.norms],
-            [int(is_frozen(norm)) for norm in self.norms],
-            self.squeeze_excite,
+            self.frozen,
+            self.hidden is not None,
         )
 
     def _mask(self, layer: int, kind: int) -> Tensor:

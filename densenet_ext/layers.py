@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import fallback, functional
-from .concatenation import kept_as_pieces
 from .masks import DropChannel, Masks, active_dropout, check_position, check_probability, draw_masks
-from .patches import is_replaced, watch
+from .patches import is_replaced, patched_reason, watch
+from .remade import Remade
 from .running_stats import unchanged_running_statistics
 from .squeeze_excitation import SqueezeExcitation, check_positive
 from .state_dicts import rename_layer_keys
@@ -31,12 +31,12 @@ def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
     """relu(norm(x)), in place where nothing else can see norm's output, whatever relu.inplace says."""
     y = norm(x)
     if (
-        fallback.module_reason(relu, "", nn.ReLU) is not None
+        fallback.module_reason(relu, "", "", nn.ReLU) is not None
         or fallback.global_reason()
         or is_replaced(nn.ReLU, "forward")
     ):
         return relu(y)
-    return F.relu(y, inplace=fallback.module_reason(norm, "", nn.BatchNorm2d) is None)
+    return F.relu(y, inplace=fallback.module_reason(norm, "", "", nn.BatchNorm2d) is None)
 
 
 class Transition(nn.Sequential):
@@ -177,43 +177,58 @@ class EfficientDenseLayer(nn.Module):
         own_dropout = is_replaced(F, "dropout")
         channels = sum(x.shape[1] for x in inputs) if _drops_channels(self) else 0
         masks = draw_masks(self, inputs[0], channels, own_dropout)
-        b = self._bottleneck_of(inputs, masks)
-        y = self.conv2(self._drop("pre_conv", norm_relu(self.norm2, self.relu2, b), masks.pre_conv2))
+        y = self._convolutions_of(inputs, masks)
         if masks.dropout is not None:
             y = torch.where(masks.dropout, y * (1 / (1 - self.drop_rate)), 0.0)
         elif own_dropout:
             y = F.dropout(y, self.drop_rate, self.training)
         return y if self.se is None else self.se(y)
 
-    def _bottleneck_of(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
-        """conv1's output, by the way that keeps least for backward."""
+    def _convolutions_of(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
+        """conv2's output, by the way that keeps least for backward."""
         if self.efficient is False or not torch.is_grad_enabled() or transform_reason() is not None:
-            return self._bottleneck(inputs, masks)
+            return self._second(self._first(inputs, masks), masks)
         if torch.compiler.is_compiling():
             checkpointed = self.efficient == "checkpoint"
-            return (self._checkpointed_bottleneck if checkpointed else self._bottleneck)(inputs, masks)
+            return self._second((self._checkpointed_first if checkpointed else self._first)(inputs, masks), masks)
         if fallback.may_run_again(self):
-            return self._checkpointed_bottleneck(inputs, masks)
-        return self._bottleneck_of_pieces(inputs, masks)
+            return self._second(self._checkpointed_first(inputs, masks), masks)
+        if patched_reason() is not None:
+            return self._second(self._first(inputs, masks), masks)
+        return self._watched(inputs, masks)
 
-    def _bottleneck(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
+    def _first(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
         z = norm_relu(self.norm1, self.relu1, self._drop("pre_norm", x, masks.pre_norm))
         return self.conv1(self._drop("pre_conv", z, masks.pre_conv1))
 
-    def _bottleneck_of_pieces(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
-        """The same numbers from modules that are called once: autograd keeps the inputs, not their concatenation."""
+    def _second(self, b: Tensor, masks: Masks) -> Tensor:
+        return self.conv2(self._drop("pre_conv", norm_relu(self.norm2, self.relu2, b), masks.pre_conv2))
+
+    def _watched(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
+        """The same numbers where a hook or a foreign module must not run again in backward."""
+        x = concatenation = torch.cat(inputs, 1)
+        mask = masks.pre_norm
+        if self.drop_channel_position == "pre_norm":
+            x = self.drop_channel(x, mask) if type(self.drop_channel) is DropChannel else self.drop_channel(x)
+            if x is not concatenation and fallback.module_reason(self.drop_channel, "", "", DropChannel) is not None:
+                return self._second(self.conv1(norm_relu(self.norm1, self.relu1, x)), masks)
 
         def concatenate(pieces: Sequence[Tensor]) -> Tensor:
-            x = torch.cat(pieces, 1)
-            return x if masks.pre_norm is None else self.drop_channel(x, masks.pre_norm)
+            again = torch.cat(pieces, 1)
+            return again if mask is None else DropChannel.forward(self.drop_channel, again, mask)
 
-        if self.drop_channel_position == "pre_norm" and fallback.module_reason(self.drop_channel, "", DropChannel):
-            return self._bottleneck(inputs, masks)
-        x = concatenate(inputs)
-        with kept_as_pieces(x, inputs, concatenate):
+        kept = Remade(x, inputs, concatenate)
+        with kept:
             z = norm_relu(self.norm1, self.relu1, x)
-        return self.conv1(self._drop("pre_conv", z, masks.pre_conv1))
+            b = self.conv1(self._drop("pre_conv", z, masks.pre_conv1))
+        kept.forget_normalized(self.norm1, z)
+        kept = Remade(b, [b], lambda pieces: pieces[0])
+        with kept:
+            z = norm_relu(self.norm2, self.relu2, b)
+            y = self.conv2(self._drop("pre_conv", z, masks.pre_conv2))
+        kept.forget_normalized(self.norm2, z)
+        return y
 
     def _drop(self, position: str, x: Tensor, mask: Tensor | None) -> Tensor:
         if position != self.drop_channel_position:
@@ -221,16 +236,16 @@ class EfficientDenseLayer(nn.Module):
         ours = type(self.drop_channel) is DropChannel
         return self.drop_channel(x, mask) if ours else self.drop_channel(x)
 
-    def _checkpointed_bottleneck(self, inputs: list[Tensor], masks: Masks) -> Tensor:
+    def _checkpointed_first(self, inputs: list[Tensor], masks: Masks) -> Tensor:
         first, training = True, self.norm1.training
 
         def run(*inputs: Tensor) -> Tensor:
             nonlocal first
             if first:
                 first = False
-                return self._bottleneck(inputs, masks)
+                return self._first(inputs, masks)
             with unchanged_running_statistics(self.norm1, training):
-                return self._bottleneck(inputs, masks)
+                return self._first(inputs, masks)
 
         # The masks are drawn already; only a module put in Drop-Channel's place may draw its own.
         draws = type(self.drop_channel) is not DropChannel
@@ -313,11 +328,25 @@ class EfficientDenseBlock(nn.ModuleDict):
         if self.efficient != "fused" or is_symbolic(x):
             return self._concatenate(x)
         reason = self.fallback_reason(x)
-        if reason is None:
-            return functional.dense_stage(x, self.layers, keep_bottleneck=self.keep_bottleneck)
-        fallback.report(reason)
+        if reason is not None:
+            fallback.report(reason)
+        else:
+            y = self.fused(x)
+            if y is not None:
+                return y
         with fallback.already_reported():
             return self._concatenate(x)
+
+    def fused(self, x: Tensor, *tail: nn.Module) -> Tensor | None:
+        """The block, with the norm and the convolution of what consumes it, as one op where `fallback_reason` is None.
+
+        Returns None, and reports, where its layers are not alike enough for one op.
+        """
+        try:
+            return functional.dense_stage(x, self.layers, *tail, keep_bottleneck=self.keep_bottleneck)
+        except functional.LayersDiffer as difference:
+            fallback.report(f"{self.name}{list(self._modules)[difference.index]} {difference.what}")
+            return None
 
     def _concatenate(self, x: Tensor) -> Tensor:
         features = [x]

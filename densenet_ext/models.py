@@ -56,13 +56,14 @@ def run_features(modules: dict[str, nn.Module], x: Tensor, head: bool = False) -
                 x = norm_relu(module, rest.pop(0)[1], x)
             continue
         tail = _tail_of(name, module, rest, x, head) if fused else None
-        if tail is None:
+        y = None if tail is None else module.fused(x, *tail)
+        if y is None:
             x = module(x)
+        elif len(tail) == 1:
+            return y, True
         else:
+            x = y
             rest.pop(0)
-            x = functional.dense_stage(x, module.layers, *tail, keep_bottleneck=module.keep_bottleneck)
-            if len(tail) == 1:
-                return x, True
     return x, False
 
 
@@ -93,10 +94,10 @@ def _tail_of(name: str, block: nn.Module, rest: list, x: Tensor, head: bool) -> 
     if rest[0][0].startswith("transition"):
         reason = fallback.transition_reason(tail, tail_name, Transition)
     elif rest[0][0] == "norm5" and len(rest) == 1 and head:
-        reason = fallback.norm_reason(tail, tail_name)
+        reason = fallback.norm_reason(tail, "", tail_name)
     else:
         return None
-    reason = reason or fallback.module_reason(block, f"features.{name}", EfficientDenseBlock)
+    reason = reason or fallback.module_reason(block, "features.", name, EfficientDenseBlock)
     if reason is None:
         if block.fallback_reason(x) is not None:
             return None  # the block reports it
@@ -249,7 +250,7 @@ class DenseNetBC(nn.Module):
             x = features(x)
         else:
             kind = nn.Sequential if type(features) is nn.Sequential else DenseFeatures
-            reason = fallback.module_reason(features, "features", kind)
+            reason = fallback.module_reason(features, "", "features", kind)
             if reason is None:
                 x, pooled = run_features(features._modules, x, head=True)
             else:

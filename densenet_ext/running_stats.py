@@ -18,9 +18,9 @@ def is_frozen_kind(kind: type) -> bool:
 
 def is_frozen(norm: nn.Module) -> bool:
     """Whether `norm` normalizes with its running statistics: by the rule of torch.nn.BatchNorm2d, or always."""
-    if not isinstance(norm, _BatchNorm):
-        return True
-    return not norm.training and norm.running_mean is not None and norm.running_var is not None
+    if norm.training:
+        return not isinstance(norm, _BatchNorm)
+    return norm.running_mean is not None and norm.running_var is not None
 
 
 def tracks(norm: nn.Module) -> bool:
@@ -49,17 +49,13 @@ def update_running_statistics(
         batch for batch, tracked in zip(zip(norms, means, variances, strict=True), tracking, strict=True) if tracked
     ]
     while batches:
-        first = {}
-        for batch in batches:
-            first.setdefault(id(_running_mean(batch[0])), batch)
-        _take_in(list(first.values()), stats.dtype, not known or values > 0)
-        batches = [batch for batch in batches if first[id(_running_mean(batch[0]))] is not batch]
-
-
-def _running_mean(norm: nn.Module) -> Tensor | nn.Module:
-    """What tells two norms apart that must not take in a batch at the same time."""
-    mean = norm._buffers.get("running_mean")
-    return norm if mean is None else mean
+        first = {id(norm._buffers.get("running_mean")): index for index, (norm, *_) in reversed([*enumerate(batches)])}
+        if len(first) == len(batches):
+            _take_in(batches, stats.dtype, not known or values > 0)
+            return
+        now = set(first.values())
+        _take_in([batches[index] for index in sorted(now)], stats.dtype, not known or values > 0)
+        batches = [batch for index, batch in enumerate(batches) if index not in now]
 
 
 def _take_in(batches: list[tuple], dtype: torch.dtype, any_values: bool) -> None:

@@ -1,0 +1,94 @@
+"""What autograd keeps of modules that somebody watches: as little as can be made again without calling them.
+
+A norm with a hook has to be called, once, and so cannot be computed again in backward as torch.utils.checkpoint does it.
+But its input is a concatenation of feature maps that are kept anyway, and what follows from it by the formula of batch
+normalization and ReLU needs no module.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from .running_stats import is_frozen
+
+
+class _Saved:
+    """A tensor that an op keeps for backward, until it turns out that it can be made again by `remake`."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.remake = tensor, None
+
+
+class Remade(saved_tensors_hooks):
+    """Inside, ops keep for backward the tensors `pieces` in place of x, which is remake(pieces), and after
+    `forget_normalized` in place of relu(norm(x)) too.
+
+    Raises, in backward: RuntimeError if a piece or a parameter was written to in between, as autograd does.
+    """
+
+    def __init__(self, x: Tensor, pieces: Sequence[Tensor], remake: Callable[[Sequence[Tensor]], Tensor]):
+        self.x, self.saved = x, []
+        self.inputs = _Unchanged(pieces)
+        self.remake = lambda: remake(self.inputs.values())
+        super().__init__(self._pack, _unpack)
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        if _is_same(tensor, self.x):
+            saved.tensor, saved.remake = None, self.remake
+        else:
+            self.saved.append(saved)
+        return saved
+
+    def forget_normalized(self, norm: nn.Module, z: Tensor) -> None:
+        """Keep z no longer if it is relu(norm(x)), by the formula and bit for bit: hooks may have changed it."""
+        kept = [saved for saved in self.saved if _is_same(saved.tensor, z)]
+        if kept and type(norm) is nn.BatchNorm2d:
+            statistics = (None, None)
+            if is_frozen(norm):
+                statistics = (norm.running_mean.clone(), norm.running_var.clone())
+            affine = _Unchanged([value for value in (norm.weight, norm.bias) if value is not None])
+            present, eps, make_x = (norm.weight is not None, norm.bias is not None), norm.eps, self.remake
+
+            def remake() -> Tensor:
+                values = iter(affine.values())
+                weight, bias = (next(values) if there else None for there in present)
+                y = F.batch_norm(make_x(), *statistics, weight, bias, statistics[0] is None, 0.0, eps)
+                return F.relu(y, inplace=True)
+
+            with torch.no_grad():
+                if torch.equal(remake(), z):
+                    for saved in kept:
+                        saved.tensor, saved.remake = None, remake
+        self.saved.clear()
+        self.x = None
+
+
+class _Unchanged:
+    """Tensors, and a check that nobody has written to them since."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.tensors = [tensor.detach() for tensor in tensors]
+        self.versions = [tensor._version for tensor in self.tensors]
+
+    def values(self) -> list[Tensor]:
+        if [tensor._version for tensor in self.tensors] != self.versions:
+            raise RuntimeError(
+                "densenet_ext: an input or a parameter of a dense layer, which backward needs, has been modified by an "
+                "inplace operation"
+            )
+        return self.tensors
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+
+
+def _unpack(saved: _Saved) -> Tensor:
+    if saved.remake is None:
+        return saved.tensor
+    with torch.no_grad():
+        return saved.remake()
