@@ -14,7 +14,6 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -31,7 +30,6 @@ from .synchronization import group_of
 from .transforms import carries_no_data, transform_reason
 
 _CONV_KEYS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_conv_settings = itemgetter(*_CONV_KEYS)
 _POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
 _CONV3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 _MAX_POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "return_indices": False, "ceil_mode": False}
@@ -267,7 +265,7 @@ def conv_reason(conv: nn.Module, prefix: str, name: str, expected: tuple, bias: 
     if reason is not None:
         return reason
     v = conv.__dict__
-    actual = _conv_settings(v)
+    actual = (v["kernel_size"], v["stride"], v["padding"], v["dilation"], v["groups"], v["padding_mode"])
     if actual != expected:
         key, value, wanted = next(t for t in zip(_CONV_KEYS, actual, expected, strict=True) if t[1] != t[2])
         return f"{prefix}{name}.{key} is {value}, not {wanted}"

@@ -57,11 +57,13 @@ def watch(*methods: tuple[type, str]) -> None:
 
 def patched_reason() -> str | None:
     """Which of them was replaced, or None."""
-    now = _read(_owners)
-    if now == _originals:
+    # torch.compile reads them one by one, so that it notices when one changes.
+    if not torch.compiler.is_compiling() and _read(_owners) == _originals:
         return None
-    owner, name = next(w for w, a, b in zip(_WATCHED, now, _originals, strict=True) if a is not b)
-    return f"{owner.__name__}.{name} was replaced"
+    for (owner, name), original in zip(_WATCHED, _originals, strict=True):
+        if getattr(owner, name) is not original:
+            return f"{owner.__name__}.{name} was replaced"
+    return None
 
 
 def is_replaced(owner: object, name: str) -> bool:

@@ -12,6 +12,7 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
 
 
+@torch.compiler.assume_constant_result  # torch.compile guards on these states itself, and cannot trace the question
 def transform_reason() -> str | None:
     """What runs the module right now that only plain operators serve, or None."""
     if _functorch_level() is not None:
