@@ -4,7 +4,7 @@ The ops are `torch.ops.densenet_ext.*`; `reference/stage.py` describes their arg
 functional; `dense_block_backward` and the kernel ops write into their arguments and have none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import shapes, synchronization  # noqa: F401 (shapes registers itself)
 from ._load import cuda_status, load_extension
+from .batched_gradients import no_second_derivative, one_by_one
 from .reference.layers import (
     MASK_DROPOUT,
     MASK_PRE_CONV1,
@@ -98,15 +99,32 @@ _TAIL_PARAMS = {TAIL_NONE: 0, TAIL_TRANSITION: 3, TAIL_HEAD: 2}
 # ---- autograd ----------------------------------------------------------------------------------------------------------
 
 
+def _run_backward(run: Callable, *grads: Tensor) -> list[Tensor]:
+    """run(*grads), which returns a tensor and a list of tensors, as one list."""
+
+    def flat(*grads):
+        with memory_errors():
+            first, rest = run(*grads)
+        return (first, *rest)
+
+    return list(one_by_one(flat, *grads))
+
+
 def _wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "densenet_ext: a fused stem, dense layer or stage has no second derivative; "
-        "build the model with efficient=False to differentiate its gradients"
-    )
+def _kept(ctx) -> tuple[Tensor, ...]:
+    """ctx.saved_tensors; where the output is among them and somebody has written to it, the error says what to do."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error} densenet_ext: backward of a fused dense block, and of a fused layer with squeeze-and-excitation, "
+            "needs the output: clone it before writing to it, or set efficient='checkpoint'"
+        ) from None
 
 
 class _Refusal(torch.autograd.Function):
@@ -118,7 +136,7 @@ class _Refusal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        _no_second_derivative(ctx, *grads)
+        no_second_derivative(ctx, *grads)
 
 
 class DenseStage(torch.autograd.Function):
@@ -142,14 +160,14 @@ class DenseStage(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * (3 + ctx.params)
-        features, stats, gates, bottlenecks, *rest = ctx.saved_tensors
+        features, stats, gates, bottlenecks, *rest = _kept(ctx)
         params, masks = rest[: ctx.params], rest[ctx.params :]
         need_x, *need_params = ctx.needs_input_grad[2:]
         layout = ctx.layout if need_x else DX_NONE
         options = (*ctx.numbers, ctx.tail, ctx.in_channels, layout, ctx.tf32, ctx.group)
-        with memory_errors():
-            dx, dparams = dense_stage_backward(grad, features, params, masks, stats, gates, bottlenecks, *options)
-        return None, None, *_wanted([dx, *dparams], [need_x, *need_params])
+        rest = (features, params, masks, stats, gates, bottlenecks, *options)
+        grads = _run_backward(lambda grad: dense_stage_backward(grad, *rest), grad)
+        return None, None, *_wanted(grads, [need_x, *need_params])
 
 
 class DenseBlock(torch.autograd.Function):
@@ -187,15 +205,17 @@ class DenseBlock(torch.autograd.Function):
         params, masks = rest[: len(need_params)], rest[len(need_params) :]
         layout = ctx.layout if need_x else DX_NONE
         options = (*ctx.numbers, ctx.tail, ctx.in_channels, layout, ctx.tf32, ctx.group)
-        with torch.no_grad(), memory_errors():
+
+        def run(buffer, coef):
             dparams = new_gradients(params)
-            params = [*params, *ctx.tail_params]
-            dx = dense_block_backward(
-                buffer, coef, dparams, features, params, masks, stats, gates, bottlenecks, *options
-            )
-        grads = _wanted([dx, *dparams], [need_x, *need_params])
+            rest = (features, [*params, *ctx.tail_params], masks, stats, gates, bottlenecks, *options)
+            return dense_block_backward(buffer, coef, dparams, *rest), dparams
+
+        with torch.no_grad():
+            grads = _run_backward(run, buffer, coef)
+        grads = _wanted(grads, [need_x, *need_params])
         if torch.is_grad_enabled():
-            grads = _Refusal.apply(tuple(grads), dx.new_empty(0).requires_grad_())
+            grads = _Refusal.apply(tuple(grads), buffer.new_empty(0).requires_grad_())
         return None, None, *grads
 
 
@@ -217,9 +237,12 @@ class DenseTail(torch.autograd.Function):
         if grad is None:
             return (None,) * (2 + len(needed))
         features, stats, *params = ctx.saved_tensors
-        with memory_errors():
+
+        def run(grad):
             buffer, coef, dparams = dense_tail_backward(grad, features, params, stats, *ctx.options)
-        return None, None, *_wanted([features, buffer, coef, *dparams], needed)
+            return buffer, (coef, *dparams)
+
+        return None, None, *_wanted([features, *_run_backward(run, grad)], needed)
 
 
 def _stage_autograd(keyset, *inputs):
@@ -256,14 +279,25 @@ def _layer_backward(ctx, grad, *_):
     if grad is None:
         dxs, dparams = [None] * xs, [None] * params
     else:
-        output, *kept = ctx.saved_tensors[:4]
-        rest = list(ctx.saved_tensors[4:])
-        options = (*ctx.numbers, ctx.tf32, ctx.group)
-        with memory_errors():
-            dxs, dparams = dense_layer_backward(
-                grad, output, rest[:xs], rest[xs : xs + params], rest[xs + params :], *kept, *options
-            )
-        dxs, dparams = _wanted(dxs, need_xs), _wanted(dparams, need_params)
+        output, *rest = _kept(ctx)
+        kept, rest = rest[:3], rest[3:]
+        rest = (
+            output,
+            rest[:xs],
+            rest[xs : xs + params],
+            rest[xs + params :],
+            *kept,
+            *ctx.numbers,
+            ctx.tf32,
+            ctx.group,
+        )
+
+        def run(grad):
+            (dx, *dxs), dparams = dense_layer_backward(grad, *rest)
+            return dx, (*dxs, *dparams)
+
+        grads = _run_backward(run, grad)
+        dxs, dparams = _wanted(grads[:xs], need_xs), _wanted(grads[xs:], need_params)
     return dxs, dparams, [None] * masks, [None] * frozen_stats, *[None] * 8
 
 
@@ -280,9 +314,13 @@ def _stem_backward(ctx, grad, *_):
     gradients = [None] * 3
     needed = ctx.needs_input_grad[:3]
     if grad is not None:
-        with memory_errors():
-            options = (ctx.eps, ctx.frozen > 0, needed[0])
-            gradients = _wanted(dense_stem_backward(grad, *ctx.saved_tensors, *options), needed)
+        rest = (*ctx.saved_tensors, ctx.eps, ctx.frozen > 0, needed[0])
+
+        def run(grad):
+            dx, dweight, dbias = dense_stem_backward(grad, *rest)
+            return dx, (dweight, dbias)
+
+        gradients = _wanted(_run_backward(run, grad), needed)
     return *gradients, [None] * ctx.frozen, None
 
 
@@ -290,7 +328,7 @@ _library = torch.library.Library("densenet_ext", "FRAGMENT")
 _library.impl("dense_stage", _stage_autograd, "Autograd", with_keyset=True)
 torch.library.register_autograd("densenet_ext::dense_layer", _layer_backward, setup_context=_layer_setup)
 torch.library.register_autograd("densenet_ext::dense_stem", _stem_backward, setup_context=_stem_setup)
-torch.library.register_autograd("densenet_ext::dense_stem_backward", _no_second_derivative)
-torch.library.register_autograd("densenet_ext::dense_stage_backward", _no_second_derivative)
-torch.library.register_autograd("densenet_ext::dense_tail_backward", _no_second_derivative)
-torch.library.register_autograd("densenet_ext::dense_layer_backward", _no_second_derivative)
+torch.library.register_autograd("densenet_ext::dense_stem_backward", no_second_derivative)
+torch.library.register_autograd("densenet_ext::dense_stage_backward", no_second_derivative)
+torch.library.register_autograd("densenet_ext::dense_tail_backward", no_second_derivative)
+torch.library.register_autograd("densenet_ext::dense_layer_backward", no_second_derivative)

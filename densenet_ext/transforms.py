@@ -15,7 +15,7 @@ _tracing_state = torch._C._get_tracing_state
 @torch.compiler.assume_constant_result  # torch.compile guards on these states itself, and cannot trace the question
 def transform_reason() -> str | None:
     """What runs the module right now that only plain operators serve, or None."""
-    if _functorch_level() is not None:
+    if in_functorch():
         return "a transform of torch.func is active (grad, vmap, jvp, jacrev and others)"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active (torch.autograd.forward_ad)"
@@ -24,6 +24,12 @@ def transform_reason() -> str | None:
     if torch.compiler.is_exporting():
         return "torch.export records the model, and its file should load without densenet_ext"
     return None
+
+
+@torch.compiler.assume_constant_result
+def in_functorch() -> bool:
+    """Whether a transform of torch.func is active, or backward is vectorized, which is one."""
+    return _functorch_level() is not None
 
 
 def is_symbolic(x: object) -> bool:

@@ -87,11 +87,19 @@ CALLS = [
     (lambda: dense_stage(x(dtype=torch.int64), layers()), TypeError, "x is of int64; it may be of float64, float32"),
     (lambda: dense_stage(x(dtype=torch.complex64), layers()), TypeError, "x is of complex64"),
     (lambda: dense_stage(x(), []), ValueError, "layers is empty"),
-    (lambda: dense_stage(x(2, 5, 6, 6), layers()), ValueError, "layers[0].norm1.running_mean has 4 channels; it must have 5"),
+    (
+        lambda: dense_stage(x(2, 5, 6, 6), layers()),
+        ValueError,
+        "layers[0].norm1.running_mean has 4 channels; it must have 5",
+    ),
     (lambda: dense_stage(x(), layers()[1:]), ValueError, "layers[0].norm1.running_mean has 7 channels; it must have 4"),
-    (lambda: dense_stage(x(), MIXED_WIDTH), ValueError, "layers[1] has convolutions to 15"),
-    (lambda: dense_stage(x(), MIXED_SE), ValueError, "layers[1] differs from layers[0] in se or in drop_rate"),
-    (lambda: dense_stage(x(), MIXED_DROP), ValueError, "layers[1] differs from layers[0] in se or in drop_rate"),
+    (
+        lambda: dense_stage(x(), MIXED_WIDTH),
+        ValueError,
+        "layers[1] has 15 channels in the bottleneck and 3 new ones, the first layer 6 and 3",
+    ),
+    (lambda: dense_stage(x(), MIXED_SE), ValueError, "layers[1] has squeeze-and-excitation to 1 channels, the first"),
+    (lambda: dense_stage(x(), MIXED_DROP), ValueError, "layers[1] has drop_rate 0.5, the first layer 0.0"),
     (lambda: dense_stage(x(), layers(), None, CONV), ValueError, "tail_conv is given without tail_norm"),
     (lambda: dense_stage(x(), layers(1), NORM), ValueError, "tail_norm.running_mean has 10 channels; it must have 7"),
     (
@@ -109,7 +117,11 @@ CALLS = [
         ValueError,
         "inputs[1] is (2, 4, 6, 6) of torch.float64",
     ),
-    (lambda: dense_layer(x(2, 3, 6, 6), layers()[0]), ValueError, "layers[0].norm1.running_mean has 4 channels; it must have 3"),
+    (
+        lambda: dense_layer(x(2, 3, 6, 6), layers()[0]),
+        ValueError,
+        "layers[0].norm1.running_mean has 4 channels; it must have 3",
+    ),
 ]
 
 

@@ -110,7 +110,7 @@ CHANGES = [
     (replace(biased), f"{LAYER}.conv1", "has a bias"),
     (replace(biased), "features.transition1.conv", "has a bias"),
     (set_attribute("padding_mode", "circular"), f"{LAYER}.conv2", "padding_mode is circular"),
-    (set_attribute("drop_rate", 0.3), LAYER, "has drop_rate 0.3, earlier layers 0.0"),
+    (set_attribute("drop_rate", 0.3), LAYER, "has drop_rate 0.3, the first layer 0.0"),
     (lambda m, p: weight_norm(m.get_submodule(p)), f"{LAYER}.conv1", "forward hook"),
     (lambda m, p: parametrizations.weight_norm(m.get_submodule(p)), f"{LAYER}.conv1", "is a ParametrizedConv2d"),
     (
