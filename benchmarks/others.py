@@ -6,7 +6,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from densenet_ext import EfficientDenseLayer
-from densenet_ext.running_stats import unchanged_running_statistics
+from densenet_ext.snapshot import Snapshot
 
 
 def torchvision_network(spec):
@@ -56,12 +56,12 @@ class _Selective:
 
     def contexts(self):
         forward, again = create_selective_checkpoint_contexts(_keep_convolutions)
-        return forward, self.recomputation(again, self.layer.training)
+        return forward, self.recomputation(again, Snapshot(self.layer.modules()))
 
     @contextmanager
-    def recomputation(self, context, training):
+    def recomputation(self, context, then):
         # without this the running statistics would take in every batch twice
-        with unchanged_running_statistics(self.layer, training), context:
+        with then.restored(), context:
             yield
 
 

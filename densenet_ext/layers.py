@@ -12,7 +12,7 @@ from . import fallback, functional
 from .masks import DropChannel, Masks, active_dropout, check_position, check_probability, draw_masks
 from .patches import is_replaced, patched_reason, watch
 from .remade import Remade
-from .running_stats import unchanged_running_statistics
+from .snapshot import Snapshot
 from .squeeze_excitation import SqueezeExcitation, check_positive
 from .state_dicts import rename_layer_keys
 from .transforms import as_node, is_symbolic, refuse_scripting, transform_reason
@@ -236,15 +236,16 @@ class EfficientDenseLayer(nn.Module):
         ours = type(self.drop_channel) is DropChannel
         return self.drop_channel(x, mask) if ours else self.drop_channel(x)
 
-    def _checkpointed_first(self, inputs: list[Tensor], masks: Masks) -> Tensor:
-        first, training = True, self.norm1.training
+    def _checkpointed_first(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
+        parts = (self.norm1, self.relu1, self.conv1, self.drop_channel)
+        first, then = True, Snapshot(module for part in parts for module in part.modules())
 
         def run(*inputs: Tensor) -> Tensor:
             nonlocal first
             if first:
                 first = False
                 return self._first(inputs, masks)
-            with unchanged_running_statistics(self.norm1, training):
+            with then.restored():
                 return self._first(inputs, masks)
 
         # The masks are drawn already; only a module put in Drop-Channel's place may draw its own.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .running_stats import is_frozen
+from .snapshot import Unchanged
 
 
 class _Saved:
@@ -31,7 +32,7 @@ class Remade(saved_tensors_hooks):
 
     def __init__(self, x: Tensor, pieces: Sequence[Tensor], remake: Callable[[Sequence[Tensor]], Tensor]):
         self.x, self.saved = x, []
-        self.inputs = _Unchanged(pieces)
+        self.inputs = Unchanged(pieces)
         self.remake = lambda: remake(self.inputs.values())
         super().__init__(self._pack, _unpack)
 
@@ -50,7 +51,7 @@ class Remade(saved_tensors_hooks):
             statistics = (None, None)
             if is_frozen(norm):
                 statistics = (norm.running_mean.clone(), norm.running_var.clone())
-            affine = _Unchanged([value for value in (norm.weight, norm.bias) if value is not None])
+            affine = Unchanged([value for value in (norm.weight, norm.bias) if value is not None])
             present, eps, make_x = (norm.weight is not None, norm.bias is not None), norm.eps, self.remake
 
             def remake() -> Tensor:
@@ -65,22 +66,6 @@ class Remade(saved_tensors_hooks):
                         saved.tensor, saved.remake = None, remake
         self.saved.clear()
         self.x = None
-
-
-class _Unchanged:
-    """Tensors, and a check that nobody has written to them since."""
-
-    def __init__(self, tensors: Sequence[Tensor]):
-        self.tensors = [tensor.detach() for tensor in tensors]
-        self.versions = [tensor._version for tensor in self.tensors]
-
-    def values(self) -> list[Tensor]:
-        if [tensor._version for tensor in self.tensors] != self.versions:
-            raise RuntimeError(
-                "densenet_ext: an input or a parameter of a dense layer, which backward needs, has been modified by an "
-                "inplace operation"
-            )
-        return self.tensors
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

@@ -2,8 +2,7 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -82,21 +81,3 @@ def _momentum(norm: nn.BatchNorm2d) -> float:
     if norm.momentum is not None:
         return norm.momentum
     return 1 / float(norm.num_batches_tracked) if norm.num_batches_tracked is not None else 0.0
-
-
-@contextmanager
-def unchanged_running_statistics(norm: nn.Module, training: bool) -> Iterator[None]:
-    """Inside, `norm` runs in the given mode, and what it does to its buffers is forgotten at the end.
-
-    For recomputation in backward: the statistics have seen the batch in forward, and norm.eval() may have come since.
-    """
-    saved = [(module, module.training, dict(module._buffers)) for module in norm.modules()]
-    try:
-        for module, _, buffers in saved:
-            module.training = training
-            module._buffers.update({name: b.clone() for name, b in buffers.items() if b is not None})
-        yield
-    finally:
-        for module, mode, buffers in saved:
-            module.training = mode
-            module._buffers.update(buffers)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
+from torch.testing._internal.two_tensor import TwoTensor
 
 from densenet_ext import DenseNetBC, DropChannel, EfficientDenseBlock, EfficientDenseLayer, set_fallback
 
@@ -180,13 +181,12 @@ def test_global_hook():
         handle.remove()
 
 
-class Tagged(torch.Tensor):
-    pass
-
-
 INPUTS = {
     "meta": (lambda: torch.randn(2, 4, 8, 8, device="meta"), "no kernels for meta"),
-    "a subclass": (lambda: torch.randn(2, 4, 8, 8).as_subclass(Tagged), "is a Tagged"),
+    "a subclass with data of its own": (
+        lambda: TwoTensor(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)),
+        "is a TwoTensor",
+    ),
 }
 
 
