@@ -3,8 +3,10 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from stage_cases import Case
 from torch import nn
 
@@ -17,7 +19,7 @@ from densenet_ext import (
     Transition,
     set_fallback,
 )
-from densenet_ext.functional import dense_layer, dense_stage
+from densenet_ext.functional import dense_layer, dense_stage, dense_stem
 
 CONSTRUCTORS = [
     (lambda: DropChannel(1.0), "p is 1.0; it must be at least 0 and less than 1"),
@@ -195,3 +197,88 @@ def test_out_of_memory_leaves_nothing_behind():
         block(huge)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
     assert block(torch.randn(2, 4, 5, 5)).shape == (2, 8, 5, 5)
+
+
+def types(x, weights, norms, autocast=None):
+    """The error of a fused layer with inputs, convolutions and norms of these dtypes, or None."""
+    layer = EfficientDenseLayer(4, 3, se_reduction=1, efficient="fused").to(weights)
+    layer.norm1.to(norms), layer.norm2.to(norms)
+    try:
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            layer(torch.randn(2, 4, 6, 6).to(x))
+    except TypeError as error:
+        return str(error)
+
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
+def test_one_type_for_everything(dtype):
+    assert types(dtype, dtype, dtype) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((BF16, BF16, F32), None),
+        ((F16, F16, F32), None),
+        ((F32, F32, F32, BF16), None),
+        ((BF16, F32, F32, BF16), None),
+        ((F32, BF16, F32, BF16), None),
+        ((F64, F64, F64, BF16), None),
+        ((F32, F64, F32), "layers[0].conv1.weight is of float64; it may be of float32, as the input is"),
+        ((F64, F32, F64), "layers[0].conv1.weight is of float32; it may be of float64"),
+        ((BF16, F32, F32), "layers[0].conv1.weight is of float32; it may be of bfloat16"),
+        ((F32, BF16, F32), "layers[0].conv1.weight is of bfloat16; it may be of float32"),
+        ((F32, F64, F32, BF16), "layers[0].conv1.weight is of float64; it may be of bfloat16"),
+        ((F64, F32, F64, BF16), "layers[0].conv1.weight is of float32; it may be of float64"),
+        ((F32, F32, F64), "layers[0].norm1.weight is of float64; it may be of float32"),
+        ((F32, F32, BF16), "layers[0].norm1.weight is of bfloat16; it may be of float32"),
+        ((BF16, BF16, F16), "layers[0].norm1.weight is of float16; it may be of bfloat16, float32"),
+        ((F64, F64, F32), "layers[0].norm1.weight is of float32; it may be of float64"),
+    ],
+)
+def test_mixed_types(arguments, message):
+    """As plain PyTorch: only norms may be wider than the input, only autocast changes a weight's type."""
+    found = types(*arguments)
+    assert found is None if message is None else found.startswith(message)
+
+
+def test_every_parameter_is_checked():
+    layer = EfficientDenseLayer(4, 3, se_reduction=1, efficient="fused").eval()
+    for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+        if tensor.is_floating_point():
+            other = copy.deepcopy(layer)
+            parent, _, attribute = name.rpartition(".")
+            module = other.get_submodule(parent)
+            value = tensor.detach().double()
+            setattr(module, attribute, nn.Parameter(value) if attribute in module._parameters else value)
+            with pytest.raises(TypeError, match=re.escape(f"layers[0].{name} is of float64")):
+                other(torch.randn(2, 4, 6, 6))
+
+
+def test_integers_of_numpy_and_torch():
+    options = dict(growth_rate=np.int64(3), num_classes=np.int32(4), in_channels=np.uint8(2), bn_size=torch.tensor(2))
+    model = DenseNetBC(**options, block_config=np.array([2, 1]), num_init_features=np.int16(5), efficient="fused")
+    assert model(torch.randn(2, 2, 8, 8)).shape == (2, 4)
+    assert model.features.conv0.out_channels == 5 and type(model.features.conv0.out_channels) is int
+    assert len(DenseNetBC(depth=np.int64(16)).features.denseblock1) == 2
+    with pytest.raises(ValueError, match="growth_rate is .*3.0.*; it must be a positive integer"):
+        DenseNetBC(growth_rate=np.float64(3.0))
+
+
+@pytest.mark.parametrize("call", ["dense_stage", "dense_layer", "dense_stem"])
+def test_functions_refuse_transforms(call):
+    layer = layers(1)[0].eval()
+    run = {
+        "dense_stage": lambda x: dense_stage(x, [layer]),
+        "dense_layer": lambda x: dense_layer(x, layer),
+        "dense_stem": lambda x: dense_stem(x, layer.norm1),
+    }[call]
+    with pytest.raises(RuntimeError, match="cannot be used: a transform of torch.func is active"):
+        torch.func.vmap(lambda x: run(x[None]))(torch.randn(2, 4, 6, 6))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be used"):
+        torch.func.jvp(run, (x(),), (x(),))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode differentiation is active"):
+        run(forward_ad.make_dual(torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)))

@@ -1,6 +1,9 @@
 """Whatever a fused stage would pass over in silence is noticed, named, and computed by the plain implementation."""
 
 import copy
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -8,9 +11,19 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
+from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.two_tensor import TwoTensor
 
-from densenet_ext import DenseNetBC, DropChannel, EfficientDenseBlock, EfficientDenseLayer, set_fallback
+from densenet_ext import (
+    DenseNetBC,
+    DropChannel,
+    EfficientDenseBlock,
+    EfficientDenseLayer,
+    fallback,
+    functional,
+    set_fallback,
+    workspace_use,
+)
 
 SMALL = {
     "growth_rate": 3,
@@ -249,3 +262,164 @@ def test_module_in_place_of_drop_channel_is_recomputed_with_its_own_randomness()
         layer(leaf).square().sum().backward()
         results.append(leaf.grad)
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def kept_bytes(model, x):
+    """What a forward pass leaves behind for backward: torch's memory and the workspaces'."""
+    held = workspace_use().held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        y = model(x)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    kept = sum(e.nbytes() for e in events) + workspace_use().held - held
+    del y
+    return kept
+
+
+@pytest.mark.parametrize("where", ["one norm", "one convolution", "everywhere"])
+def test_hooks_cost_the_fusion_not_the_memory(where):
+    """Less is kept for backward than 'checkpoint' keeps without hooks, while each module is called once."""
+    set_fallback("warn")
+    torch.manual_seed(0)
+    model = DenseNetBC(growth_rate=12, block_config=(6, 6), num_classes=5)
+    x, seen = torch.randn(2, 3, 64, 64), []
+    layer = model.features.denseblock1.denselayer4
+    modules = {"one norm": [layer.norm1], "one convolution": [layer.conv2], "everywhere": list(model.modules())}[where]
+    model.efficient = "checkpoint"
+    checkpointed = kept_bytes(model, x)
+    for module in modules:
+        module.register_forward_hook(lambda module, *args: seen.append(module))
+    model.efficient = "fused"
+    with pytest.warns(UserWarning):
+        kept = kept_bytes(model, x)
+    assert 0 < kept < checkpointed
+    assert len(seen) == len(set(seen)) and (where == "everywhere" or len(seen) == 1)
+
+
+def test_what_a_hook_changes_is_what_backward_sees():
+    """The watched layer's ReLU is made again only where nobody has changed its input."""
+    gradients = []
+    for efficient in ("fused", False):
+        set_fallback("warn")
+        torch.manual_seed(0)
+        model = DenseNetBC(**SMALL).double()
+        model.efficient = efficient
+        layer = model.get_submodule(LAYER)
+        layer.norm1.register_forward_hook(lambda module, args, output: output * 1.5 - 0.1)
+        layer.norm2.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        layer.relu2.register_full_backward_hook(lambda module, grad_in, grad_out: (grad_in[0] * 3,))
+        torch.manual_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(torch.randn(3, 3, 8, 8, dtype=torch.double)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("efficient", ["fused", "checkpoint"])
+def test_a_parameter_that_changes_before_backward_is_noticed(efficient):
+    """Where a layer is computed again from it, as autograd notices it for what it keeps."""
+    set_fallback("warn")
+    layer = EfficientDenseLayer(4, 3, efficient=efficient)
+    if efficient == "fused":
+        layer.norm1.register_forward_hook(lambda *args: None)
+    x = [torch.randn(2, 2, 6, 6, requires_grad=True) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y = layer(x)
+    with torch.no_grad():
+        layer.norm1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_disabled_by_the_environment(monkeypatch):
+    """A switch to find out whether the fused ops are to blame: not an error even where a fallback is one."""
+    model = DenseNetBC(**SMALL, efficient="fused").double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    model.eval()
+    want = model(x)
+    monkeypatch.setattr(fallback, "_disabled", True)
+    monkeypatch.setattr(functional, "dense_stage", None)
+    monkeypatch.setattr(functional, "dense_layer", None)
+    with pytest.warns(UserWarning, match="DENSENET_EXT_DISABLE is set"):
+        torch.testing.assert_close(model(x), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("value", "disabled"), [("1", True), ("0", False), ("", False)])
+def test_the_environment_variable(value, disabled):
+    code = "from densenet_ext import fallback; print(fallback._disabled)"
+    environment = {**os.environ, "DENSENET_EXT_DISABLE": value}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(disabled)
+
+
+@pytest.mark.parametrize("efficient", ["fused", "checkpoint", False])
+def test_a_child_that_nobody_calls_is_reported(efficient):
+    set_fallback("warn")
+    layer = EfficientDenseLayer(4, 3, efficient=efficient)
+    layer.dropout = nn.Dropout()
+    with pytest.warns(UserWarning, match="does not call its child dropout"):
+        layer(torch.randn(2, 4, 6, 6))
+
+
+def test_a_child_of_a_subclass_is_its_own_matter():
+    class Scaled(EfficientDenseLayer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.scale = nn.Conv2d(3, 3, 1)
+
+        def forward(self, inputs):
+            return self.scale(super().forward(inputs))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Scaled(4, 3)(torch.randn(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize("change", ["transition", "block", "append"])
+def test_parts_of_transitions_and_blocks_can_be_reached(change):
+    """As in torchvision's network: a transition is a Sequential, a block a ModuleDict."""
+    set_fallback("warn")
+    torch.manual_seed(0)
+    model = DenseNetBC(**SMALL).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    before, transition = model(x), model.features.transition1
+    if change == "transition":
+        assert [name for name, _ in transition.named_children()] == ["norm", "relu", "conv", "pool"]
+        assert type(transition[:2]) is nn.Sequential and transition[3] is transition.pool
+        transition.pool = nn.Identity()
+    elif change == "append":
+        transition.append(nn.Tanh())
+    else:
+        for _, layer in model.features.denseblock1.items():
+            layer.relu2 = nn.Tanh()
+    results = []
+    for model.efficient in (False, "fused"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results.append(model(x))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(results[0], before)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.filterwarnings("error")
+def test_relu_of_either_kind_is_fused(inplace):
+    model = DenseNetBC(**SMALL, efficient="fused", small_inputs=False)
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = inplace
+    model(torch.randn(2, 3, 40, 40)).sum().backward()
+
+
+@pytest.mark.parametrize("hooked", ["norm1", "relu1", None])
+def test_plain_rectifies_in_place_where_nobody_looks(hooked):
+    """The baseline of every figure keeps one map where a hook makes it two."""
+    layer = EfficientDenseLayer(4, 3)
+    x = torch.randn(2, 4, 6, 6)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        if hooked:
+            getattr(layer, hooked).register_forward_hook(lambda *args: None)
+        layer(x)
+    names = [e.name() for e in profiler.profiler.kineto_results.events()]
+    assert names.count("aten::relu_") == (1 if hooked else 2)
