@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import fallback, functional
-from .masks import DropChannel, Masks, active_dropout, check_position, check_probability, draw_masks
+from .masks import DropChannel, Masks, active_dropout, check_position, check_probability, draw_masks, scale_channels
 from .patches import is_replaced, patched_reason, watch
 from .remade import Remade
 from .snapshot import Snapshot
@@ -30,6 +30,8 @@ def check_efficient(value: bool | str) -> bool | str:
 def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
     """relu(norm(x)), in place where nothing else can see norm's output, whatever relu.inplace says."""
     y = norm(x)
+    if is_symbolic(x):
+        return relu(y)
     if (
         fallback.module_reason(relu, "", "", nn.ReLU) is not None
         or fallback.global_reason()
@@ -216,7 +218,7 @@ class EfficientDenseLayer(nn.Module):
 
         def concatenate(pieces: Sequence[Tensor]) -> Tensor:
             again = torch.cat(pieces, 1)
-            return again if mask is None else DropChannel.forward(self.drop_channel, again, mask)
+            return again if mask is None else scale_channels(again, mask)
 
         kept = Remade(x, inputs, concatenate)
         with kept:

@@ -50,10 +50,15 @@ class DropChannel(nn.Module):
             return x
         if mask is None:
             mask = self.draw(x.shape[0], x.shape[1], x)
-        return x * mask.to(x.dtype)[:, :, None, None]
+        return scale_channels(x, mask)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def scale_channels(x: Tensor, mask: Tensor) -> Tensor:
+    """x [N, C, H, W] times mask [N, C], in x's dtype."""
+    return x * mask.to(x.dtype)[:, :, None, None]
 
 
 class Masks(NamedTuple):

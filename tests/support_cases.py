@@ -158,7 +158,8 @@ def scripted(model):
 def extracted(model):
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    return [*create_feature_extractor(model.eval(), ["features.denseblock2", "features.norm5"])(images()).values()]
+    nodes = ["features.norm0", "features.denseblock2", "features.transition2.norm", "features.norm5"]
+    return [*create_feature_extractor(model.eval(), nodes)(images()).values()]
 
 
 def symbolic(model):

@@ -170,6 +170,37 @@ def test_checkpoint_recomputes_in_the_mode_of_forward():
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
+def test_watched_layers_recompute_in_the_mode_of_forward():
+    """Where a hook lets a layer be called once only, its mask before the norm is applied again."""
+    grads = []
+    for efficient in (False, "checkpoint"):
+        torch.manual_seed(0)
+        module = EfficientDenseLayer(3, 2, 2, drop_channel=0.5, efficient=efficient).double()
+        module.norm1.register_forward_hook(lambda *args: None)
+        leaf = torch.randn(4, 3, 5, 5, dtype=torch.double, requires_grad=True)
+        y = module(leaf)
+        module.eval()
+        y.square().sum().backward()
+        grads.append([leaf.grad, *[p.grad for p in module.parameters()]])
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+def test_evaluation_recomputes_with_the_statistics_of_forward():
+    """A batch in training mode between forward and backward changes the running ones."""
+    grads = []
+    for efficient in (False, "checkpoint"):
+        torch.manual_seed(0)
+        module = EfficientDenseLayer(3, 2, 2, efficient=efficient).double().eval()
+        x = torch.randn(4, 3, 5, 5, dtype=torch.double, requires_grad=True)
+        y, other = module(x), copy.deepcopy(module)
+        if efficient:
+            module.train()(torch.randn(4, 3, 5, 5, dtype=torch.double))
+        y.square().sum().backward()
+        grads.append([x.grad, *[p.grad for p in module.parameters()]])
+        assert module.norm1.num_batches_tracked == (1 if efficient else 0) and other.norm1.num_batches_tracked == 0
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
 def test_masks_are_the_same_in_every_implementation_and_differ_between_steps():
     block = EfficientDenseBlock(2, 6, 4, drop_channel=0.5, drop_rate=0.5).double()
     x = torch.randn(2, 6, 4, 4, dtype=torch.double)
