@@ -186,18 +186,17 @@ def test_watched_layers_recompute_in_the_mode_of_forward():
 
 
 def test_evaluation_recomputes_with_the_statistics_of_forward():
-    """A batch in training mode between forward and backward changes the running ones."""
+    """Which a batch in training mode may have changed since."""
     grads = []
     for efficient in (False, "checkpoint"):
         torch.manual_seed(0)
         module = EfficientDenseLayer(3, 2, 2, efficient=efficient).double().eval()
         x = torch.randn(4, 3, 5, 5, dtype=torch.double, requires_grad=True)
-        y, other = module(x), copy.deepcopy(module)
+        y = module(x)
         if efficient:
-            module.train()(torch.randn(4, 3, 5, 5, dtype=torch.double))
+            module.norm1.running_mean.add_(1)
         y.square().sum().backward()
         grads.append([x.grad, *[p.grad for p in module.parameters()]])
-        assert module.norm1.num_batches_tracked == (1 if efficient else 0) and other.norm1.num_batches_tracked == 0
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
