@@ -6,6 +6,13 @@ import torch
 import densenet_ext
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("fuzz", "random networks, tests/fuzz")
+    group.addoption("--networks", type=int, default=40, help="how many random networks")
+    group.addoption("--first-seed", type=int, default=0, help="seed of the first of them")
+    group.addoption("--seed", type=int, help="the random network of that seed alone")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 

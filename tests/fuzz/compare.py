@@ -1,0 +1,121 @@
+"""Whether checkpointed and fused networks compute what plain PyTorch does.
+
+float64: no result differs by more than TOLERANCE of its largest value. Where one does, plain's own noise decides, see
+noise.py: a result may be as far off as plain PyTorch's is with every intermediate value off by NOISE.
+
+Lower types: no result has more than twice plain's error, both against float64. Errors are L2 norms of the whole result;
+one rounding of each of its values comes on top, because no implementation can do without that. Still chance decides such
+a comparison often: a value that falls on the other side of a rectifier in one of the two, a result of a single value that
+happens to be close. So a result is wrong only where it is too far off in each of DRAWS draws of the network's values. Two
+numbers of one normal distribution are more than twice as large as each other in three of ten cases, and 0.3 ** DRAWS is
+4e-9; what an implementation does wrong is too far off in all. From the second draw on plain's noise, with every value off
+by NOISE32, comes on top, too, for what is 0 but for rounding: plain may happen to have a 0 there in every draw.
+"""
+
+import torch
+from torch import Tensor
+
+from fuzz.draw import Network
+from fuzz.noise import Noise
+from fuzz.run import Run, run
+
+TOLERANCE = 1e-9
+NOISE = 1e-13  # about a thousand roundings of float64
+NOISE32 = 1e-6  # about ten roundings of float32, in which lower types are computed
+DRAWS = 16
+EFFICIENT = ("checkpoint", "fused")
+
+
+def differences(network: Network) -> list[str]:
+    """What 'checkpoint' and 'fused' compute otherwise than plain PyTorch, a line each."""
+    torch.set_num_threads(network.threads)
+    plain = run(network, False)
+    exact = network.dtype == torch.float64
+    compare = _other_values_of_float64 if exact else _other_values_of_lower_types
+    lines = []
+    for efficient in EFFICIENT:
+        other = run(network, efficient, starts=None if exact else plain.starts)
+        found = _other_kinds(other, plain) or compare(network, efficient, other, plain)
+        lines += [f"{efficient}: {line}" for line in found]
+    return lines
+
+
+def _other_kinds(got: Run, want: Run) -> list[str]:
+    """Errors, which results there are, and their shapes and dtypes."""
+    if want.error is not None or got.error is not None:
+        # PyTorch's average pool calls a map that is too small a RuntimeError, dense_stage a ValueError.
+        allowed = isinstance(got.error, type(want.error)) or isinstance(got.error, ValueError)
+        if want.error is not None and allowed and "cannot be used" not in str(got.error):
+            return []
+        return [f"ends with {got.error!r}, plain with {want.error!r}"]
+    if got.results.keys() != want.results.keys():
+        return [f"has other results than plain: {sorted(got.results.keys() ^ want.results.keys())}"]
+    lines = []
+    for name in want.results:
+        kinds = [
+            None if r[name] is None else (tuple(r[name].shape), r[name].dtype) for r in (got.results, want.results)
+        ]
+        if kinds[0] != kinds[1]:
+            lines.append(f"{name} is {kinds[0]}, plain's {kinds[1]}")
+    return lines
+
+
+def _other_values_of_float64(network: Network, efficient: str, got: Run, plain: Run) -> list[str]:
+    errors = {name: _largest(got.results[name] - want) for name, want in _values(plain)}
+    wrong = {name: want for name, want in _values(plain) if not errors[name] <= TOLERANCE * _largest(want)}
+    if not wrong:
+        return []
+    noisy = [run(network, False, noise=Noise(NOISE, seed)).results for seed in range(3)]
+    lines = []
+    for name, want in wrong.items():
+        spread = max(_largest(results[name] - want) for results in noisy)
+        if not errors[name] <= spread:
+            lines.append(
+                f"{name} {tuple(want.shape)} is off by {errors[name]:.2g}; its largest value is {_largest(want):.2g}, "
+                f"noise moves it by {spread:.2g}"
+            )
+    return lines
+
+
+def _other_values_of_lower_types(network: Network, efficient: str, got: Run, plain: Run) -> list[str]:
+    suspects = {name: [] for name, _ in _values(plain)}
+    for draw in range(DRAWS):
+        if draw:
+            plain = run(network, False, draw=draw)
+            got = run(network, efficient, draw=draw, starts=plain.starts)
+        if got.error or plain.error:
+            return _other_kinds(got, plain)
+        _clear(suspects, network, draw, got, plain)
+        if not suspects:
+            return []
+    return [
+        f"{name} is off by, and plain by: " + ", ".join(f"{ours:.2g} {theirs:.2g}" for ours, theirs in errors)
+        for name, errors in suspects.items()
+    ]
+
+
+def _clear(suspects: dict[str, list], network: Network, draw: int, got: Run, plain: Run) -> None:
+    """Remove from suspects what is right in that draw, add the errors to the others'."""
+    options = {"draw": draw, "reference": True, "starts": plain.starts}
+    exact = run(network, False, **options).results
+    noisy = None
+    for name in list(suspects):
+        want, values = exact[name].double(), (got.results[name].double(), plain.results[name].double())
+        ours, theirs = ((value - want).norm().item() for value in values)
+        rounding = torch.finfo(plain.results[name].dtype).eps / 2 if exact[name].is_floating_point() else 0
+        allowed = 2 * theirs + rounding * want.norm().item()
+        if draw and not ours <= allowed:
+            noisy = noisy or run(network, False, noise=Noise(NOISE32, draw), **options).results
+            allowed += (noisy[name] - want).norm().item()
+        if ours <= allowed or not values[1].isfinite().all():  # plain may overflow
+            del suspects[name]
+        else:
+            suspects[name].append((ours, theirs))
+
+
+def _values(plain: Run):
+    return ((name, value) for name, value in plain.results.items() if value is not None and value.numel())
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()

@@ -1,0 +1,283 @@
+"""What a seed means: a random network, its inputs, and how it is used for two steps."""
+
+import random
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from densenet_ext import DenseNetBC, DropChannel, EfficientDenseBlock, EfficientDenseLayer
+
+# Half of all networks are of float64, where an error is told from a rounding. "autocast": parameters are of float32.
+PRECISIONS = {
+    "float64": 10,
+    "float32": 3,
+    "bfloat16": 2,
+    "float16": 1,
+    "autocast bfloat16": 2,
+    "autocast float16": 1,
+}
+MODES = ("train", "eval", "mixed")
+# Multiplications of one forward pass: what plain PyTorch computes in about a fifth of a second in float64.
+MOST_WORK = 1e8
+
+# How inputs lie in memory: the shape of the contiguous tensor that [n, c, h, w] is a view of, and that view of it.
+LAYOUTS = {
+    "contiguous": (lambda n, c, h, w: (n, c, h, w), lambda t, n, c, h, w: t),
+    "channels last": (lambda n, c, h, w: (n, h, w, c), lambda t, n, c, h, w: t.permute(0, 3, 1, 2)),
+    "narrow": (lambda n, c, h, w: (n + 1, c + 2, h + 3, w + 1), lambda t, n, c, h, w: t[1:, 1 : 1 + c, 2 : 2 + h, :w]),
+    "narrow channels last": (
+        lambda n, c, h, w: (n, h, w, c + 3),
+        lambda t, n, c, h, w: t[..., 2 : 2 + c].permute(0, 3, 1, 2),
+    ),
+    "strided": (lambda n, c, h, w: (n, c, 2 * h, 3 * w), lambda t, n, c, h, w: t[:, :, ::2, 1::3]),
+    "transposed": (lambda n, c, h, w: (n, c, w, h), lambda t, n, c, h, w: t.transpose(2, 3)),
+    "samples innermost": (lambda n, c, h, w: (c, h, w, n), lambda t, n, c, h, w: t.permute(3, 0, 1, 2)),
+    "expanded channels": (lambda n, c, h, w: (n, 1, h, w), lambda t, n, c, h, w: t.expand(n, c, h, w)),
+    "expanded samples": (lambda n, c, h, w: (1, c, h, w), lambda t, n, c, h, w: t.expand(n, c, h, w)),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model, a lone block or a lone layer with `options`, and all else that a run of it depends on.
+
+    inputs: (channels, layout) of each; only a layer has several, and may have the first a second time. modes: of each
+    step. norms, running, frozen: which norms have zeros in their weights or none, which have no running statistics, which
+    parameters have no gradient; 'some' and 'mixed' are decided by `choices`. poisoned: new memory is full of NaN.
+    """
+
+    seed: int
+    kind: str
+    precision: str
+    options: dict
+    samples: int
+    size: tuple[int, int]
+    inputs: tuple[tuple[int, str], ...]
+    first_twice: bool
+    modes: tuple[str, str]
+    norms: str
+    running: str
+    frozen: str
+    gradients: str
+    upstream: str
+    model_layout: str
+    keep_bottleneck: bool
+    poisoned: bool
+    threads: int
+    choices: int
+
+    def __str__(self):
+        return "\n".join(f"    {field.name}: {getattr(self, field.name)}" for field in fields(self))
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The dtype of autocast, None without."""
+        return getattr(torch, self.precision.split()[1]) if "autocast" in self.precision else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return torch.float32 if self.half else getattr(torch, self.precision)
+
+    def build(self, draw: int = 0) -> nn.Module:
+        """The network with random values, other ones for each draw; of float64."""
+        torch.manual_seed(1000 * self.seed + draw)
+        kind = {"model": DenseNetBC, "block": EfficientDenseBlock, "layer": EfficientDenseLayer}[self.kind]
+        module = kind(**self.options).double()
+        choose = random.Random(self.choices)
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                self._prepare_norm(norm, choose)
+        for parameter in module.parameters():
+            some = choose.random() < 0.4
+            parameter.requires_grad_(not {"all": True, "none": False, "some": some}[self.frozen])
+        if self.model_layout == "channels last":
+            module.to(memory_format=torch.channels_last)
+        return module
+
+    def _prepare_norm(self, norm: nn.BatchNorm2d, choose: random.Random) -> None:
+        """Neither the identity nor symmetric, and as if it had seen batches before."""
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.5)
+        norm.weight.data *= torch.where(torch.rand(norm.num_features) < 0.2, -1, 1)
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.3, 2)
+        norm.num_batches_tracked.fill_(choose.randrange(3))
+        if self.running == "none" or (self.running == "some" and choose.random() < 0.4):
+            norm.track_running_stats = False
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+        if self.norms == "zeros":
+            norm.weight.data *= torch.rand(norm.num_features) < 0.7
+        if self.norms == "not affine" or (self.norms == "some not affine" and choose.random() < 0.4):
+            norm.affine, norm.weight, norm.bias = False, None, None
+
+    def set_mode(self, module: nn.Module, step: int) -> None:
+        """The mode of that step; in 'mixed' that of single norms, masks, layers and blocks differs from the rest's."""
+        mode, choose = self.modes[step], random.Random(self.choices + 1 + step)
+        module.train(mode == "train" or (mode == "mixed" and choose.random() < 0.7))
+        if mode != "mixed":
+            return
+        alike = self.options["drop_rate"] > 0  # one op serves layers that drop values alike
+        for part in module.modules():
+            group = isinstance(part, EfficientDenseBlock) or (isinstance(part, EfficientDenseLayer) and not alike)
+            if choose.random() < (0.15 if group else 0.4 * isinstance(part, nn.BatchNorm2d | DropChannel)):
+                part.train(not part.training)
+
+    def leaves(self, step: int, draw: int = 0) -> list[Tensor]:
+        """What the inputs of that step are views of; of float64."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + 2 * draw + step)
+        shapes = [LAYOUTS[layout][0](self.samples, channels, *self.size) for channels, layout in self.inputs]
+        scales = 10 ** (2 * torch.rand(len(shapes), generator=generator) - 1)
+        offsets = torch.randn(len(shapes), generator=generator)
+        return [
+            scale * (torch.randn(shape, generator=generator, dtype=torch.float64) + offset)
+            for shape, scale, offset in zip(shapes, scales.tolist(), offsets.tolist(), strict=True)
+        ]
+
+    def views(self, leaves: list[Tensor]) -> Tensor | list[Tensor]:
+        """The inputs as the network takes them: one tensor, or a layer's list."""
+        views = [
+            LAYOUTS[layout][1](leaf, self.samples, channels, *self.size)
+            for leaf, (channels, layout) in zip(leaves, self.inputs, strict=True)
+        ]
+        views += views[:1] * self.first_twice
+        return views if len(views) > 1 else views[0]
+
+    def upstream_gradient(self, output: Tensor, step: int, draw: int = 0) -> Tensor:
+        """The gradient of the output, as self.upstream says: 'expanded' is that of a sum."""
+        if self.upstream == "expanded":
+            return output.new_ones(()).expand(output.shape)
+        generator = torch.Generator().manual_seed(1000 * self.seed + 2 * draw + step + 500)
+        grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+        if self.upstream == "channels last" and grad.dim() == 4:
+            return grad.contiguous(memory_format=torch.channels_last)
+        return grad
+
+
+def draw_network(seed: int) -> Network:
+    """The network of that seed: the first of a row of random ones that is not too much work.
+
+    Few have maps that end before the network does, or norms of a single value a channel: those are errors.
+    """
+    rng = random.Random(seed)
+    while True:
+        network = _candidate(seed, rng)
+        work, values, pixels = _work(network)
+        if work <= MOST_WORK and ((values != 1 and pixels > 0) or rng.random() < 0.1):
+            return network
+
+
+def _candidate(seed: int, rng: random.Random) -> Network:
+    kind = rng.choices(("model", "block", "layer"), (7, 2, 1))[0]
+    size = _draw_size(rng)
+    options = _draw_options(rng)
+    channels = options["in_channels"]
+    twice = kind == "layer" and rng.random() < 0.1
+    if kind == "model":
+        options |= _draw_model_options(rng, options.pop("in_channels"), options["growth_rate"])
+        channels = options["in_channels"]
+        if not options["small_inputs"]:
+            size = tuple(min(side * rng.randint(1, 4), 64) for side in size)
+    elif kind == "block":
+        options["num_layers"] = rng.randint(1, 6)
+    parts = _split(rng, channels) if kind == "layer" else [channels]
+    if twice:
+        options["in_channels"] += parts[0]
+    return Network(
+        seed=seed,
+        kind=kind,
+        precision=rng.choices(list(PRECISIONS), list(PRECISIONS.values()))[0],
+        options=options,
+        samples=rng.choices((0, 1, rng.randint(2, 5), rng.randint(6, 16)), (1, 4, 12, 1))[0],
+        size=size,
+        inputs=tuple((part, rng.choice(("contiguous", *LAYOUTS))) for part in parts),
+        first_twice=twice,
+        modes=tuple(rng.choices(MODES, (5, 1, 4), k=2)),
+        norms=rng.choices(("affine", "zeros", "some not affine", "not affine"), (16, 1, 2, 1))[0],
+        running=rng.choices(("all", "some", "none"), (16, 2, 1))[0],
+        frozen=rng.choices(("none", "some", "all"), (12, 5, 1))[0],
+        gradients=rng.choices(("inputs too", "parameters only", "no grad"), (12, 5, 1))[0],
+        upstream=rng.choice(("contiguous", "contiguous", "channels last", "expanded")),
+        model_layout=rng.choice(("contiguous", "contiguous", "channels last")),
+        keep_bottleneck=rng.random() < 0.3,
+        poisoned=rng.random() < 0.3,
+        threads=rng.choices((1, 2, 3, 4), (6, 2, 1, 1))[0],
+        choices=rng.getrandbits(32),
+    )
+
+
+def _sometimes(rng: random.Random, usual, other):
+    return other if rng.random() < 0.4 else usual
+
+
+def _draw_options(rng: random.Random) -> dict:
+    """Of a layer, a block or a model."""
+    growth = rng.randint(1, rng.choice((4, 12, 40, 40)))
+    return {
+        "in_channels": rng.randint(1, rng.choice((4, 16, 64, 200))),
+        "growth_rate": growth,
+        "bn_size": rng.choice((1, 1, 2, 2, 3, 4, 4, 5)),
+        "drop_rate": _sometimes(rng, 0.0, rng.uniform(0.05, 0.6)),
+        "drop_channel": _sometimes(rng, 0.0, rng.uniform(0.05, 0.6)),
+        "drop_channel_position": rng.choice(("pre_norm", "pre_conv")),
+        "se_reduction": _sometimes(rng, None, rng.randint(1, growth + 2)),
+        "eps": rng.choice((1e-5, 1e-3, 10 ** rng.uniform(-8, 0))),
+        "momentum": rng.choice((0.1, 0.1, None, 0.0, 1.0, rng.random())),
+    }
+
+
+def _draw_model_options(rng: random.Random, channels: int, growth: int) -> dict:
+    """What only a model has; `channels` after the stem, unless the default."""
+    compression = rng.choice((0.5, 1.0, rng.uniform(0.1, 1)))
+    return {
+        "block_config": tuple(rng.randint(1, 6) for _ in range(rng.randint(1, 4))),
+        "in_channels": rng.randint(1, 4),
+        "num_init_features": rng.choice((None, channels, channels)),
+        "num_classes": rng.randint(1, 5),
+        "compression": max(compression, 1 / growth),  # a transition has at least one output
+        "small_inputs": rng.random() < 0.6,
+    }
+
+
+def _draw_size(rng: random.Random) -> tuple[int, int]:
+    """Height and width: one row or column, odd ones, any, powers of two as in most networks."""
+    how = rng.choices(("thin", "odd", "any", "power", "one pixel"), (6, 8, 12, 8, 1))[0]
+    if how == "thin":
+        return tuple(rng.sample((rng.choice((1, 1, 2)), rng.randint(1, 40)), 2))
+    if how == "odd":
+        return tuple(2 * rng.randint(1, 9) + 1 for _ in range(2))
+    if how == "any":
+        return tuple(rng.randint(2, rng.choice((8, 16, 40))) for _ in range(2))
+    return (rng.choice((2, 4, 8, 16, 32)) if how == "power" else 1,) * 2
+
+
+def _split(rng: random.Random, channels: int) -> list[int]:
+    """The channels of a layer's inputs."""
+    parts = []
+    while channels:
+        parts.append(rng.randint(1, channels))
+        channels -= parts[-1]
+    return parts
+
+
+def _work(network: Network) -> tuple[float, int, int]:
+    """Multiplications of a forward pass, and the values and the pixels a channel in the last block."""
+    options, (height, width) = network.options, network.size
+    growth, channels, work = options["growth_rate"], options["in_channels"], 0
+    bottleneck = growth * options["bn_size"]
+    if network.kind == "model":
+        channels = options["num_init_features"] or 2 * growth
+        shrink = 1 if options["small_inputs"] else 2
+        height, width = (height + shrink - 1) // shrink, (width + shrink - 1) // shrink
+        work = height * width * options["in_channels"] * channels * (9 if shrink == 1 else 49)
+        height, width = (height + shrink - 1) // shrink, (width + shrink - 1) // shrink
+    for i, count in enumerate(options.get("block_config") or [options.get("num_layers", 1)]):
+        if i:
+            outputs = int(channels * options["compression"])
+            work += height * width * channels * outputs
+            channels, height, width = outputs, height // 2, width // 2
+        for _ in range(count):
+            work += height * width * bottleneck * (channels + 9 * growth)
+            channels += growth
+    return network.samples * work, network.samples * height * width, height * width
