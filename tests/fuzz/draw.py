@@ -18,10 +18,10 @@ PRECISIONS = {
     "autocast float16": 1,
 }
 MODES = ("train", "eval", "mixed")
-# Multiplications of one forward pass: what plain PyTorch computes in about a fifth of a second in float64.
+# A forward pass has at most so many multiplications. Plain PyTorch makes them in about a fifth of a second in float64.
 MOST_WORK = 1e8
 
-# How inputs lie in memory: the shape of the contiguous tensor that [n, c, h, w] is a view of, and that view of it.
+# Inputs [n, c, h, w] are views of contiguous tensors. Each layout is the shape of that tensor and the view.
 LAYOUTS = {
     "contiguous": (lambda n, c, h, w: (n, c, h, w), lambda t, n, c, h, w: t),
     "channels last": (lambda n, c, h, w: (n, h, w, c), lambda t, n, c, h, w: t.permute(0, 3, 1, 2)),
@@ -80,9 +80,13 @@ class Network:
         """The dtype of the parameters."""
         return torch.float32 if self.half else getattr(torch, self.precision)
 
+    def values_seed(self, of: str, draw: int, step: int = 0) -> int:
+        """The seed of torch's generator for random values of that kind: another one for each."""
+        return 1000 * self.seed + 100 * ("weights", "inputs", "upstream", "masks").index(of) + 2 * draw + step
+
     def build(self, draw: int = 0) -> nn.Module:
         """The network with random values, other ones for each draw; of float64."""
-        torch.manual_seed(1000 * self.seed + draw)
+        torch.manual_seed(self.values_seed("weights", draw))
         kind = {"model": DenseNetBC, "block": EfficientDenseBlock, "layer": EfficientDenseLayer}[self.kind]
         module = kind(**self.options).double()
         choose = random.Random(self.choices)
@@ -121,12 +125,13 @@ class Network:
         alike = self.options["drop_rate"] > 0  # one op serves layers that drop values alike
         for part in module.modules():
             group = isinstance(part, EfficientDenseBlock) or (isinstance(part, EfficientDenseLayer) and not alike)
-            if choose.random() < (0.15 if group else 0.4 * isinstance(part, nn.BatchNorm2d | DropChannel)):
+            single = isinstance(part, nn.BatchNorm2d | DropChannel)
+            if (group and choose.random() < 0.15) or (single and choose.random() < 0.4):
                 part.train(not part.training)
 
     def leaves(self, step: int, draw: int = 0) -> list[Tensor]:
         """What the inputs of that step are views of; of float64."""
-        generator = torch.Generator().manual_seed(1000 * self.seed + 2 * draw + step)
+        generator = torch.Generator().manual_seed(self.values_seed("inputs", draw, step))
         shapes = [LAYOUTS[layout][0](self.samples, channels, *self.size) for channels, layout in self.inputs]
         scales = 10 ** (2 * torch.rand(len(shapes), generator=generator) - 1)
         offsets = torch.randn(len(shapes), generator=generator)
@@ -148,7 +153,7 @@ class Network:
         """The gradient of the output, as self.upstream says: 'expanded' is that of a sum."""
         if self.upstream == "expanded":
             return output.new_ones(()).expand(output.shape)
-        generator = torch.Generator().manual_seed(1000 * self.seed + 2 * draw + step + 500)
+        generator = torch.Generator().manual_seed(self.values_seed("upstream", draw, step))
         grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
         if self.upstream == "channels last" and grad.dim() == 4:
             return grad.contiguous(memory_format=torch.channels_last)
@@ -212,7 +217,7 @@ def _sometimes(rng: random.Random, usual, other):
 
 
 def _draw_options(rng: random.Random) -> dict:
-    """Of a layer, a block or a model."""
+    """Options that layers, blocks and models have."""
     growth = rng.randint(1, rng.choice((4, 12, 40, 40)))
     return {
         "in_channels": rng.randint(1, rng.choice((4, 16, 64, 200))),
@@ -228,7 +233,7 @@ def _draw_options(rng: random.Random) -> dict:
 
 
 def _draw_model_options(rng: random.Random, channels: int, growth: int) -> dict:
-    """What only a model has; `channels` after the stem, unless the default."""
+    """Options that only models have; `channels` come out of the stem, if not as many as it has by default."""
     compression = rng.choice((0.5, 1.0, rng.uniform(0.1, 1)))
     return {
         "block_config": tuple(rng.randint(1, 6) for _ in range(rng.randint(1, 4))),

@@ -71,7 +71,7 @@ def _step(network, module, step, draw, reference, noise, results) -> None:
         leaves = [leaf.double() for leaf in leaves]
     for leaf in leaves:
         leaf.requires_grad_(network.gradients == "inputs too")
-    torch.manual_seed(1000 * network.seed + 2 * draw + step)
+    torch.manual_seed(network.values_seed("masks", draw, step))
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(network.gradients != "no grad"))
         stack.enter_context(_new_memory_of_nan(network.poisoned))

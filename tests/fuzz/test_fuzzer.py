@@ -12,13 +12,13 @@ from fuzz.draw import LAYOUTS, MODES, PRECISIONS, draw_network
 from fuzz.noise import Noise
 from fuzz.run import run
 
-# How wrong a value has to be to be found for sure: far more than the type's rounding and a few flipped rectifiers.
+# Each fault is a relative error: far more than the type's rounding, far less than that of a wrong formula.
 FAULTS = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.2, "float16": 0.05, "autocast bfloat16": 0.2}
 
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
-    """What is wrong on purpose is wrong in every draw, and all of them take long."""
+    """Deliberate faults are wrong in every draw, and the usual number of draws takes long."""
     monkeypatch.setattr(compare, "DRAWS", 4)
 
 

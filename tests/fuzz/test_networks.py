@@ -1,9 +1,9 @@
 """Random networks by every implementation: outputs, gradients and statistics of two steps.
 
-pytest tests/fuzz                              40 networks
-pytest tests/fuzz --networks 2000 -n 2         so many, in two processes
-pytest tests/fuzz --networks 2000 --first-seed 2000
-pytest tests/fuzz --seed 17                    the network of that seed alone, described
+pytest tests/fuzz                                      40 networks
+pytest tests/fuzz --networks 2000 -n 2                 so many, in two processes
+pytest tests/fuzz --networks 2000 --first-seed 2000    other ones
+pytest tests/fuzz/test_networks.py --seed 17           the network of that seed alone, described
 """
 
 import traceback
@@ -40,6 +40,6 @@ def test_equals_plain(seeds, request, capsys):
             lines = [traceback.format_exc()]
         if lines:
             found = "\n".join(f"  {line}" for line in lines)
-            failures.append(f"seed {seed}, alone: pytest tests/fuzz --seed {seed}\n{network}\n{found}")
+            failures.append(f"seed {seed}, alone: pytest tests/fuzz/test_networks.py --seed {seed}\n{network}\n{found}")
     if failures:
         pytest.fail("\n\n".join(failures), pytrace=False)
