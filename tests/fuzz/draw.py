@@ -207,7 +207,7 @@ def _candidate(seed: int, rng: random.Random) -> Network:
         model_layout=rng.choice(("contiguous", "contiguous", "channels last")),
         keep_bottleneck=rng.random() < 0.3,
         poisoned=rng.random() < 0.3,
-        threads=rng.choices((1, 2, 3, 4), (6, 2, 1, 1))[0],
+        threads=rng.choices((1, 2, 3, 4), (14, 3, 1, 2))[0],
         choices=rng.getrandbits(32),
     )
 

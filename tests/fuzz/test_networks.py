@@ -4,6 +4,9 @@ pytest tests/fuzz                                      40 networks
 pytest tests/fuzz --networks 2000 -n 2                 so many, in two processes
 pytest tests/fuzz --networks 2000 --first-seed 2000    other ones
 pytest tests/fuzz/test_networks.py --seed 17           the network of that seed alone, described
+
+Some networks run in several threads. Where cores are busy with something else, OMP_WAIT_POLICY=PASSIVE makes those
+many times as fast: their threads do not spin while they wait for one that has no core.
 """
 
 import traceback
