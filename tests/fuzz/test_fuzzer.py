@@ -73,8 +73,8 @@ def test_one_wrong_value_of_the_inputs_gradient_is_found(monkeypatch):
 def test_a_wrong_statistic_is_found(monkeypatch, precision):
     original = functional.update_running_statistics
 
-    def wrong(norms, stats, values):
-        original(norms, torch.stack([stats[0], stats[1] * (1 + FAULTS[precision])]), values)
+    def wrong(norms, widths, stats, values):
+        original(norms, widths, torch.stack([stats[0], stats[1] * (1 + FAULTS[precision])]), values)
 
     network = small_network(precision, momentum=1.0)
     assert compare.differences(network) == []
@@ -86,10 +86,10 @@ def test_a_wrong_statistic_is_found(monkeypatch, precision):
 def test_a_batch_counted_twice_is_found(monkeypatch, precision):
     original = functional.update_running_statistics
 
-    def twice(norms, stats, values):
+    def twice(norms, widths, stats, values):
         for norm in norms:
             norm.num_batches_tracked.add_(1)
-        original(norms, stats, values)
+        original(norms, widths, stats, values)
 
     monkeypatch.setattr(functional, "update_running_statistics", twice)
     assert_found(small_network(precision), "num_batches_tracked")
