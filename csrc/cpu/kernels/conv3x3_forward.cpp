@@ -75,8 +75,9 @@ struct Convolution {
     }
   }
 
+  // Not inlined: that would compile it for each storage type, which nothing in it depends on.
   template <int R = kChannelRows>
-  void dispatch(int64_t rows, int64_t span) const {
+  DX_NOINLINE void dispatch(int64_t rows, int64_t span) const {
     if constexpr (R > 0) {
       if (rows == R) return run<R>(span);
       dispatch<R - 1>(rows, span);

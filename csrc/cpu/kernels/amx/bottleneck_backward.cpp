@@ -221,7 +221,7 @@ struct Job {
   };
 
   template <bool FIRST>
-  void sweep(Sweeping& f) const {
+  DX_INLINE void sweep(Sweeping& f) const {
     int64_t n = std::min(f.portion, f.left);
     f.left -= n;
     while (n > 0) {
@@ -446,8 +446,8 @@ struct Job {
         sweep<FIRST>(sweeping);
         add_moments(c0);
       }
-      if (earlier)
-        earlier.template run<kGroup * kRun>(tiling[tile], reinterpret_cast<uint32_t*>(dz));
+      static_assert(kNarrowOwn<S> <= kGroup * kRun);
+      if (earlier) earlier.run(tiling[tile], reinterpret_cast<uint32_t*>(dz));
     }
   }
 };

@@ -22,18 +22,13 @@ class EarlierBottleneck {
   }
   explicit operator bool() const { return weight.has_value(); }
 
-  // `own`: memory of one thread, for ROOM values.
-  template <int64_t ROOM>
+  // `own`: memory of one thread, kNarrowOwn<S> values.
   void run(const Tile& tile, uint32_t* own) const {
     const int64_t from = tile.sample * columns.a_map + tile.pixel / kSide,
                   count = tile.positions() / kSide;
-    const Columns part = columns.part(from, from + count);
-    dispatch_narrow<S>(weight->outputs, [&](auto type) {
-      using Narrow = typename decltype(type)::type;
-      static_assert(Narrow::kOwn <= ROOM);
-      double rows = 0;
-      Narrow(a, part, *weight, own).run(0, ceil_div(count, Narrow::kWide), rows, nullptr);
-    });
+    double rows = 0;
+    run_narrow_strips(a, columns.part(from, from + count), *weight, own, 0,
+                      ceil_div(count, kNarrowColumns), rows, nullptr);
   }
 
  private:

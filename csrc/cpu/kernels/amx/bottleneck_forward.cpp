@@ -156,15 +156,12 @@ void share(const BottleneckForward<S>& a, int64_t items, int64_t own, int64_t pi
 }
 
 template <class S>
-bool run_narrow(const BottleneckForward<S>& a, const ForwardWeight<S>& weight) {
+void run_narrow(const BottleneckForward<S>& a, const ForwardWeight<S>& weight) {
   const Columns columns(a.features.samples, a.features.pixels());
-  return dispatch_narrow<S>(weight.outputs, [&](auto type) {
-    using Narrow = typename decltype(type)::type;
-    share(a, ceil_div(columns.count, Narrow::kWide), Narrow::kOwn, Narrow::kPitch,
-          [&](uint32_t* own, int64_t begin, int64_t end, double& count, double* mean) {
-            Narrow(a, columns, weight, own).run(begin, end, count, mean);
-          });
-  });
+  share(a, ceil_div(columns.count, kNarrowColumns), kNarrowOwn<S>, weight.outputs * kSide,
+        [&](uint32_t* own, int64_t begin, int64_t end, double& count, double* mean) {
+          run_narrow_strips(a, columns, weight, own, begin, end, count, mean);
+        });
 }
 
 template <class S>
@@ -203,7 +200,7 @@ void run_wide(const BottleneckForward<S>& a, const ForwardWeight<S>& packed) {
 template <class S>
 void bottleneck_forward(const BottleneckForward<S>& a) {
   const ForwardWeight<S> weight(a);
-  if (!run_narrow(a, weight)) run_wide(a, weight);
+  is_narrow(a.width) ? run_narrow(a, weight) : run_wide(a, weight);
 }
 
 template void bottleneck_forward<float>(const BottleneckForward<float>&);

@@ -1,8 +1,6 @@
 // Forward of the 1x1 convolution of a dense layer with so few outputs that their sums for two
-// columns of pixels stay in registers: 48, as growth rate 12 has.
-//
-// z of a chunk is formed while the chunk before is multiplied, in a place so small that it never
-// leaves the first-level cache; b is written, and its moments taken, a strip behind.
+// columns of pixels stay in registers: 48, as growth rate 12 has. Forward uses it, and backward for
+// the layer that comes next; it is compiled once, in bottleneck_narrow.cpp.
 #pragma once
 
 #include "../../kernels.h"
@@ -13,8 +11,6 @@
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
-
-constexpr int64_t kAhead = 16;  // columns from what is formed to what is fetched
 
 // W as left operand: [pitch / 16, chunks, parts, 16, 16], rows are outputs.
 template <class S>
@@ -51,184 +47,20 @@ inline void add_moments(const BottleneckForward<S>& a, const Columns& columns, i
   count += static_cast<double>(rows);
 }
 
-template <class S, int NR>
-class NarrowBottleneck {
- public:
-  struct Type {
-    using type = NarrowBottleneck;
-  };
-  static constexpr int P = kParts<S>;
-  static constexpr int64_t kPitch = NR * kSide;
-  static constexpr int64_t kWide = 2;  // columns of a strip
-  static constexpr int64_t kTiles = NR * kWide, kTileSums = kSide * kSide;
-  static constexpr int64_t kChunk = P * kTilePairs, kZ = kWide * kChunk;
-  static constexpr int64_t kOwn = 2 * kZ + 2 * kTiles * kTileSums;  // values of a thread
+constexpr int64_t kNarrow = 3 * kSide;  // the most outputs
+constexpr int64_t kNarrowColumns = 2;   // of a strip
+inline bool is_narrow(int64_t width) { return width > 0 && width <= kNarrow; }
 
-  NarrowBottleneck(const BottleneckForward<S>& a, const Columns& columns,
-                   const ForwardWeight<S>& weight, uint32_t* own)
-      : a(a),
-        columns(columns),
-        chunks(weight.chunks),
-        weight(weight.data()),
-        z(own),
-        sums(reinterpret_cast<float*>(own + 2 * kZ)) {}
+// Values of memory of a thread: z of two chunks and the sums of two strips.
+template <class S>
+constexpr int64_t kNarrowOwn = 2 * kNarrowColumns * (kParts<S> * kTilePairs + kNarrow * kSide);
 
-  // Strips begin .. end; merges the moments of `count` rows, mean and behind it m2, with theirs.
-  void run(int64_t begin, int64_t end, double& count, double* mean) {
-    Strip now = strip(begin), before = now;
-    for (int64_t r = 0; r < kSide; ++r) form(now, 0, r, z);
-    for (int64_t s = begin; s < end; ++s) {
-      const Strip next = strip(s + 1);
-      Pace finishing{s > begin ? kTiles : 0, chunks * P * kWide};
-      int64_t tile = 0;
-      unrolled<kTiles>([](auto t)
-                           __attribute__((always_inline)) { tile_zero<decltype(t)::value>(); });
-      for (int64_t k = 0; k < chunks; ++k, ++turn) {
-        const bool last = k + 1 == chunks;
-        const Strip& then = last ? next : now;
-        const int64_t chunk = last ? 0 : k + 1;
-        Pace forming{last && s + 1 == end ? 0 : kSide, P * kWide};
-        int64_t row = 0;
-        multiply(k, [&]() __attribute__((always_inline)) {
-          forming.step([&]() __attribute__((always_inline)) {
-            form(then, chunk, row++, z + (turn + 1) % 2 * kZ);
-          });
-          finishing.step(
-              [&]() __attribute__((always_inline)) { finish(before, now, s - 1, tile++); });
-        });
-      }
-      unrolled<kTiles>([&](auto t) __attribute__((always_inline)) {
-        tile_store<decltype(t)::value>(sums_of(s) + t * kTileSums);
-      });
-      if (s > begin) strip_moments(s - 1, count, mean);
-      before = now;
-      now = next;
-    }
-    for (int64_t tile = 0; tile < kTiles; ++tile) finish(before, before, end - 1, tile);
-    strip_moments(end - 1, count, mean);
-  }
-
- private:
-  struct Place {
-    const S *x, *ahead;  // of channel 0; kAhead columns later
-    const float *scale, *shift;
-    S* b;
-    int64_t count;
-  };
-  struct Strip {
-    Place column[kWide];
-    bool whole;  // 32 pixels of one sample
-  };
-
-  Strip strip(int64_t index) const {
-    Strip strip;
-    for (int64_t i = 0; i < kWide; ++i) {
-      const int64_t c = index * kWide + i;
-      const Column here = columns[c], then = columns[std::min(c + kAhead, columns.count - 1)];
-      strip.column[i] = {a.features.plane(here.sample, 0) + here.pixel,
-                         a.features.plane(then.sample, 0) + then.pixel,
-                         a.norm.scale.row(here.sample),
-                         a.norm.shift.row(here.sample),
-                         a.bottleneck + (here.sample * a.features.pixels() + here.pixel) * kPitch,
-                         here.count};
-    }
-    strip.whole = strip.column[1].count == kSide && strip.column[1].x == strip.column[0].x + kSide;
-    return strip;
-  }
-
-  // Row r of chunk k of both columns.
-  DX_INLINE void form(const Strip& s, int64_t k, int64_t r, uint32_t* out) const {
-    const int64_t c0 = k * kDepth + r, c1 = c0 + kSide, step = a.features.plane_stride;
-    out += r * kSide;
-    if (s.whole && c1 < a.channels) {
-      const Place& p = s.column[0];
-      const S *const x0 = p.x + c0 * step, *const x1 = p.x + c1 * step;
-      const Vec<float> scale0 = broadcast(p.scale[c0]), shift0 = broadcast(p.shift[c0]),
-                       scale1 = broadcast(p.scale[c1]), shift1 = broadcast(p.shift[c1]);
-      DX_UNROLL
-      for (int64_t i = 0; i < kWide; ++i) {
-        split<P>(relu(scale0 * load(x0 + i * kSide) + shift0),
-                 relu(scale1 * load(x1 + i * kSide) + shift1), out + i * kChunk);
-        __builtin_prefetch(p.ahead + c0 * step + i * kSide, 0, 2);
-        __builtin_prefetch(p.ahead + c1 * step + i * kSide, 0, 2);
-      }
-      return;
-    }
-    for (int64_t i = 0; i < kWide; ++i) {
-      const Place& p = s.column[i];
-      const auto value = [&](int64_t c) __attribute__((always_inline)) {
-        if (c >= a.channels) return Vec<float>{};
-        __builtin_prefetch(p.ahead + c * step, 0, 2);
-        return relu(broadcast(p.scale[c]) * load_first(p.x + c * step, p.count) +
-                    broadcast(p.shift[c]));
-      };
-      split<P>(value(c0), value(c1), out + i * kChunk);
-    }
-  }
-
-  // += W times chunk k, work() after each tile of z.
-  template <class F>
-  DX_INLINE void multiply(int64_t k, const F& work) const {
-    const uint32_t *const left = weight + k * kChunk, *const right = z + turn % 2 * kZ;
-    unrolled<P>([&](auto pz) __attribute__((always_inline)) {
-      unrolled<kWide>([&](auto c) __attribute__((always_inline)) {
-        constexpr int C = decltype(c)::value, kRight = 7, kLeft = 6;
-        tile_load<kRight>(right + C * kChunk + pz * kTilePairs);
-        unrolled<P - decltype(pz)::value>([&](auto pw) __attribute__((always_inline)) {
-          unrolled<NR>([&](auto r) __attribute__((always_inline)) {
-            tile_load<kLeft>(left + r * chunks * kChunk + pw * kTilePairs);
-            tile_multiply<decltype(r)::value * kWide + C, kLeft, kRight>();
-          });
-        });
-        work();
-      });
-    });
-  }
-
-  float* sums_of(int64_t strip) const { return sums + strip % 2 * kTiles * kTileSums; }
-
-  // A tile of sums to rows of b; those of `then` are fetched.
-  DX_INLINE void finish(const Strip& s, const Strip& then, int64_t index, int64_t tile) const {
-    const int64_t o = tile / kWide * kSide;
-    const Place &p = s.column[tile % kWide], &next = then.column[tile % kWide];
-    Vec<float> rows[kSide];
-    load_transposed(sums_of(index) + tile * kTileSums, rows);
-    DX_UNROLL
-    for (int r = 0; r < kSide; ++r) {
-      if (r < p.count) store(p.b + r * kPitch + o, rows[r]);
-      __builtin_prefetch(next.b + r * kPitch + o, 1, 2);
-    }
-  }
-
-  void strip_moments(int64_t strip, double& count, double* mean) const {
-    add_moments(a, columns, strip * kWide, (strip + 1) * kWide, kPitch, count, mean);
-  }
-
-  const BottleneckForward<S>& a;
-  const Columns& columns;
-  const int64_t chunks;
-  const uint32_t* const weight;  // [NR, chunks, P, 16, 16]
-  uint32_t* const z;             // [2, kWide, P, 16, 16]
-  float* const sums;             // [2, NR, kWide, 16, 16]
-  int64_t turn = 0;              // chunks multiplied
-};
-
-inline bool is_narrow(int64_t width) { return width <= 3 * kSide; }
-
-// body(NarrowBottleneck<S, NR> of the width of `a`, as a type) where that is narrow; else false.
-template <class S, class F>
-bool dispatch_narrow(int64_t outputs, const F& body) {
-  if (outputs == 1) {
-    body(typename NarrowBottleneck<S, 1>::Type{});
-  } else if (outputs == 2) {
-    body(typename NarrowBottleneck<S, 2>::Type{});
-  } else if (outputs == 3) {
-    body(typename NarrowBottleneck<S, 3>::Type{});
-  } else {
-    return false;
-  }
-  return true;
-}
+// Strips begin .. end of these columns, with `own` as memory; merges the moments of b in `count`
+// rows, mean and behind it m2, with theirs.
+template <class S>
+void run_narrow_strips(const BottleneckForward<S>& a, const Columns& columns,
+                       const ForwardWeight<S>& weight, uint32_t* own, int64_t begin, int64_t end,
+                       double& count, double* mean);
 
 }  // namespace DENSENET_EXT_ISA
 }  // namespace densenet_ext
