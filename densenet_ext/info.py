@@ -14,18 +14,21 @@ from densenet_ext._version import __version__
 def collect() -> dict[str, str]:
     """Everything that is printed, by its label. Where the library fails to load, "library" holds the reason."""
     rows = {"densenet_ext": f"{__version__}, {Path(__file__).parent}"}
+    architectures = []  # of the CUDA kernels that are loaded
     try:
         extension = load_extension()
     except ImportError as error:
         rows["library"] = f"NOT LOADED: {error}"
     else:
         rows |= _library_rows(extension)
+        if cuda_status() is None:
+            architectures = extension.build_info()["cuda_architectures"]
     try:
         import torch
     except ImportError as error:
         rows["torch"] = f"cannot be imported: {error}"
     else:
-        rows |= _torch_rows(torch)
+        rows |= _torch_rows(torch, architectures)
     rows["Python"] = f"{platform.python_version()}, {platform.platform()}"
     return rows
 
@@ -45,13 +48,25 @@ def _library_rows(extension) -> dict[str, str]:
     return rows
 
 
-def _torch_rows(torch) -> dict[str, str]:
+def _torch_rows(torch, architectures) -> dict[str, str]:
     rows = {"torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}", "CPU": _cpu_name()}
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         memory = f"{device.total_memory / 2**30:.0f} GiB"
         rows[f"cuda:{index}"] = f"{device.name}, compute capability {device.major}.{device.minor}, {memory}"
+        if _is_translated(architectures, device.major, device.minor):
+            rows[f"cuda:{index}"] += (
+                ", for which the driver translates the kernels when they are first used: this can take a minute, and "
+                f"building with TORCH_CUDA_ARCH_LIST={device.major}.{device.minor} spares it"
+            )
     return rows
+
+
+def _is_translated(architectures, major, minor) -> bool:
+    """Whether of a build for these ("8.0", "9.0+PTX") only PTX serves such a device: none is of its major version."""
+    numbers = [tuple(map(int, a.removesuffix("+PTX").split("."))) for a in architectures]
+    usable = [(a, number) for a, number in zip(architectures, numbers, strict=True) if number <= (major, minor)]
+    return any(a.endswith("+PTX") for a, _ in usable) and all(number[0] != major for _, number in usable)
 
 
 def _cpu_name() -> str:

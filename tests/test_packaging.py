@@ -263,6 +263,33 @@ def test_info_says_which_cuda_kernels_there_are():
     assert row == cuda_status() or row == f"{', '.join(info['cuda_architectures'])} (CUDA {info['cuda_version']})"
 
 
+@pytest.mark.parametrize(
+    "architectures, capability, translated",
+    [
+        (("8.0", "9.0+PTX"), (12, 0), True),
+        (("8.0", "9.0+PTX"), (10, 3), True),
+        (("8.0", "9.0+PTX"), (8, 9), False),
+        (("8.0", "9.0+PTX"), (9, 0), False),
+        (("8.0", "12.0"), (12, 1), False),
+        (("8.0+PTX", "12.0"), (9, 0), True),
+        (("12.0+PTX",), (9, 0), False),  # nothing runs there, and an error says so
+        ((), (12, 0), False),  # no kernels
+    ],
+)
+def test_info_says_where_kernels_are_translated(monkeypatch, architectures, capability, translated):
+    info = importlib.import_module("densenet_ext.info")
+    major, minor = capability
+    device = SimpleNamespace(name="GPU", major=major, minor=minor, total_memory=1 << 35)
+    built = load_extension().build_info() | {"cuda_architectures": architectures, "cuda_version": "13.0"}
+    monkeypatch.setattr(load_extension(), "build_info", lambda: built)
+    monkeypatch.setattr(info, "cuda_status", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    row = info.collect()["cuda:0"]
+    assert row.startswith(f"GPU, compute capability {major}.{minor}, 32 GiB")
+    assert (f"TORCH_CUDA_ARCH_LIST={major}.{minor} spares it" in row) == translated == ("first used" in row)
+
+
 def test_info_without_library(bare_package):
     result = run(
         sys.executable,
@@ -434,12 +461,12 @@ def native_error(build_module):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("8.0;8.6;9.0+PTX", ("8.0", "8.6", "9.0+PTX")),  # torch's documented form
+        ("8.0;8.6;9.0+PTX", ("8.0", "8.6", "9.0+PTX")),  # torch's form; what is named is compiled
         ("9.0 8.0", ("8.0", "9.0")),  # spaces, any order
         ("9.0+PTX;9.0", ("9.0+PTX",)),  # each once
         ("Hopper; 8.0", ("8.0", "9.0+PTX")),  # torch's names
         ("9.0a 12.0f+PTX", ("9.0", "12.0+PTX")),  # suffixes
-        ("native", ("8.0", "8.6", "8.9", "9.0+PTX")),  # the default
+        ("native", ("8.0", "9.0+PTX")),  # the default
     ],
 )
 def test_architectures(nvcc, text, expected):
@@ -452,6 +479,45 @@ def test_architecture_flags(nvcc):
         "-gencode=arch=compute_120,code=sm_120",
         "-gencode=arch=compute_120,code=compute_120",
     ]
+
+
+SERVED = """
+#include "csrc/cuda/architectures.h"
+int main(int, char** arguments) {
+  for (++arguments; *arguments; arguments += 2) {
+    char sign;
+    const auto device = densenet_ext::cuda::capability_of(arguments[1], &sign);
+    std::puts(densenet_ext::cuda::served(arguments[0], device, {8, 0}) ? "yes" : "no");
+  }
+}
+"""
+
+
+@needs_compiler
+def test_devices_that_a_build_serves(tmp_path):
+    if not (ROOT / "csrc").exists():
+        pytest.skip("needs a clone")
+    served = {
+        "8.0:9.0+PTX": {
+            **dict.fromkeys(["8.0", "8.6", "8.9", "9.0"], "yes"),  # binaries of their major versions
+            "8.7": "no",  # Jetson Orin runs no binary of another
+            **dict.fromkeys(["10.0", "10.3", "12.0", "12.1"], "yes"),  # from PTX
+            "7.5": "no",
+        },
+        "8.0": {"8.9": "yes", "9.0": "no", "12.0": "no"},
+        "8.6": {"8.0": "no", "8.6": "yes", "8.9": "yes", "8.7": "no"},
+        "8.7": {"8.7": "yes", "8.9": "no"},
+        "8.0+PTX": {"8.7": "yes", "8.9": "yes", "9.0": "yes"},
+        "10.0:12.0": {"10.3": "yes", "11.0": "no", "12.1": "yes", "9.0": "no"},
+        "7.5+PTX:9.0": {"8.0": "no", "9.0": "yes"},  # PTX older than the kernels need
+    }
+    pairs = [(build, device) for build, devices in served.items() for device in devices]
+    source, program = tmp_path / "served.cpp", tmp_path / "served"
+    source.write_text(SERVED)
+    command = ["c++", "-std=c++17", "-Wall", "-Werror", f"-I{ROOT}", str(source)]
+    subprocess.run([*command, "-o", str(program)], check=True, timeout=120)
+    said = run(str(program), *sum(pairs, ()), cwd=tmp_path).stdout.split()
+    assert dict(zip(pairs, said, strict=True)) == {(b, d): served[b][d] for b, d in pairs}
 
 
 @pytest.mark.parametrize("text, named", [("7.5;8.0", "has 7.5, and"), ("sm_80", "'sm_80'"), ("8.0+ptx", "'8.0+ptx'")])

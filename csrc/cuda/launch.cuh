@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "architectures.h"
 #include "kernels.h"
 #include "ptx.cuh"
 
@@ -18,10 +19,6 @@ namespace densenet_ext::cuda {
 
 struct Grid {
   int64_t x, y = 1, z = 1;
-};
-
-struct Capability {
-  int major, minor;
 };
 
 #ifdef __CUDACC__

@@ -1,13 +1,12 @@
 // Whether this library holds code for a device.
-#include <algorithm>
 #include <atomic>
-#include <cstdio>
 #include <stdexcept>
 #include <string>
 
+#include "../architectures.h"
 #include "../launch.cuh"
 
-// Of the build, as in 8.0:8.6:9.0+PTX.
+// Of the build, as in 8.0:9.0+PTX.
 #ifndef DENSENET_EXT_CUDA_ARCHITECTURES
 #define DENSENET_EXT_CUDA_ARCHITECTURES 8.0
 #endif
@@ -18,37 +17,6 @@ namespace densenet_ext::cuda {
 namespace {
 
 constexpr Capability kOldest = {8, 0};
-
-bool at_least(Capability a, Capability b) {
-  return a.major > b.major || (a.major == b.major && a.minor >= b.minor);
-}
-
-Capability capability_of(const char* architecture, char* ptx = nullptr) {
-  Capability built = {0, 0};
-  char sign = 0;
-  std::sscanf(architecture, "%d.%d%c", &built.major, &built.minor, &sign);
-  if (ptx != nullptr) *ptx = sign;
-  return built;
-}
-
-// A binary runs on devices of its major version, from its minor version on; the driver translates
-// PTX for every device that is not older.
-bool serves(const char* architecture, Capability device) {
-  char ptx = 0;
-  const Capability built = capability_of(architecture, &ptx);
-  return at_least(device, built) && (ptx == '+' || device.major == built.major);
-}
-
-// Whether one of them, not older than `oldest`, serves the device.
-bool served(const std::string& architectures, Capability device, Capability oldest = kOldest) {
-  for (size_t begin = 0; begin < architectures.size();) {
-    const size_t end = std::min(architectures.find(':', begin), architectures.size());
-    const std::string one = architectures.substr(begin, end - begin);
-    if (at_least(capability_of(one.c_str()), oldest) && serves(one.c_str(), device)) return true;
-    begin = end + 1;
-  }
-  return false;
-}
 
 std::string text(Capability c) { return std::to_string(c.major) + "." + std::to_string(c.minor); }
 
@@ -85,7 +53,7 @@ void check_device() {
                              " (Ampere) or newer: use efficient='checkpoint' there");
   }
   std::string architectures = DENSENET_EXT_TEXT_OF(DENSENET_EXT_CUDA_ARCHITECTURES);
-  if (!served(architectures, capability)) {
+  if (!served(architectures, capability, kOldest)) {
     for (char& c : architectures) c = c == ':' ? ' ' : c;
     throw std::runtime_error(what + ", and the CUDA kernels were built for " + architectures +
                              ": in a clone of densenet_ext run `TORCH_CUDA_ARCH_LIST='" +
