@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "cpu/dispatch.h"
+#include "memory_limit.h"
 #include "workspace.h"
 
 // Where pybind11 is not installed, torch's copy serves. It refuses users of the stable ABI, whom
@@ -84,4 +85,6 @@ PYBIND11_MODULE(_C, m) {
         "Gives the memory of workspaces that no tensor holds back to the system.");
   m.def("set_workspace_limit", &densenet_ext::set_workspace_limit,
         "How many bytes may stay occupied without being held.");
+  m.def("memory_limit", &densenet_ext::memory_limit, py::arg("root"), py::arg("most"),
+        "The memory that control groups leave to this process, `most` at most.");
 }

@@ -12,6 +12,8 @@
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
+
+#include "memory_limit.h"
 #else
 #define DENSENET_EXT_ARENA 0
 #endif
@@ -27,7 +29,7 @@ constexpr int64_t kSmallest = int64_t{128} * 1024;  // smaller tensors are torch
 
 class Arena {
  public:
-  Arena() : limit_(machine_memory() / 4) {}
+  Arena() : limit_(memory_limit("", machine_memory()) / 4) {}
 
   // Null where there is no room.
   void* allocate(int64_t bytes, Use use) {

@@ -31,8 +31,9 @@ def set_workspace_limit(limit: int) -> None:
     """How much memory may stay occupied while no tensor holds it.
 
     Args:
-        limit: bytes, at least 0; a quarter of the machine's memory unless set. With 0 every workspace is given back as
-            soon as it is free: slower, least memory between steps.
+        limit: bytes, at least 0; unless set a quarter of the memory that this process may use: the machine's, or what
+            a container or batch system (Linux's control groups) leaves of it when the first workspace is taken. With 0
+            every workspace is given back as soon as it is free: slower, least memory between steps.
 
     Raises:
         TypeError: limit is no int.

@@ -1,4 +1,4 @@
-"""How much memory one training step of the paper's network takes: the reason for this package."""
+"""How much memory one training step of the paper's network takes: the reason for this package; and how much may stay."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from densenet_ext import DenseNetBC, release_workspaces, set_workspace_limit, workspace_use
+from densenet_ext import _C, DenseNetBC, release_workspaces, set_workspace_limit, workspace_use
 from densenet_ext.functional import dense_stage
 
 MB = 1e6
@@ -124,6 +124,74 @@ def test_workspace_limit():
     finally:
         set_workspace_limit(2**40)
     assert all(a.equal(b) for a, b in zip(actual, expected, strict=True))
+
+
+MACHINE, NONE_V1 = 64 << 30, 9223372036854771712  # bytes; what version 1 of the control groups has for no limit
+V1 = "11:cpu,cpuacct:/job\n4:memory:/job/step\n0::/init.scope\n"  # a mixture of both versions, as systemd sets it up
+
+# name: (/proc/self/cgroup, files below /sys/fs/cgroup, what is left)
+CONTROL_GROUPS = {
+    "no files at all": (None, {}, MACHINE),
+    "no groups": ("", {"memory.max": "1000\n"}, MACHINE),
+    "version 2 without limits": ("0::/a\n", {"a/memory.max": "max\n", "a/memory.high": "max\n"}, MACHINE),
+    "version 2": ("0::/a/b\n", {"a/b/memory.max": "4000\n", "a/memory.max": "max\n"}, 4000),
+    "the group's own limit is larger": ("0::/a/b\n", {"a/b/memory.max": "4000\n", "a/memory.max": "3000\n"}, 3000),
+    "the soft limit is lower": ("0::/a\n", {"a/memory.max": "4000\n", "a/memory.high": "2000\n"}, 2000),
+    "the soft limit is higher": ("0::/a\n", {"a/memory.max": "4000\n", "a/memory.high": "5000\n"}, 4000),
+    "controller not in the leaf": ("0::/a/b/c\n", {"a/memory.high": "5000\n"}, 5000),
+    "a container's own name space": ("0::/\n", {"memory.max": "6000\n", "memory.high": "max\n"}, 6000),
+    "a container in its host's name space": ("0::/docker/1f\n", {"memory.max": "6000\n"}, 6000),
+    "a group above the name space": ("0::/../../a\n", {"memory.max": "6000\n"}, 6000),
+    "more than the machine": ("0::/a\n", {"a/memory.max": f"{2 * MACHINE}\n"}, MACHINE),
+    "colons in a name": ("0::/a:b\n", {"a:b/memory.max": "7000\n"}, 7000),
+    "no newlines": ("0::/a", {"a/memory.max": "7000"}, 7000),
+    "nothing is allowed": ("0::/a\n", {"a/memory.max": "0\n"}, 0),
+    "version 1": (V1, {"memory/job/step/memory.limit_in_bytes": "8000\n"}, 8000),
+    "version 1 without limits": (V1, {"memory/job/step/memory.limit_in_bytes": f"{NONE_V1}\n"}, MACHINE),
+    "version 1, limit of the group around": (
+        V1,
+        {
+            "memory/job/step/memory.limit_in_bytes": f"{NONE_V1}\n",
+            "memory/job/memory.limit_in_bytes": "9000\n",
+            "memory/memory.limit_in_bytes": f"{NONE_V1}\n",
+        },
+        9000,
+    ),
+    "version 1, a container's mount": (V1, {"memory/memory.limit_in_bytes": "9000\n"}, 9000),
+    "version 1, another group's limit": (V1, {"memory/other/memory.limit_in_bytes": "9000\n"}, MACHINE),
+    "version 1, with others": ("5:hugetlb,memory:/j\n", {"memory/j/memory.limit_in_bytes": "9000\n"}, 9000),
+    "controllers of similar names": ("5:memory2,xmemory:/j\n", {"memory/j/memory.limit_in_bytes": "9000\n"}, MACHINE),
+    "odd lines": ("0:\n\nmemory\n:::\n0::\n0::a\n4:memory:a\n", {}, MACHINE),
+    "odd lines before a good one": ("0:\n\nmemory\n0::/a\n", {"a/memory.max": "4000\n"}, 4000),
+    **{
+        f"odd number {text!r}": ("0::/a\n", {"a/memory.max": text, "memory.max": "5000\n"}, 5000)
+        for text in ("", "\n", "-1\n", "1e3\n", "0x10\n", "4000 kB\n", "18446744073709551615\n", "\0", " 12\n")
+    },
+}
+
+
+@pytest.mark.skipif(not hasattr(_C, "memory_limit"), reason="the kernels are simulated")
+@pytest.mark.parametrize("name", CONTROL_GROUPS)
+def test_memory_that_control_groups_leave(tmp_path, name):
+    groups, files, expected = CONTROL_GROUPS[name]
+    if groups is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(groups)
+    for path, text in files.items():
+        file = tmp_path / "sys/fs/cgroup" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert _C.memory_limit(str(tmp_path), MACHINE) == expected
+
+
+@pytest.mark.skipif(not hasattr(_C, "memory_limit"), reason="the kernels are simulated")
+def test_memory_limit_where_files_cannot_be_read(tmp_path):
+    (tmp_path / "sys/fs/cgroup/a/memory.max").mkdir(parents=True)  # a folder, which even root cannot read
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/a\n")
+    assert _C.memory_limit(str(tmp_path), MACHINE) == MACHINE
+    (tmp_path / "sys/fs/cgroup/memory.high").write_text("5000\n")
+    assert _C.memory_limit(str(tmp_path), MACHINE) == 5000
 
 
 def test_workspaces_after_fork():

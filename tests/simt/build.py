@@ -43,7 +43,7 @@ SANITIZERS = "address,undefined"
 SANITIZE_FLAGS = ["-O1", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 STUBS = "stubs.cpp"
 BUILDS = Path("build/simt")
-HOST_SOURCES = ["ops", "layers", "dense_stage", "dense_layer", "dense_stem", "workspace"]
+HOST_SOURCES = ["ops", "layers", "dense_stage", "dense_layer", "dense_stem", "memory_limit", "workspace"]
 
 
 def build(sanitize: bool = False, kernels: str = "*") -> Path:

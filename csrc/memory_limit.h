@@ -1,0 +1,15 @@
+// How much memory Linux's control groups leave to this process: a container's limit, or a batch
+// system's.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace densenet_ext {
+
+// The least limit of the groups that this process is in and of all around them, of version 1 and 2
+// alike; `most` where there is no lower one. `root` stands before /proc and /sys: empty but in
+// tests.
+int64_t memory_limit(const std::string& root, int64_t most);
+
+}  // namespace densenet_ext
