@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from decisions import clear_input
 from torch import nn
 
 import densenet_ext
@@ -88,8 +89,8 @@ def network(**options):
     return net
 
 
-def batch(samples=6):
-    torch.manual_seed(1)
+def batch(samples=6, seed=1):
+    torch.manual_seed(seed)
     return torch.randn(samples, 3, 12, 12, dtype=torch.float64), torch.randint(5, (samples,))
 
 
@@ -308,12 +309,12 @@ def test_one_value_a_channel_in_each_process(processes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_the_precision_of_training(processes, dtype):
     """Under autocast, too: as far from float64 as the same net with the whole batch in one process, and no further."""
-    net, (x, labels) = network(se_reduction=2), batch()
-    exact = step(plain(net), x, labels, len(x))
-    x = x.float()
+    net = network(se_reduction=2)
+    x, labels = clear_input(net, lambda seed: batch(seed=seed)[0].float()), batch()[1]
+    exact = step(plain(net), x.double(), labels, len(x))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         one = step(copy.deepcopy(net).float(), x, labels, len(x))
-    two = merged(processes(cast_step, net, dtype))
+    two = merged(processes(cast_step, net, dtype, x, labels))
     for name, want in exact.items():
         if want.is_floating_point():
             error, bound = ((numbers[name].double() - want).norm() for numbers in (two, one))
@@ -321,12 +322,11 @@ def test_in_the_precision_of_training(processes, dtype):
             assert error <= 2 * bound + 5e-5 * want.norm(), name
 
 
-def cast_step(net, dtype, rank):
+def cast_step(net, dtype, x, labels, rank):
     net = synchronized(net).float()
-    x, labels = batch()
     mine = slice(3 * rank, 3 * rank + 3)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        return step(net, x[mine].float(), labels[mine], len(x))
+        return step(net, x[mine], labels[mine], len(x))
 
 
 def test_one_process_is_an_ordinary_norm():

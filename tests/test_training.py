@@ -13,6 +13,7 @@ for name in ("sklearn", "safetensors", "tensorboard", "yaml"):
 import evaluate  # noqa: E402
 import predict  # noqa: E402
 import train  # noqa: E402
+from train_in_float64 import build_in_float64  # noqa: E402
 from training import engine, options  # noqa: E402
 from training.model import build  # noqa: E402
 
@@ -59,27 +60,23 @@ def test_bound_is_out_of_reach(part, change, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(["dtype", "bound"], [(torch.float32, 2e-3), (torch.float64, 5e-7)], ids=["float32", "float64"])
-def test_fused_variant_has_the_loss_curve_of_the_plain_one(dtype, bound, tmp_path, monkeypatch):
-    """A+B and A+B+C from one seed, 100 steps.
+@pytest.mark.parametrize(
+    ["dtype", "steps", "bound"], [(torch.float32, 1, 1e-5), (torch.float64, 100, 5e-7)], ids=["float32", "float64"]
+)
+def test_fused_variant_has_the_loss_curve_of_the_plain_one(dtype, steps, bound, tmp_path, monkeypatch):
+    """A+B and A+B+C from one seed: in float64 the recorded losses, which are float32, are equal. Other masks make 4e-2.
 
-    In float32 single ReLUs fall on the other side, from step 13 on or never, by seed and by instruction set, and the
-    difference grows: 4e-4 seen with this seed, 2.3e-3 with another; 7.7e-4 between the two memory formats of the plain
-    network. In float64 the recorded losses, which are float32, are equal. Other masks make 4e-2.
+    In float32 single ReLUs fall on the other side in some step, by seed and by instruction set, and from there on two runs
+    of the plain network in two memory formats part too: there the first loss has to do, which no side of a ReLU moves.
     """
 
-    def converted(*arguments):
-        model = build(*arguments).to(dtype)
-        model.register_forward_pre_hook(lambda _, images: images[0].to(dtype))
-        return model
-
-    monkeypatch.setattr(engine, "build", converted)
-    options = "--image-size 16 --growth-rate 12 --lr 0.003 --epochs 5 --limit-steps 100 --variant".split()
+    monkeypatch.setattr(engine, "build", build if dtype == torch.float32 else build_in_float64)
+    options = f"--image-size 16 --growth-rate 12 --lr 0.003 --epochs 5 --limit-steps {steps} --variant".split()
     curves = []
     for variant in ("A+B", "A+B+C"):
         cases.train(tmp_path / variant, *options, variant)
         curves.append(torch.tensor([loss for _, loss in cases.scalars(tmp_path / variant, "train/loss")]))
-    assert len(curves[0]) == 100
+    assert len(curves[0]) == steps
     torch.testing.assert_close(curves[1], curves[0], rtol=0, atol=bound)
 
 

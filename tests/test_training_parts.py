@@ -90,8 +90,8 @@ class Batches:
 
 def test_evaluation():
     """Loss and accuracies of all images together, from batches of different sizes; mode and generators stay."""
-    model = small_model().train()
-    images, labels = torch.randn(20, 1, 8, 8), torch.randint(10, (20,))
+    model = small_model().double().train()
+    images, labels = torch.randn(20, 1, 8, 8, dtype=torch.float64), torch.randint(10, (20,))
     model(images)  # running statistics
     before = torch.get_rng_state()
     batches = zip(images.split([13, 7]), labels.split([13, 7]), strict=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_cases as cases
 
 for name in ("sklearn", "safetensors", "tensorboard", "yaml"):
     pytest.importorskip(name)
@@ -16,19 +17,20 @@ for name in ("sklearn", "safetensors", "tensorboard", "yaml"):
 import train  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-TRAIN = Path(__file__).resolve().parent.parent / "examples" / "train.py"
+TRAIN = Path(__file__).with_name("train_in_float64.py")
 # No masks: each process draws its own. Small steps: rounding is not to be amplified by a wild start.
 NET = "--variant B --drop-rate 0 --depth 10 --growth-rate 4 --se-reduction 2".split()
 RECIPE = "--image-size 16 --lr 0.02 --epochs 2 --limit-steps 4 --log-steps 1 --threads 1".split()
 WEIGHTS = "checkpoints/step-00000004/model.safetensors"
-TOLERANCE = dict(rtol=2e-4, atol=2e-5)  # float32, after four steps
+TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 
 
 def run(folder, *options, processes=1):
-    """train.py as a user would start it."""
+    """train.py as a user would start it, in float64."""
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
     command = [sys.executable, *(torchrun if processes > 1 else []), TRAIN, *arguments(folder, *options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(cases.EXAMPLES), os.environ.get("PYTHONPATH")]))
+    environment = {**cases.environment(), "PYTHONPATH": path}
     done = subprocess.run(map(str, command), capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
 
@@ -63,7 +65,7 @@ def test_synchronized_statistics_equal_the_whole_batch(tmp_path, whole, capsys):
     torch.testing.assert_close(weights, want, **TOLERANCE)
     for row, want_row in zip(rows, want_rows, strict=True):
         for name in ("epoch", "steps", "train_loss", "validation_loss"):
-            assert float(row[name]) == pytest.approx(float(want_row[name]), rel=1e-3), name
+            assert float(row[name]) == pytest.approx(float(want_row[name]), rel=1e-6), name
     assert json.loads((tmp_path / "summary.json").read_text())["processes"] == 2
 
     assert train.main(arguments(tmp_path, "--efficient", "fused", "--batch-size", "8", "--sync-bn", "--resume")) == 2
@@ -79,7 +81,7 @@ def test_separate_statistics_equal_accumulated_halves(tmp_path, whole):
     other, _ = results(whole)
     trained = [name for name in weights if not is_running_statistic(name)]
     torch.testing.assert_close({n: weights[n] for n in trained}, {n: want[n] for n in trained}, **TOLERANCE)
-    assert float(rows[0]["train_loss"]) == pytest.approx(float(want_rows[0]["train_loss"]), rel=1e-3)
+    assert float(rows[0]["train_loss"]) == pytest.approx(float(want_rows[0]["train_loss"]), rel=1e-6)
     with pytest.raises(AssertionError):  # the tolerance tells halves from the whole
         torch.testing.assert_close({n: weights[n] for n in trained}, {n: other[n] for n in trained}, **TOLERANCE)
 
