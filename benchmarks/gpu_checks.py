@@ -101,10 +101,10 @@ def build_summary(process):
 
 
 def tests_command(junit, expression, workers=1, paths=()):
-    """pytest on what `expression` selects; spread over processes where pytest-xdist is installed."""
+    """pytest on what `expression` selects; spread over that many processes where pytest-xdist is installed."""
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={junit}", "--tb=short"]
-    if workers > 1 and importlib.util.find_spec("xdist"):
-        command += ["-n", str(workers)]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(workers if workers > 1 else 0)]
     if expression:
         command += ["-k", expression]
     return [*command, *paths]

@@ -1,9 +1,30 @@
-"""Every test starts from the same seed, and fails where the fused implementation quietly is not used."""
+"""Every test starts from the same seed, and fails where the fused implementation quietly is not used.
+
+Where pytest-xdist is installed, tests run in as many processes as there are cores; -n says otherwise.
+"""
+
+import os
 
 import pytest
-import torch
 
-import densenet_ext
+# With these somebody watches a test, or wants to know what there is without running it.
+WATCHING = ("usepdb", "trace", "collectonly", "setuponly", "setupplan", "showfixtures", "show_fixtures_per_test")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads its options here, too
+def pytest_cmdline_main(config):
+    """A process for each core, unless the command line says how many, names a single test or wants to watch."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too: there is a process for each core already
+    if hasattr(config, "workerinput"):  # one of those processes, which must not start its own
+        return
+    if not config.pluginmanager.hasplugin("xdist") or config.getoption("numprocesses") is not None:
+        return
+    single = len(config.args) == 1 and "::" in config.args[0]
+    if single or config.getoption("capture") == "no" or any(config.getoption(name, False) for name in WATCHING):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores > 1 and config.getoption("dist") == "no":
+        config.option.numprocesses, config.option.dist = cores, "worksteal"
 
 
 def pytest_addoption(parser):
@@ -20,6 +41,10 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def fixed_state():
     """A fixed seed, fallback as an error, and one thread: most tests are too small for more."""
+    import torch  # not at the top, since the process that distributes the tests has no need of it
+
+    import densenet_ext
+
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
