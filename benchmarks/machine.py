@@ -143,9 +143,15 @@ def write_csv(path, description, rows):
 def table(header, rows):
     """Markdown table with aligned columns; cells are text, all but the first two columns to the right."""
     widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
+    return "\n".join([*table_head(header, widths), *(table_row(row, widths) for row in rows)])
+
+
+def table_head(header, widths):
+    """Its first two lines, for a table whose rows come one by one."""
     rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    lines = []
-    for row in [header, rule, *rows]:
-        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return [table_row(header, widths), table_row(rule, widths)]
+
+
+def table_row(cells, widths):
+    cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
+    return "| " + " | ".join(cells) + " |"

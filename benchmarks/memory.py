@@ -1,6 +1,6 @@
 """Peak memory and time of a training step: plain, torch.utils.checkpoint and fused, for the paper's variants.
 
-    python benchmarks/memory.py                 about four minutes on two cores
+    python benchmarks/memory.py                 three minutes or so on two cores
     python benchmarks/memory.py --scaling       peak against depth and growth rate
 
 Before anything is measured, outputs, gradients and running statistics of all implementations are compared.
@@ -25,7 +25,7 @@ from tqdm import tqdm
 # Its C is a memory-efficient implementation that recomputes, of the kind of torch.utils.checkpoint's.
 PAPER = {("vanilla", "plain"): 1222, ("A+B", "plain"): 1164, ("A+B", "fused"): 505}
 
-# the last variant gets the first list and every round; those before it the second and every other round
+# The last variant gets the first list and every round; those before it the second and every other round.
 MAIN = ("plain", "plain-channels-last", "checkpoint", "fused", "fused-kept")
 OTHERS = ("plain", "checkpoint", "fused")
 
@@ -51,7 +51,7 @@ def parse_arguments():
         help="some of " + ",".join(harness.IMPLEMENTATIONS),
     )
     add("--rounds", type=int, default=5, help="interleaved steps of each row")
-    add("--time-limit", type=float, default=225, help="seconds after which no round of timing is begun (default 225)")
+    add("--time-limit", type=float, default=180, help="seconds after which no round of timing is begun (default 180)")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--keep-pages", action="store_true", help="start anew with a malloc that keeps its pages; may speed plain up")
     add("--no-resident", action="store_true", help="leave out the fresh processes")
@@ -83,31 +83,42 @@ def choose_specs(args):
     ]
 
 
-def measure(specs, args, deadline):
-    """A list of rows: spec and figures in bytes and seconds."""
-    main_variant = specs[-1].variant
-    with tqdm(specs, desc="memory", disable=None) as progress:
-        steps, memory = {}, {}
-        for spec in progress:
-            steps[spec] = harness.TrainingStep(spec)
-            memory[spec] = harness.measure_memory(steps[spec])
-    resident_specs = [s for s in specs if s.variant == main_variant and s.device == "cpu" and not args.no_resident]
-    grown = {}
-    for spec in tqdm(resident_specs, desc="resident set", disable=None):
-        grown[spec] = resident.resident_growth(spec, args.threads)
-    rounds = {s: args.rounds if s.variant == main_variant else (args.rounds + 1) // 2 for s in specs}
-    with tqdm(total=sum(rounds.values()), desc="time", unit="step", disable=None) as progress:
-        times = harness.interleave(steps, rounds, deadline, progress)
+def measure(specs, args, began):
+    """Rows, one variant's after the other's, as soon as they are measured: specs and figures in bytes and seconds."""
+    variants = list(dict.fromkeys(spec.variant for spec in specs))
+    rounds = {v: args.rounds if v == variants[-1] else (args.rounds + 1) // 2 for v in variants}
+    planned, begun = sum(rounds[spec.variant] for spec in specs), 0
+    with tqdm(total=len(specs), unit="row", disable=None) as progress:
+        for variant in variants:
+            group = [spec for spec in specs if spec.variant == variant]
+            begun += rounds[variant] * len(group)
+            deadline = began + args.time_limit * begun / planned
+            rows = _measure_variant(group, rounds[variant], variant == variants[-1], args, deadline, progress)
+            with tqdm.external_write_mode():
+                yield from rows
+
+
+def _measure_variant(specs, rounds, main, args, deadline, progress):
+    steps, memory, grown = {}, {}, {}
+    for spec in specs:
+        progress.set_description(f"{spec.variant} {spec.implementation}")
+        steps[spec] = harness.TrainingStep(spec)
+        memory[spec] = harness.measure_memory(steps[spec])
+        if main and spec.device == "cpu" and not args.no_resident:
+            grown[spec] = resident.resident_growth(spec, args.threads)
+    progress.set_description(f"{specs[0].variant} times")
+    times = harness.interleave(steps, rounds, deadline)
     rows = []
     for spec in specs:
         median, low, high = harness.quantiles(times[spec])
         row = asdict(spec) | asdict(memory[spec]) | {"resident_bytes": grown.get(spec)}
         row |= {"seconds": median, "seconds_20": low, "seconds_80": high, "rounds": len(times[spec])}
         rows.append(row | {"paper_mb": PAPER.get((spec.variant, spec.implementation)) if _is_papers(spec) else None})
+    plain = next((row for row in rows if row["implementation"] == "plain"), None)
     for row in rows:
-        plain = next((r for r in rows if r["variant"] == row["variant"] and r["implementation"] == "plain"), None)
         row["memory_ratio"] = plain and plain["peak_bytes"] / row["peak_bytes"]
         row["time_ratio"] = plain and plain["seconds"] / row["seconds"]
+    progress.update(len(rows))
     return rows
 
 
@@ -115,29 +126,32 @@ def _is_papers(spec):
     return (spec.depth, spec.growth_rate, spec.batch_size, spec.size, spec.dtype) == (100, 12, 64, 32, "float32")
 
 
-def format_rows(rows):
-    cuda = rows[0]["device"].startswith("cuda")
+def header_of(specs):
+    """The columns' titles and widths, before there is a row."""
     header = ["variant", "implementation", "peak MB", "less", "kept MB"]
-    header += ["reserved MB"] if cuda else ["arena MB", "resident MB"]
+    header += ["reserved MB"] if specs[0].device.startswith("cuda") else ["arena MB", "resident MB"]
     header += ["s a step", "20-80 %", "faster", "paper MB"]
-    cells = []
-    for r in rows:
-        whole = [r["reserved_bytes"]] if cuda else [r["workspace_bytes"] or None, r["resident_bytes"]]
-        cells.append(
-            [
-                label(r),
-                r["implementation"],
-                f"{r['peak_bytes'] / MB:.0f}",
-                _optional(r["memory_ratio"], "{:.1f}x"),
-                f"{r['kept_bytes'] / MB:.0f}",
-                *(_optional(value and value / MB, "{:.0f}") for value in whole),
-                f"{r['seconds']:.3f}",
-                f"{r['seconds_20']:.3f}-{r['seconds_80']:.3f}",
-                _optional(r["time_ratio"], "{:.2f}x"),
-                _optional(r["paper_mb"], "{}"),
-            ]
-        )
-    return machine.table(header, cells)
+    widths = [max(len(title), 5) for title in header]
+    widths[1] = max(len(title) for title in ("implementation", *(spec.implementation for spec in specs)))
+    widths[header.index("20-80 %")] = len("10.000-10.000")
+    return header, widths
+
+
+def cells_of(row):
+    cuda = row["device"].startswith("cuda")
+    whole = [row["reserved_bytes"]] if cuda else [row["workspace_bytes"] or None, row["resident_bytes"]]
+    return [
+        label(row),
+        row["implementation"],
+        f"{row['peak_bytes'] / MB:.0f}",
+        _optional(row["memory_ratio"], "{:.1f}x"),
+        f"{row['kept_bytes'] / MB:.0f}",
+        *(_optional(value and value / MB, "{:.0f}") for value in whole),
+        f"{row['seconds']:.3f}",
+        f"{row['seconds_20']:.3f}-{row['seconds_80']:.3f}",
+        _optional(row["time_ratio"], "{:.2f}x"),
+        _optional(row["paper_mb"], "{}"),
+    ]
 
 
 def label(row):
@@ -175,7 +189,7 @@ def main():
     args = parse_arguments()
     if args.keep_pages:
         machine.restart_with(machine.KEEP_PAGES)
-    deadline = time.monotonic() + args.time_limit
+    began = time.monotonic()
     torch.set_num_threads(args.threads)
     description = machine.describe(args.device)
     print(machine.heading(description) + "\n", flush=True)
@@ -188,13 +202,18 @@ def main():
     except agreement.DisagreementError as error:
         sys.exit(f"The implementations disagree: nothing was measured.\n{error}")
     print(agreement.summary(agreed) + "\n", flush=True)
-    rows = measure(specs, args, deadline)
     first = specs[0]
     print(
         f"DenseNet-BC({first.depth}, k={first.growth_rate}), batch {first.batch_size}, "
         f"{first.size}x{first.size}, {first.dtype}, {args.device}\n"
     )
-    print(format_rows(rows) + "\n\n" + notes(rows))
+    header, widths = header_of(specs)
+    print("\n".join(machine.table_head(header, widths)), flush=True)
+    rows = []
+    for row in measure(specs, args, began):
+        print(machine.table_row(cells_of(row), widths), flush=True)
+        rows.append(row)
+    print("\n" + notes(rows))
     if args.json:
         machine.write_json(args.json, description, rows, agreement=[asdict(a) for a in agreed])
     if args.csv:

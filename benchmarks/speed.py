@@ -111,8 +111,9 @@ def work(args):
     )
 
 
-def follow(worker):
-    """Waits for a process; returns what it found."""
+def follow(worker, seconds_a_line=60):
+    """Waits for a process; returns what it found. A bar tells how far it is; a line each minute where there is no terminal."""
+    began = said = time.monotonic()
     try:
         with tqdm(desc=worker.part, unit="cell", disable=None) as progress:
             ended = False
@@ -121,6 +122,14 @@ def follow(worker):
                 found = Findings(worker.journal)
                 progress.total = found.facts.get("cells")
                 progress.update(len(found.begun) - progress.n)
+                if progress.disable and time.monotonic() - said >= seconds_a_line:
+                    said = time.monotonic()
+                    count = f"{len(found.begun)} of {found.facts.get('cells', '?')} cells"
+                    print(
+                        f"{worker.part}: {count}, {(said - began) / 60:.0f} min, now {found.current or 'between cells'}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 time.sleep(0.5)  # it runs beside what is timed
     finally:
         worker.kill()

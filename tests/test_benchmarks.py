@@ -1,6 +1,7 @@
 """The CPU benchmarks, each started as a user would start it on tiny sizes, and the numbers that they write."""
 
 import csv
+import io
 import json
 import os
 import runpy
@@ -27,6 +28,7 @@ import largest_batch  # noqa: E402
 import limits  # noqa: E402
 import machine  # noqa: E402
 import roofline  # noqa: E402
+import speed  # noqa: E402
 import speed_report  # noqa: E402
 import speed_steps  # noqa: E402
 import speed_worker  # noqa: E402
@@ -484,3 +486,51 @@ def test_batches(run, tmp_path):
     least = min(rows[size, 1]["seconds"] / size for size in (8, 16))  # 2 is not among those that shall be flat
     assert rows[2, 1]["over_least"] == pytest.approx(rows[2, 1]["seconds"] / 2 / least)
     assert rows[16, 2]["speedup"] == pytest.approx(rows[16, 1]["seconds"] / rows[16, 2]["seconds"])
+
+
+def test_memory_prints_rows_as_they_come(monkeypatch, run):
+    """The header first, and one variant's rows before the next one is measured."""
+    printed = []
+
+    class Output(io.StringIO):
+        def write(self, text):
+            printed.append(text)
+            return super().write(text)
+
+    measured = []
+    interleave = harness.interleave
+
+    def watched(steps, *rest):
+        measured.append("".join(printed))
+        return interleave(steps, *rest)
+
+    monkeypatch.setattr(harness, "interleave", watched)
+    monkeypatch.setattr(sys, "stdout", Output())
+    tiny = ["--depth", 10, "--batch-size", 2, "--size", 8, "--growth-rate", 4, "--rounds", 1, "--no-resident"]
+    run("memory.py", *tiny, "--variants", "vanilla,A+B", "--implementations", "plain,fused", "--threads", 1)
+    first, second = measured
+    assert "| variant | implementation |" in first and "| vanilla |" not in first
+    assert second.count("| vanilla |") == 2 and "| A+B" not in second
+    table = [line for line in "".join(printed).splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 4 and len({len(line) for line in table}) == 1
+
+
+def test_speed_says_each_minute_how_far_it_is(tmp_path, capsys):
+    class Worker:
+        part, journal, polls = "default", tmp_path / "default.jsonl", 0
+
+        def poll(self):
+            self.polls += 1
+            return self.polls == 2
+
+        def kill(self):
+            pass
+
+    journal = Journal(Worker.journal)
+    journal.fact("cells", 7)
+    journal.begin("cifar fused", 60)
+    speed.follow(Worker(), seconds_a_line=0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "default: 1 of 7 cells, 0 min, now cifar fused"
+    speed.follow(Worker())
+    assert capsys.readouterr().err == ""
