@@ -1,9 +1,11 @@
 """Every test starts from the same seed, and fails where the fused implementation quietly is not used.
 
-Where pytest-xdist is installed, tests run in as many processes as there are cores; -n says otherwise.
+Where pytest-xdist is installed, tests run in as many processes as there are cores; -n says otherwise. Without --thorough
+a test that takes long is repeated with fewer of its parameters.
 """
 
 import os
+from collections import Counter
 
 import pytest
 
@@ -14,7 +16,9 @@ WATCHING = ("usepdb", "trace", "collectonly", "setuponly", "setupplan", "showfix
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads its options here, too
 def pytest_cmdline_main(config):
     """A process for each core, unless the command line says how many, names a single test or wants to watch."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too: there is a process for each core already
+    # Of what tests start, too: there is a process for each core already, and a thread that spins takes one from another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if hasattr(config, "workerinput"):  # one of those processes, which must not start its own
         return
     if not config.pluginmanager.hasplugin("xdist") or config.getoption("numprocesses") is not None:
@@ -28,14 +32,29 @@ def pytest_cmdline_main(config):
 
 
 def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="every repetition of what takes long")
     group = parser.getgroup("fuzz", "random networks, tests/fuzz")
-    group.addoption("--networks", type=int, default=40, help="how many random networks")
+    group.addoption("--networks", type=int, default=20, help="how many random networks")
     group.addoption("--first-seed", type=int, default=0, help="seed of the first of them")
     group.addoption("--seed", type=int, help="the random network of that seed alone")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "repetitions(n): without --thorough the first n parameters are enough")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--thorough") or any("[" in argument for argument in config.args):
+        return
+    chosen, left_out, seen = [], [], Counter()
+    for item in items:
+        marker = item.get_closest_marker("repetitions")
+        function = item.nodeid.partition("[")[0]
+        seen[function] += 1
+        (left_out if marker and seen[function] > marker.args[0] else chosen).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = chosen
 
 
 @pytest.fixture(autouse=True)

@@ -152,6 +152,7 @@ def test_rates_of_amx_say_how_much_of_it_is_there():
 # ---- peers -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(1)
 @pytest.mark.parametrize("name", ["cifar-ab", "densenet121", "bc190-inference"])
 def test_eager_peers_are_right_and_timed(journal, name):
     """Each has figures, or a reason to be left out; none is in both or in neither."""

@@ -45,6 +45,7 @@ def run(code, **environment):
 
 
 @pytest.mark.slow
+@pytest.mark.repetitions(1)
 @pytest.mark.parametrize("capability", AVAILABLE)
 def test_kernels_of_every_instruction_set_equal_their_twins(capability):
     paths = [str(Path(__file__).parent), *sys.path]
@@ -53,6 +54,7 @@ def test_kernels_of_every_instruction_set_equal_their_twins(capability):
     assert int(result.stdout.split()[-1]) > 200
 
 
+@pytest.mark.repetitions(1)
 @pytest.mark.parametrize("value", ["sse9", "AVX2 ", "avx1024"])
 def test_unknown_instruction_set_is_an_error_that_says_what_there_is(value):
     code = f"import sys; sys.path[:0] = {sys.path}; from densenet_ext import DenseNetBC"

@@ -338,6 +338,7 @@ def test_devices_without_kernels_run_the_modules_and_say_so(calls, monkeypatch):
     assert not calls
 
 
+@pytest.mark.repetitions(0)  # test_models.py compiles a network, too
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_network_equals_the_network():

@@ -84,6 +84,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.repetitions(3)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_resumed_run_is_the_uninterrupted_one(options, tmp_path, monkeypatch):
     """Cut off within the second epoch, between two checkpoints."""

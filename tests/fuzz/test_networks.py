@@ -1,6 +1,6 @@
 """Random networks by every implementation: outputs, gradients and statistics of two steps.
 
-pytest tests/fuzz                                      40 networks
+pytest tests/fuzz                                      20 networks
 pytest tests/fuzz --networks 2000 -n 2                 so many, in two processes
 pytest tests/fuzz --networks 2000 --first-seed 2000    other ones
 pytest tests/fuzz/test_networks.py --seed 17           the network of that seed alone, described
