@@ -1,7 +1,5 @@
 """Implementations that are not this package's: torchvision's network, and selective activation checkpointing."""
 
-from contextlib import contextmanager
-
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -52,17 +50,24 @@ class _Selective:
         inputs = [inputs] if isinstance(inputs, torch.Tensor) else inputs
         if not torch.is_grad_enabled():
             return self.plain(inputs)
-        return checkpoint(lambda *x: self.plain(x), *inputs, use_reentrant=False, context_fn=self.contexts)
+        # Without a copy for recomputation the running statistics would take in every batch twice.
+        first, then = (
+            True,
+            Snapshot(self.layer, [name for name, part in self.layer._modules.items() if part is not None]),
+        )
 
-    def contexts(self):
-        forward, again = create_selective_checkpoint_contexts(_keep_convolutions)
-        return forward, self.recomputation(again, Snapshot(self.layer.modules()))
+        def run(*x):
+            nonlocal first
+            if first:
+                first = False
+                return self.plain(x)
+            return type(self.layer).forward(then.module(), x)
 
-    @contextmanager
-    def recomputation(self, context, then):
-        # without this the running statistics would take in every batch twice
-        with then.restored(), context:
-            yield
+        return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def contexts():
+    return create_selective_checkpoint_contexts(_keep_convolutions)
 
 
 def _keep_convolutions(context, op, *args, **kwargs):

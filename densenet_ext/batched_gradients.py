@@ -43,7 +43,7 @@ def one_by_one(run: Callable[..., tuple[Tensor, ...]], *grads: Tensor) -> tuple[
 def _each(run: Callable, grads: Sequence[Tensor], dims: Sequence[int | None], count: int) -> tuple[Tensor, ...]:
     grads = [g.expand(count, *g.shape) if d is None else g.movedim(d, 0) for g, d in zip(grads, dims, strict=True)]
     # Copies, because a block's backward writes into what it gets.
-    each = [run(*(part.clone() for part in parts)) for parts in zip(*grads, strict=True)]
+    each = [one_by_one(run, *(part.clone() for part in parts)) for parts in zip(*grads, strict=True)]
     return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
 
 

@@ -277,10 +277,11 @@ def conv_reason(conv: nn.Module, prefix: str, name: str, expected: tuple, bias: 
 
 def module_reason(module: nn.Module, prefix: str, name: str, expected: type) -> str | None:
     """About a module that would not be called: another type (which parametrizations make), another forward, a hook."""
+    if type(module) is not expected:
+        return f"{prefix}{name} is a {type(module).__name__}, not a {expected.__name__}"
     v = module.__dict__
     if not (
-        type(module) is not expected
-        or v["_forward_hooks"]
+        v["_forward_hooks"]
         or v["_forward_pre_hooks"]
         or v["_backward_hooks"]
         or v["_backward_pre_hooks"]
@@ -289,8 +290,6 @@ def module_reason(module: nn.Module, prefix: str, name: str, expected: type) -> 
         or "_call_impl" in v
     ):
         return None
-    if type(module) is not expected:
-        return f"{prefix}{name} is a {type(module).__name__}, not a {expected.__name__}"
     replaced = next((method for method in _METHODS if method in v), None)
     if replaced is not None:
         return f"{prefix}{name}.{replaced} was replaced"

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import ops
-from .masks import Masks, active_dropout, draw_masks
+from .masks import Masks, active_dropout, draw_masks, kept_scale
 from .reference.layout import arithmetic_dtype
 from .running_stats import is_frozen, update_running_statistics
 from .synchronization import group_of
 from .transforms import transform_reason
 
 
-class LayersDiffer(ValueError):
-    """Layers of a stage that one op cannot compute together."""
+class NotServed(ValueError):
+    """Modules that PyTorch serves and one op cannot: `what` says why, of the layer of that index or, None, of the rest."""
 
-    def __init__(self, index: int, what: str):
-        super().__init__(f"layers[{index}] {what}; all layers of a stage must be alike")
+    def __init__(self, index: int | None, what: str):
+        super().__init__(f"{'the stage' if index is None else f'layers[{index}]'}{what}")
         self.index, self.what = index, what
 
 
@@ -92,9 +92,12 @@ def dense_stage(
     if tail_conv is not None:
         if tail_conv.weight.shape[1] != channels:
             raise ValueError(f"tail_conv takes {tail_conv.weight.shape[1]} channels; it must take {channels}")
+        if tail_conv.weight.shape[2:] != (1, 1):
+            raise NotServed(None, f" has a weight {tuple(tail_conv.weight.shape)}, not of 1x1")
         if x.shape[2] < 2 or x.shape[3] < 2:
             raise ValueError(f"x is {tuple(x.shape)}; a transition needs at least 2x2 pixels")
         arguments.add_weight(tail_conv.weight, "tail_conv.weight")
+    arguments.require_plain_parameters()
     keep = keep_bottleneck and torch.is_grad_enabled()
     arguments.draw_masks(layers)
     with _no_autocast(x), ops.memory_errors():
@@ -137,6 +140,7 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
             )
     arguments = _Arguments(x, casts, [layer])
     arguments.add_layer(layer, 0, channels)
+    arguments.require_plain_parameters()
     arguments.draw_masks([layer])
     keep = keep_bottleneck and torch.is_grad_enabled()
     with _no_autocast(x), ops.memory_errors():
@@ -170,6 +174,7 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     arguments.add_norm(norm, x.shape[1], "norm")
     if arguments.shared_by >= 0:
         raise ValueError("norm shares its batch statistics with other processes; the fused stem takes its own alone")
+    arguments.require_plain_parameters()
     with _no_autocast(x), ops.memory_errors():
         output, stats = ops.dense_stem(x, *arguments.params, arguments.frozen_stats, norm.eps)
     arguments.update_running_statistics(stats)
@@ -233,6 +238,14 @@ class _Norms:
         self.norms.append(norm)
         self.widths.append(channels)
 
+    def require_plain_parameters(self) -> None:
+        """A subclass may compute with its values as it likes, and only PyTorch's own functions ask it."""
+        if torch.compiler.is_compiling():
+            return
+        kinds = set(map(type, self.params)) - {Tensor, nn.Parameter}
+        if kinds:
+            raise NotServed(None, f" has a parameter that is a {kinds.pop().__name__}")
+
     def add_group(self, group: int, name: str) -> None:
         if self.group not in (None, group):
             raise ValueError(f"{name} shares its batch statistics with other processes than the norms before it do")
@@ -277,21 +290,23 @@ class _Arguments(_Norms):
         conv1, conv2, se, name = layer.conv1.weight, layer.conv2.weight, getattr(layer, "se", None), f"layers[{index}]"
         width, growth = conv1.shape[0], conv2.shape[0]
         if (width, growth) != (self.width, self.growth):
-            raise LayersDiffer(
+            raise NotServed(
                 index,
-                f"has {width} channels in the bottleneck and {growth} new ones, the first layer {self.width} and "
+                f" has {width} channels in the bottleneck and {growth} new ones, the first layer {self.width} and "
                 f"{self.growth}",
             )
+        if conv1.shape[2:] != (1, 1) or conv2.shape[2:] != (3, 3):
+            raise NotServed(index, f" has weights {tuple(conv1.shape)} and {tuple(conv2.shape)}, not of 1x1 and of 3x3")
         if conv2.shape[1] != width:
             raise ValueError(f"{name}.conv2.weight takes {conv2.shape[1]} channels; it must take {width}")
         hidden = None if se is None else se.fc1.weight.shape[0]
         if hidden != self.hidden:
-            raise LayersDiffer(
-                index, f"has squeeze-and-excitation to {hidden} channels, the first layer to {self.hidden}"
+            raise NotServed(
+                index, f" has squeeze-and-excitation to {hidden} channels, the first layer to {self.hidden}"
             )
         dropout = active_dropout(layer)
         if dropout != self.dropout:
-            raise LayersDiffer(index, f"has drop_rate {dropout}, the first layer {self.dropout}")
+            raise NotServed(index, f" has drop_rate {dropout}, the first layer {self.dropout}")
         self.add_norm(layer.norm1, channels, f"{name}.norm1")
         self.add_weight(conv1, f"{name}.conv1.weight")
         self.add_norm(layer.norm2, self.width, f"{name}.norm2")
@@ -317,7 +332,7 @@ class _Arguments(_Norms):
             masks,
             self.frozen_stats,
             sum(kinds[i] for i in used),
-            1 / (1 - self.dropout),
+            kept_scale(self.dropout),
             [norm.eps for norm in self.norms],
             self.frozen,
             self.hidden is not None,

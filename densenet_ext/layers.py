@@ -9,20 +9,29 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import fallback, functional
-from .masks import DropChannel, Masks, active_dropout, check_position, check_probability, draw_masks, scale_channels
+from .masks import (
+    DropChannel,
+    Masks,
+    active_dropout,
+    check_position,
+    check_probability,
+    draw_masks,
+    kept_scale,
+    scale_channels,
+)
 from .patches import is_replaced, patched_reason, watch
 from .remade import Remade
 from .snapshot import Snapshot
 from .squeeze_excitation import SqueezeExcitation, check_positive
 from .state_dicts import rename_layer_keys
-from .transforms import as_node, is_symbolic, refuse_scripting, transform_reason
+from .transforms import as_node, carries_no_data, is_symbolic, refuse_scripting, transform_reason
 
 __all__ = ["DropChannel", "EfficientDenseBlock", "EfficientDenseLayer", "SqueezeExcitation", "Transition"]
 
 
 def check_efficient(value: bool | str) -> bool | str:
     """`value` if it names an implementation, else ValueError."""
-    if value is not False and value not in ("checkpoint", "fused"):
+    if value is not False and not (isinstance(value, str) and value in ("checkpoint", "fused")):
         raise ValueError(f"efficient is {value!r}; it may be False, 'checkpoint' or 'fused'")
     return value
 
@@ -32,11 +41,7 @@ def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
     y = norm(x)
     if is_symbolic(x):
         return relu(y)
-    if (
-        fallback.module_reason(relu, "", "", nn.ReLU) is not None
-        or fallback.global_reason()
-        or is_replaced(nn.ReLU, "forward")
-    ):
+    if fallback.module_reason(relu, "", "", nn.ReLU) is not None or fallback.global_reason() or patched_reason():
         return relu(y)
     return F.relu(y, inplace=fallback.module_reason(norm, "", "", nn.BatchNorm2d) is None)
 
@@ -160,7 +165,10 @@ class EfficientDenseLayer(nn.Module):
                 or fallback.sharing_reason({"layer": self}, "")
             )
             if reason is None:
-                return functional.dense_layer(inputs, self, keep_bottleneck=self.keep_bottleneck)
+                try:
+                    return functional.dense_layer(inputs, self, keep_bottleneck=self.keep_bottleneck)
+                except functional.NotServed as error:
+                    reason = f"the layer{error.what}"
             fallback.report(reason)
         elif type(self) is EfficientDenseLayer and fallback.children_reason(self, "") is not None:
             fallback.warn_once(fallback.children_reason(self, ""))
@@ -181,26 +189,36 @@ class EfficientDenseLayer(nn.Module):
         masks = draw_masks(self, inputs[0], channels, own_dropout)
         y = self._convolutions_of(inputs, masks)
         if masks.dropout is not None:
-            y = torch.where(masks.dropout, y * (1 / (1 - self.drop_rate)), 0.0)
+            y = torch.where(masks.dropout, y * kept_scale(self.drop_rate), 0.0)
         elif own_dropout:
             y = F.dropout(y, self.drop_rate, self.training)
-        return y if self.se is None else self.se(y)
+        excite = getattr(self, "se", None)
+        return y if excite is None else excite(y)
 
     def _convolutions_of(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
         """conv2's output, by the way that keeps least for backward."""
-        if self.efficient is False or not torch.is_grad_enabled() or transform_reason() is not None:
+        if (
+            self.efficient is False
+            or not torch.is_grad_enabled()
+            or is_symbolic(inputs)
+            or transform_reason() is not None
+            or not all(carries_no_data(type(x)) for x in inputs)
+            or not torch._C._autograd._saved_tensors_hooks_is_enabled()
+        ):
             return self._second(self._first(inputs, masks), masks)
         if torch.compiler.is_compiling():
             checkpointed = self.efficient == "checkpoint"
             return self._second((self._checkpointed_first if checkpointed else self._first)(inputs, masks), masks)
         if fallback.may_run_again(self):
             return self._second(self._checkpointed_first(inputs, masks), masks)
-        if patched_reason() is not None:
-            return self._second(self._first(inputs, masks), masks)
+        if patched_reason() is not None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return self._second(self._first(inputs, masks), masks)  # somebody else has a say in what is kept
         return self._watched(inputs, masks)
 
     def _first(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
-        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
+        # A copy that nobody sees can be spared.
+        alone = len(inputs) == 1 and fallback.module_reason(self.norm1, "", "", type(self.norm1)) is None
+        x = inputs[0] if alone else torch.cat(inputs, 1)
         z = norm_relu(self.norm1, self.relu1, self._drop("pre_norm", x, masks.pre_norm))
         return self.conv1(self._drop("pre_conv", z, masks.pre_conv1))
 
@@ -239,16 +257,14 @@ class EfficientDenseLayer(nn.Module):
         return self.drop_channel(x, mask) if ours else self.drop_channel(x)
 
     def _checkpointed_first(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
-        parts = (self.norm1, self.relu1, self.conv1, self.drop_channel)
-        first, then = True, Snapshot(module for part in parts for module in part.modules())
+        first, then = True, Snapshot(self, ("norm1", "relu1", "conv1", "drop_channel"))
 
         def run(*inputs: Tensor) -> Tensor:
             nonlocal first
             if first:
                 first = False
                 return self._first(inputs, masks)
-            with then.restored():
-                return self._first(inputs, masks)
+            return then.module()._first(inputs, masks)
 
         # The masks are drawn already; only a module put in Drop-Channel's place may draw its own.
         draws = type(self.drop_channel) is not DropChannel
@@ -328,7 +344,7 @@ class EfficientDenseBlock(nn.ModuleDict):
         return fallback.call_reason([x]) or fallback.layers_reason(self._modules, EfficientDenseLayer, self.name)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.efficient != "fused" or is_symbolic(x):
+        if self.efficient != "fused" or is_symbolic(x) or not self._modules:
             return self._concatenate(x)
         reason = self.fallback_reason(x)
         if reason is not None:
@@ -347,8 +363,10 @@ class EfficientDenseBlock(nn.ModuleDict):
         """
         try:
             return functional.dense_stage(x, self.layers, *tail, keep_bottleneck=self.keep_bottleneck)
-        except functional.LayersDiffer as difference:
-            fallback.report(f"{self.name}{list(self._modules)[difference.index]} {difference.what}")
+        except functional.NotServed as reason:
+            parts = [*self._modules, ""]  # the last one is the block as a whole
+            name = parts[-1 if reason.index is None else reason.index]
+            fallback.report(f"{f'{self.name}{name}'.strip('.') or 'the block'}{reason.what}")
             return None
 
     def _concatenate(self, x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class DropChannel(nn.Module):
     def draw(self, samples: int, channels: int, like: Tensor) -> Tensor:
         """A mask [samples, channels] in the dtype in which values of `like` are computed."""
         kept = _bernoulli(like, (samples, channels), arithmetic_dtype(like.dtype), 1 - self.p)
-        return kept.mul_(1 / (1 - self.p))
+        return kept.mul_(kept_scale(self.p))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if not self.active:
@@ -54,6 +54,11 @@ class DropChannel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def kept_scale(p: float) -> float:
+    """By what dropout with probability p multiplies what it keeps: 1 / (1 - p), and 0 where it keeps nothing."""
+    return 1 / (1 - p) if p < 1 else 0.0
 
 
 def scale_channels(x: Tensor, mask: Tensor) -> Tensor:
@@ -108,9 +113,13 @@ def draw_masks(layer: nn.Module, x: Tensor, channels: int, dropout_elsewhere: bo
 
 def check_probability(value: float, name: str) -> float:
     """`value` as a float if it is a probability below 1, else ValueError."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 0 and less than 1")
-    return float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if isinstance(value, str) or not 0 <= number < 1:
+        raise ValueError(f"{name} is {value!r}; it must be at least 0 and less than 1")
+    return number
 
 
 def check_position(value: str) -> str:

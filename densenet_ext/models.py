@@ -1,6 +1,7 @@
 """DenseNet-BC, and the variants of it that the hybrid approach compares."""
 
 import math
+import numbers
 import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -49,8 +50,9 @@ def run_features(modules: dict[str, nn.Module], x: Tensor, head: bool = False) -
     while rest:
         (name, module), after = rest.pop(0), [n for n, _ in rest]
         if name == "norm0" and after[:1] == ["relu0"]:
-            if fused and after[:2] == ["relu0", "pool0"] and _serves_stem([(name, module), *rest[:2]], x):
-                x = functional.dense_stem(x, module)
+            stem = fused and after[:2] == ["relu0", "pool0"] and _stem([(name, module), *rest[:2]], x)
+            if isinstance(stem, Tensor):
+                x = stem
                 del rest[:2]
             else:
                 x = norm_relu(module, rest.pop(0)[1], x)
@@ -78,17 +80,21 @@ def _images(x: Tensor) -> Tensor:
     return x
 
 
-def _serves_stem(modules: list[tuple[str, nn.Module]], x: Tensor) -> bool:
-    """Whether norm0, relu0 and pool0 are computed by one op: where nothing hinders that."""
+def _stem(modules: list[tuple[str, nn.Module]], x: Tensor) -> Tensor | None:
+    """norm0, relu0 and pool0 by one op; None, and a report, where something hinders that."""
     reason = fallback.stem_reason([(f"features.{name}", module) for name, module in modules], x)
-    if reason is not None:
-        fallback.report(reason)
-    return reason is None
+    if reason is None:
+        try:
+            return functional.dense_stem(x, modules[0][1])
+        except functional.NotServed as error:
+            reason = f"the stem{error.what}"
+    fallback.report(reason)
+    return None
 
 
 def _tail_of(name: str, block: nn.Module, rest: list, x: Tensor, head: bool) -> tuple[nn.Module, ...] | None:
     """The norm, and the convolution if any, of what follows a block; None where both cannot be fused into a stage."""
-    if not isinstance(block, EfficientDenseBlock) or block.efficient != "fused" or not rest:
+    if not isinstance(block, EfficientDenseBlock) or block.efficient != "fused" or not (rest and block.layers):
         return None
     tail_name, tail = f"features.{rest[0][0]}", rest[0][1]
     if rest[0][0].startswith("transition"):
@@ -172,8 +178,8 @@ class DenseNetBC(nn.Module):
         in_channels = check_positive(in_channels, "in_channels")
         num_classes = check_positive(num_classes, "num_classes")
         blocks = _block_config(depth, block_config)
-        if not 0 < compression <= 1:
-            raise ValueError(f"compression is {compression}; it must be more than 0 and at most 1")
+        if not isinstance(compression, numbers.Real) or not 0 < compression <= 1:
+            raise ValueError(f"compression is {compression!r}; it must be more than 0 and at most 1")
         channels = 2 * growth_rate if num_init_features is None else num_init_features
         channels = check_positive(channels, "num_init_features")
         norm = {"eps": eps, "momentum": momentum}
@@ -184,7 +190,7 @@ class DenseNetBC(nn.Module):
             se_reduction=se_reduction,
             **norm,
         )
-        self.features = DenseFeatures(_stem(in_channels, channels, small_inputs, norm))
+        self.features = DenseFeatures(_stem_modules(in_channels, channels, small_inputs, norm))
         for i, count in enumerate(blocks, 1):
             block = EfficientDenseBlock(count, channels, growth_rate, bn_size, **layer)
             block.name = f"features.denseblock{i}."
@@ -284,13 +290,17 @@ def _block_config(depth: int | None, block_config: Sequence[int] | None) -> list
             raise ValueError(f"depth is {depth!r}; it must be 6 * n + 4 with n at least 1, such as 40 or 100")
         return [(number - 4) // 6] * 3
     if depth is not None:
-        raise ValueError(f"depth is {depth} and block_config is {tuple(block_config)}; only one of them may be given")
-    if len(block_config) == 0:
+        raise ValueError(f"depth is {depth} and block_config is {block_config}; only one of them may be given")
+    try:
+        block_config = list(block_config)
+    except TypeError:
+        raise ValueError(f"block_config is {block_config!r}; it must hold numbers of layers") from None
+    if not block_config:
         raise ValueError("block_config is empty; it must hold the number of layers of at least one block")
     return [check_positive(count, f"block_config[{i}]") for i, count in enumerate(block_config)]
 
 
-def _stem(in_channels: int, channels: int, small_inputs: bool, norm: dict) -> OrderedDict:
+def _stem_modules(in_channels: int, channels: int, small_inputs: bool, norm: dict) -> OrderedDict:
     if small_inputs:
         return OrderedDict(conv0=nn.Conv2d(in_channels, channels, 3, padding=1, bias=False))
     return OrderedDict(

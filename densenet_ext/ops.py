@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import shapes, synchronization  # noqa: F401 (shapes registers itself)
@@ -103,6 +104,8 @@ def _run_backward(run: Callable, *grads: Tensor) -> list[Tensor]:
     """run(*grads), which returns a tensor and a list of tensors, as one list."""
 
     def flat(*grads):
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(g).tangent is not None for g in grads):
+            no_second_derivative(None)
         with memory_errors():
             first, rest = run(*grads)
         return (first, *rest)
@@ -128,15 +131,28 @@ def _kept(ctx) -> tuple[Tensor, ...]:
 
 
 class _Refusal(torch.autograd.Function):
-    """Lets gradients through that cannot be differentiated."""
+    """Lets gradients through that cannot be differentiated with regard to any of the other arguments."""
 
     @staticmethod
-    def forward(ctx, grads, _):
+    def forward(ctx, grads, *_):
         return grads
 
     @staticmethod
     def backward(ctx, *grads):
         no_second_derivative(ctx, *grads)
+
+
+class _Place(torch.autograd.Function):
+    """x's place in the graph twice, without memory: for its gradient, and to tell who asks for a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        return x.new_empty_strided(x.shape, (0,) * x.dim()), x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, dx, _):
+        return dx
 
 
 class DenseStage(torch.autograd.Function):
@@ -175,11 +191,12 @@ class DenseBlock(torch.autograd.Function):
 
     Two nodes, because the engine holds the gradient that a node gets until that node is done: so the gradient of the
     stage's output is gone before the layers take their workspaces. From one node to the other go the feature buffer, its
-    gradient buffer and that one's coefficients; in forward three tensors without memory stand for them.
+    gradient buffer and that one's coefficients; in forward three tensors without memory stand for them. A fourth one is
+    the place of x and of the parameters in the graph, for DenseTail to refuse their second derivatives.
     """
 
     @staticmethod
-    def forward(ctx, inputs, outputs, *_):
+    def forward(ctx, inputs, outputs, anchor, *_):
         x, params, masks, _, *ctx.numbers, ctx.tail, _, ctx.tf32, ctx.group = inputs
         _, features, *kept = outputs
         ctx.set_materialize_grads(False)
@@ -188,20 +205,21 @@ class DenseBlock(torch.autograd.Function):
         # The tail's parameters only say how many channels it has: by the time of backward they may have been updated.
         own = len(params) - _TAIL_PARAMS[ctx.tail]
         ctx.tail_params = [param.detach() for param in params[own:]]
-        ctx.save_for_backward(*kept, *params[:own], *masks)
+        ctx.save_for_backward(*kept, anchor, *params[:own], *masks)
         coef = (3, *features.shape[:2])
         return (
             features.new_empty_strided(features.shape, (0,) * 4),
             features.new_empty_strided(features.shape, (0,) * 4, dtype=gradient_dtype(features)),
             features.new_empty_strided(coef, (0,) * 3, dtype=arithmetic_dtype(features.dtype)),
+            features.new_empty(0),
         )
 
     @staticmethod
-    def backward(ctx, features, buffer, coef):
-        need_x, *need_params = ctx.needs_input_grad[2:]
+    def backward(ctx, features, buffer, coef, _):
+        need_x, *need_params = ctx.needs_input_grad[3:]
         if buffer is None:
-            return (None,) * (3 + len(need_params))
-        stats, gates, bottlenecks, *rest = ctx.saved_tensors
+            return (None,) * (4 + len(need_params))
+        stats, gates, bottlenecks, anchor, *rest = ctx.saved_tensors
         params, masks = rest[: len(need_params)], rest[len(need_params) :]
         layout = ctx.layout if need_x else DX_NONE
         options = (*ctx.numbers, ctx.tail, ctx.in_channels, layout, ctx.tf32, ctx.group)
@@ -215,34 +233,37 @@ class DenseBlock(torch.autograd.Function):
             grads = _run_backward(run, buffer, coef)
         grads = _wanted(grads, [need_x, *need_params])
         if torch.is_grad_enabled():
-            grads = _Refusal.apply(tuple(grads), buffer.new_empty(0).requires_grad_())
-        return None, None, *grads
+            grads = _Refusal.apply(tuple(grads), buffer, coef, anchor, *params)
+        return None, None, None, *grads
 
 
 class DenseTail(torch.autograd.Function):
     """The transition's or the head's part of a stage, which comes first in backward; returns the stage's output."""
 
     @staticmethod
-    def forward(ctx, inputs, outputs, *rest):
+    def forward(ctx, inputs, outputs, anchor, *rest):
         *_, eps, frozen, _, _, _, tf32, group = inputs
         output, features, stats, *_ = outputs
         ctx.set_materialize_grads(False)
         ctx.options = (eps[-1], frozen[-1] != 0, tf32, group)
-        ctx.save_for_backward(features, stats, *rest[3:])
+        ctx.save_for_backward(features, stats, anchor, *rest[3:])
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         if grad is None:
-            return (None,) * (2 + len(needed))
-        features, stats, *params = ctx.saved_tensors
+            return (None,) * (3 + len(needed))
+        features, stats, anchor, *params = ctx.saved_tensors
 
         def run(grad):
             buffer, coef, dparams = dense_tail_backward(grad, features, params, stats, *ctx.options)
             return buffer, (coef, *dparams)
 
-        return None, None, *_wanted([features, *_run_backward(run, grad)], needed)
+        grads = _run_backward(run, grad)
+        if torch.is_grad_enabled():
+            grads = _Refusal.apply(tuple(grads), grad, anchor, *params)
+        return None, None, None, *_wanted([features, *grads], needed)
 
 
 def _stage_autograd(keyset, *inputs):
@@ -257,8 +278,9 @@ def _stage_autograd(keyset, *inputs):
     if not own or type(x) is not Tensor:
         return DenseStage.apply(below, inputs, x, *params)
     outputs = below(*inputs)
-    between = DenseBlock.apply(inputs, outputs, x, *params[:-own])
-    return DenseTail.apply(inputs, outputs, *between, *params[-own:]), *outputs[1:]
+    place, anchor = _Place.apply(x) if x.requires_grad else (x, x.new_empty(0))
+    *between, tail_anchor = DenseBlock.apply(inputs, outputs, anchor, place, *params[:-own])
+    return DenseTail.apply(inputs, outputs, tail_anchor, *between, *params[-own:]), *outputs[1:]
 
 
 def _layer_setup(ctx, inputs, output):

@@ -10,14 +10,15 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .masks import DropChannel
 from .squeeze_excitation import SqueezeExcitation
 
+_KINDS = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
 _WATCHED = [
-    (nn.Module, "__call__"),
     (nn.Module, "_call_impl"),
+    *((kind, "__call__") for kind in _KINDS),
     (nn.Sequential, "forward"),
     (nn.Conv2d, "forward"),
     (nn.Conv2d, "_conv_forward"),
@@ -42,6 +43,8 @@ _WATCHED = [
     (torch, "batch_norm"),
     (torch, "relu"),
     (torch, "relu_"),
+    (torch, "max_pool2d"),
+    (Tensor, "sigmoid"),
 ]
 
 

@@ -20,7 +20,7 @@ class _Saved:
     """A tensor that an op keeps for backward, until it turns out that it can be made again by `remake`."""
 
     def __init__(self, tensor: Tensor):
-        self.tensor, self.remake = tensor, None
+        self.tensor, self.version, self.remake = tensor, tensor._version, None
 
 
 class Remade(saved_tensors_hooks):
@@ -31,15 +31,15 @@ class Remade(saved_tensors_hooks):
     """
 
     def __init__(self, x: Tensor, pieces: Sequence[Tensor], remake: Callable[[Sequence[Tensor]], Tensor]):
-        self.x, self.saved = x, []
-        self.inputs = Unchanged(pieces)
-        self.remake = lambda: remake(self.inputs.values())
+        self.x, self.version, self.saved, self.forgot_x = x, x._version, [], False
+        inputs = Unchanged(pieces)
+        self.remake = lambda: remake(inputs.values())  # not of self, which the graph would hold in a cycle
         super().__init__(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> _Saved:
         saved = _Saved(tensor)
-        if _is_same(tensor, self.x):
-            saved.tensor, saved.remake = None, self.remake
+        if _is_same(tensor, self.x) and self.x._version == self.version:
+            saved.tensor, saved.remake, self.forgot_x = None, self.remake, True
         else:
             self.saved.append(saved)
         return saved
@@ -47,7 +47,8 @@ class Remade(saved_tensors_hooks):
     def forget_normalized(self, norm: nn.Module, z: Tensor) -> None:
         """Keep z no longer if it is relu(norm(x)), by the formula and bit for bit: hooks may have changed it."""
         kept = [saved for saved in self.saved if _is_same(saved.tensor, z)]
-        if kept and type(norm) is nn.BatchNorm2d:
+        # Without x, or with an x that a hook wrote to, there is nothing to make z of.
+        if kept and self.forgot_x and self.x._version == self.version and type(norm) is nn.BatchNorm2d:
             statistics = (None, None)
             if is_frozen(norm):
                 statistics = (norm.running_mean.clone(), norm.running_var.clone())
@@ -74,6 +75,11 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 def _unpack(saved: _Saved) -> Tensor:
     if saved.remake is None:
+        if saved.tensor._version != saved.version:
+            raise RuntimeError(
+                "densenet_ext: a tensor that the backward of a watched dense layer needs has been modified by an inplace "
+                "operation"
+            )
         return saved.tensor
     with torch.no_grad():
         return saved.remake()

@@ -1,11 +1,10 @@
 """Modules as they were in forward, for recomputation in backward.
 
-Between the two the mode may change, running statistics have seen the batch, and torch.func.functional_call has taken its
-parameters out again.
+Between the two the mode may change, running statistics see the batch, torch.func.functional_call takes its parameters out
+again, hooks come and go, and another thread may be in the middle of a forward pass: so copies run, never the modules.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,37 +31,37 @@ class Unchanged:
 
 
 class Snapshot:
-    """The mode, the parameters and the buffers of some modules, now."""
+    """`module` as it is now, but for the children that `parts` does not name: those are still the module's own."""
 
-    def __init__(self, modules: Iterable[nn.Module]):
-        self.states = [
-            (module, module.training, dict(module._parameters), _buffers(module, copy=not module.training))
-            for module in modules
-        ]
-        self.parameters = Unchanged([p for _, _, ps, _ in self.states for p in ps.values() if p is not None])
+    def __init__(self, module: nn.Module, parts: Sequence[str]):
+        self.twin = _copy(module, parts)
+        copied = [m for name in parts for m in self.twin._modules[name].modules()]
+        self.parameters = Unchanged([p for m in copied for p in m._parameters.values() if p is not None])
+        self.copied = copied
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Inside, the modules are as they were; what they do to their buffers is forgotten at the end.
+    def module(self) -> nn.Module:
+        """The copy, to be called once: with buffers of its own, so that what it does to them is forgotten.
 
         Raises: RuntimeError if a parameter has been written to in between.
         """
         self.parameters.values()
-        now = [(m, m.training, dict(m._parameters), dict(m._buffers)) for m, *_ in self.states]
-        try:
-            for module, training, parameters, buffers in self.states:
-                module.training = training
-                module._parameters.update(parameters)
-                module._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
-            yield
-        finally:
-            for module, training, parameters, buffers in now:
-                module.training = training
-                module._parameters.update(parameters)
-                module._buffers.update(buffers)
+        with torch.no_grad():
+            for module in self.copied:
+                module._buffers = {name: b if b is None else b.clone() for name, b in module._buffers.items()}
+        return self.twin
 
 
-@torch.no_grad()
-def _buffers(module: nn.Module, copy: bool) -> dict[str, Tensor | None]:
-    # In training mode the output does not depend on the values.
-    return {name: b.clone() if copy and b is not None else b for name, b in module._buffers.items()}
+def _copy(module: nn.Module, parts: Sequence[str] | None = None) -> nn.Module:
+    """A module of that class with its own dictionaries; all children are copied, or those of these names."""
+    twin = object.__new__(type(module))
+    twin.__dict__ = dict(module.__dict__)
+    twin._parameters = dict(module._parameters)
+    # In training mode the output does not depend on their values.
+    twin._buffers = {
+        name: b if b is None or module.training else b.detach().clone() for name, b in module._buffers.items()
+    }
+    twin._modules = {
+        name: child if child is None or (parts is not None and name not in parts) else _copy(child)
+        for name, child in module._modules.items()
+    }
+    return twin

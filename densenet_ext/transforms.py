@@ -7,6 +7,8 @@ there. What is recorded for another process has to consist of PyTorch's own oper
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx
+from torch.overrides import _get_current_function_mode_stack as _function_modes
+from torch.utils._device import DeviceContext
 
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
@@ -19,6 +21,8 @@ def transform_reason() -> str | None:
         return "a transform of torch.func is active (grad, vmap, jvp, jacrev and others)"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active (torch.autograd.forward_ad)"
+    if torch._C._len_torch_function_stack() and any(type(mode) is not DeviceContext for mode in _function_modes()):
+        return "a TorchFunctionMode is active, which sees the functions of PyTorch"
     if _tracing_state() is not None:
         return "torch.jit.trace records the model, and its file should load without densenet_ext"
     if torch.compiler.is_exporting():
