@@ -20,7 +20,7 @@ from .masks import (
     scale_channels,
 )
 from .patches import is_replaced, patched_reason, watch
-from .remade import Remade
+from .remade import Remade, in_checkpoint
 from .snapshot import Snapshot
 from .squeeze_excitation import SqueezeExcitation, check_positive
 from .state_dicts import rename_layer_keys
@@ -211,8 +211,8 @@ class EfficientDenseLayer(nn.Module):
             return self._second((self._checkpointed_first if checkpointed else self._first)(inputs, masks), masks)
         if fallback.may_run_again(self):
             return self._second(self._checkpointed_first(inputs, masks), masks)
-        if patched_reason() is not None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            return self._second(self._first(inputs, masks), masks)  # somebody else has a say in what is kept
+        if patched_reason() is not None or in_checkpoint():
+            return self._second(self._first(inputs, masks), masks)
         return self._watched(inputs, masks)
 
     def _first(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
@@ -242,12 +242,12 @@ class EfficientDenseLayer(nn.Module):
         with kept:
             z = norm_relu(self.norm1, self.relu1, x)
             b = self.conv1(self._drop("pre_conv", z, masks.pre_conv1))
-        kept.forget_normalized(self.norm1, z)
+        kept.finish(self.norm1, z)
         kept = Remade(b, [b], lambda pieces: pieces[0])
         with kept:
             z = norm_relu(self.norm2, self.relu2, b)
             y = self.conv2(self._drop("pre_conv", z, masks.pre_conv2))
-        kept.forget_normalized(self.norm2, z)
+        kept.finish(self.norm2, z)
         return y
 
     def _drop(self, position: str, x: Tensor, mask: Tensor | None) -> Tensor:
