@@ -16,11 +16,11 @@ WATCHING = ("usepdb", "trace", "collectonly", "setuponly", "setupplan", "showfix
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads its options here, too
 def pytest_cmdline_main(config):
     """A process for each core, unless the command line says how many, names a single test or wants to watch."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of those processes, or started by a test in one: no further ones
+        return
     # Of what tests start, too: there is a process for each core already, and a thread that spins takes one from another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if hasattr(config, "workerinput"):  # one of those processes, which must not start its own
-        return
     if not config.pluginmanager.hasplugin("xdist") or config.getoption("numprocesses") is not None:
         return
     single = len(config.args) == 1 and "::" in config.args[0]

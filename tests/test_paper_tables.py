@@ -1,9 +1,9 @@
 """paper_tables.py: runs variants, and writes the paper's tables from what they left."""
 
+import contextlib
 import csv
+import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,18 +18,14 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = "--depth 10 --growth-rate 4 --image-size 8 --epochs 2 --limit-steps 4 --threads 1 --device cpu".split()
 
 
-def start(*arguments):
-    command = [sys.executable, EXAMPLES / "paper_tables.py", *arguments]
-    return subprocess.run(map(str, command), capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     """What a call leaves that runs one variant."""
     folder = tmp_path_factory.mktemp("paper")
-    done = start("--variants", "A+B+C", "--output", folder, *TINY)
-    assert done.returncode == 0, done.stderr
-    assert (folder / "tables.md").read_text() in done.stdout
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        paper_tables.main(["--variants", "A+B+C", "--output", str(folder), *TINY])
+    assert (folder / "tables.md").read_text() in said.getvalue()
     return folder
 
 
@@ -67,10 +63,11 @@ def test_duration(seconds, text):
     assert paper_tables.duration(seconds) == text
 
 
-def test_mistakes(tmp_path):
+def test_mistakes(tmp_path, capfd):
     """A run that fails is named and ends the program; so does a table of nothing."""
-    done = start("--variants", "A", "--output", tmp_path, *TINY, "--lr", "-1")
-    assert done.returncode == 1 and "error: A on digits has ended with code 2" in done.stderr
+    with pytest.raises(SystemExit, match="error: A on digits has ended with code 2"):
+        paper_tables.main(["--variants", "A", "--output", str(tmp_path), *TINY, "--lr", "-1"])
+    assert "--lr" in capfd.readouterr().err
     with pytest.raises(SystemExit, match="no run in"):
         paper_tables.main(["--tables-only", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="--epochs 3: options of train.py"):

@@ -16,6 +16,8 @@ for name in ("sklearn", "safetensors", "tensorboard", "yaml"):
 
 import train  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from train_in_float64 import build_in_float64  # noqa: E402
+from training import engine  # noqa: E402
 
 TRAIN = Path(__file__).with_name("train_in_float64.py")
 # No masks: each process draws its own. Small steps: rounding is not to be amplified by a wild start.
@@ -25,10 +27,17 @@ WEIGHTS = "checkpoints/step-00000004/model.safetensors"
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 
 
-def run(folder, *options, processes=1):
-    """train.py as a user would start it, in float64."""
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
-    command = [sys.executable, *(torchrun if processes > 1 else []), TRAIN, *arguments(folder, *options)]
+def run_alone(folder, monkeypatch, *options):
+    """train.py in this process, in float64."""
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "build", build_in_float64)
+        assert train.main(arguments(folder, *options)) == 0
+
+
+def run(folder, *options):
+    """train.py in two processes as a user would start them, in float64."""
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    command = [sys.executable, *torchrun, TRAIN, *arguments(folder, *options)]
     path = os.pathsep.join(filter(None, [str(cases.EXAMPLES), os.environ.get("PYTHONPATH")]))
     environment = {**cases.environment(), "PYTHONPATH": path}
     done = subprocess.run(map(str, command), capture_output=True, text=True, timeout=300, env=environment)
@@ -54,13 +63,13 @@ def is_running_statistic(name):
 def whole(tmp_path_factory):
     """A run of one process, plain, with batches of 16."""
     folder = tmp_path_factory.mktemp("whole")
-    run(folder, "--efficient", "plain", "--batch-size", "16")
+    run_alone(folder, pytest.MonkeyPatch(), "--efficient", "plain", "--batch-size", "16")
     return folder
 
 
 def test_synchronized_statistics_equal_the_whole_batch(tmp_path, whole, capsys):
     """Two processes of 8 with SyncBatchNorm are one of 16: weights, running statistics, losses and accuracies."""
-    run(tmp_path, "--efficient", "fused", "--batch-size", "8", "--sync-bn", processes=2)
+    run(tmp_path, "--efficient", "fused", "--batch-size", "8", "--sync-bn")
     (weights, rows), (want, want_rows) = results(tmp_path), results(whole)
     torch.testing.assert_close(weights, want, **TOLERANCE)
     for row, want_row in zip(rows, want_rows, strict=True):
@@ -72,11 +81,11 @@ def test_synchronized_statistics_equal_the_whole_batch(tmp_path, whole, capsys):
     assert "the number of processes is 1 now and was 2" in capsys.readouterr().err
 
 
-def test_separate_statistics_equal_accumulated_halves(tmp_path, whole):
+def test_separate_statistics_equal_accumulated_halves(tmp_path, whole, monkeypatch):
     """Without SyncBatchNorm each process normalizes its own 8: the gradient is that of one process that takes one 8
     after the other. Only the running statistics, which see the halves one by one there, may differ."""
-    run(tmp_path / "two", "--efficient", "fused", "--batch-size", "8", processes=2)
-    run(tmp_path / "one", "--efficient", "fused", "--batch-size", "8", "--accumulate", "2")
+    run(tmp_path / "two", "--efficient", "fused", "--batch-size", "8")
+    run_alone(tmp_path / "one", monkeypatch, "--efficient", "fused", "--batch-size", "8", "--accumulate", "2")
     (weights, rows), (want, want_rows) = results(tmp_path / "two"), results(tmp_path / "one")
     other, _ = results(whole)
     trained = [name for name in weights if not is_running_statistic(name)]
