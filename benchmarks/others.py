@@ -1,5 +1,7 @@
 """Implementations that are not this package's: torchvision's network, and selective activation checkpointing."""
 
+from contextlib import contextmanager
+
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -51,23 +53,24 @@ class _Selective:
         if not torch.is_grad_enabled():
             return self.plain(inputs)
         # Without a copy for recomputation the running statistics would take in every batch twice.
-        first, then = (
-            True,
+        then, call = (
             Snapshot(self.layer, [name for name, part in self.layer._modules.items() if part is not None]),
+            self.plain,
         )
 
-        def run(*x):
-            nonlocal first
-            if first:
-                first = False
-                return self.plain(x)
-            return type(self.layer).forward(then.module(), x)
+        @contextmanager
+        def recomputation(context):
+            nonlocal call
+            twin = then.module()  # outside of the context, which knows the ops of forward alone
+            call = lambda x: type(self.layer).forward(twin, x)  # noqa: E731
+            with context:
+                yield
 
-        return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
+        def contexts():
+            forward, again = create_selective_checkpoint_contexts(_keep_convolutions)
+            return forward, recomputation(again)
 
-
-def contexts():
-    return create_selective_checkpoint_contexts(_keep_convolutions)
+        return checkpoint(lambda *x: call(x), *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def _keep_convolutions(context, op, *args, **kwargs):
