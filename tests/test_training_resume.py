@@ -148,6 +148,24 @@ def test_killed_at_random_moments(tmp_path):
     assert not cases.temporary_files(folder)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_the_writer_holds_its_lock(tmp_path, monkeypatch, number):
+    """It waits until all scalars of the step are handed over: after a lock that is left in the middle nothing ever ends."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    add, handed_over = SummaryWriter.add_scalar, []
+
+    def interrupted(self, tag, value, step):
+        if step == 50:
+            signal.raise_signal(number)
+        add(self, tag, value, step)
+        handed_over.append((tag, step))
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", interrupted)
+    assert train.main([*cases.SMALL, *RUN, "--output", str(tmp_path)]) == 128 + number
+    assert handed_over[-2:] == [("train/loss", 50), ("train/learning_rate", 50)]
+
+
 def test_two_newest_are_kept_and_temporary_ones_deleted(half):
     left = half / "checkpoints" / ".step-00000050.tmp"  # of a process that was killed while writing
     left.mkdir()

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from training.files import replace_file
 from training.libraries import library
+from training.script import hold_signals
 
 # Losses are means of the cross entropy, accuracies percents, memory MB = 1e6 bytes; train_seconds is cumulative.
 COLUMNS = (
@@ -41,9 +42,10 @@ class Records:
         """Losses of the steps from number `first` on (the first of all is 1), and what the bar shows beside them."""
         if not self.enabled:
             return
-        for step, loss in enumerate(losses, first):
-            self._writer.add_scalar("train/loss", loss, step)
-            self._writer.add_scalar("train/learning_rate", learning_rate, step)
+        with hold_signals():  # else the writer's queue could be left locked, and closing it would never end
+            for step, loss in enumerate(losses, first):
+                self._writer.add_scalar("train/loss", loss, step)
+                self._writer.add_scalar("train/learning_rate", learning_rate, step)
         self._bar.set_postfix(postfix, refresh=False)
 
     def epoch(self, row: dict[str, float]) -> None:
@@ -52,13 +54,15 @@ class Records:
             return
         for name in COLUMNS[3:]:
             tag = name.replace("train_", "epoch/train_").replace("validation_", "epoch/validation_")
-            self._writer.add_scalar(tag if "/" in tag else f"epoch/{name}", row[name], row["steps"])
+            with hold_signals():
+                self._writer.add_scalar(tag if "/" in tag else f"epoch/{name}", row[name], row["steps"])
         self.flush()
 
     def flush(self) -> None:
         """TensorBoard's events so far on the disk."""
         if self.enabled:
-            self._writer.flush()
+            with hold_signals():
+                self._writer.flush()
 
     def table(self, rows: list[dict[str, float]]) -> None:
         """metrics.csv."""
@@ -77,7 +81,8 @@ class Records:
     def close(self) -> None:
         self._bar.close()
         if self.enabled:
-            self._writer.close()
+            with hold_signals():
+                self._writer.close()
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:

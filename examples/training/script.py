@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from training.errors import UserError
 
 MISTAKE = 2  # exit code for what the user can mend; argparse has the same
+_held: list[int] | None = None  # signals that arrived inside hold_signals; None outside
 
 
 class Terminated(KeyboardInterrupt):
@@ -47,16 +48,36 @@ def _tell(message: str) -> None:
 
 @contextmanager
 def _termination() -> Iterator[None]:
-    """Inside, SIGTERM raises Terminated, so that files are closed and temporary ones deleted."""
+    """Inside, SIGTERM raises Terminated, so that files are closed and temporary ones deleted; hold_signals delays it."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
 
-    def terminate(number, frame):
-        raise Terminated
+    def end(number, frame):
+        if _held is not None:
+            _held.append(number)
+        else:
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C wait, for code that must not be left in the middle, such as a lock's."""
+    global _held
+    if _held is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _held = []
+    try:
+        yield
+    finally:
+        held, _held = _held, None
+        if held:
+            signal.raise_signal(held[0])
