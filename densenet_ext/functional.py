@@ -195,19 +195,18 @@ class _Norms:
         self.group: int | None = None  # of the norms that take batch statistics, once there is one
 
     def own(self, value: Tensor, name: str, width: int) -> Tensor:
-        """A norm's parameter or buffer [width], checked, in the dtype of the arithmetic.
+        """A norm's parameter or buffer [width], checked, in the dtype of the arithmetic."""
+        self.check(value, name, width)
+        return (value if value.dtype == self.dtype else value.to(self.dtype)).contiguous()
 
-        As batch normalization in PyTorch it may be of x's dtype, or of float32 beside lower ones, and of no other.
-        """
+    def check(self, value: Tensor, name: str, width: int) -> None:
+        """A norm's parameter or buffer: as in PyTorch of x's dtype, or of float32 beside lower ones, and of no other."""
         self.check_device(value, name)
         if value.numel() != width:
             raise ValueError(f"{name} has {value.numel()} channels; it must have {width}")
         dtype = value.dtype
-        if dtype != self.dtype:
-            if dtype != self.x.dtype:
-                raise TypeError(_wrong_dtype(value, name, (self.x.dtype, self.dtype), "the input"))
-            value = value.to(self.dtype)
-        return value.contiguous()
+        if dtype != self.dtype and dtype != self.x.dtype:
+            raise TypeError(_wrong_dtype(value, name, (self.x.dtype, self.dtype), "the input"))
 
     def check_device(self, value: Tensor, name: str) -> None:
         if value.device != self.x.device:
@@ -215,6 +214,13 @@ class _Norms:
 
     def add_norm(self, norm: nn.Module, channels: int, name: str) -> None:
         weight, bias = norm.weight, norm.bias
+        x, dtype = self.x, self.dtype
+        self.params.append(
+            x.new_ones(channels, dtype=dtype) if weight is None else self.own(weight, f"{name}.weight", channels)
+        )
+        self.params.append(
+            x.new_zeros(channels, dtype=dtype) if bias is None else self.own(bias, f"{name}.bias", channels)
+        )
         frozen = is_frozen(norm)
         self.frozen.append(int(frozen))
         if frozen:
@@ -225,16 +231,10 @@ class _Norms:
             if self.values == 1 and self.group < 0:
                 size = torch.Size((1, channels, 1, 1))
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-            mean = norm._buffers.get("running_mean")
-            if mean is not None and mean.numel() != channels:
-                raise ValueError(f"{name}.running_mean has {mean.numel()} channels; it must have {channels}")
-        x, dtype = self.x, self.dtype
-        self.params.append(
-            x.new_ones(channels, dtype=dtype) if weight is None else self.own(weight, f"{name}.weight", channels)
-        )
-        self.params.append(
-            x.new_zeros(channels, dtype=dtype) if bias is None else self.own(bias, f"{name}.bias", channels)
-        )
+            for statistic in ("running_mean", "running_var"):
+                value = norm._buffers.get(statistic)
+                if value is not None:
+                    self.check(value, f"{name}.{statistic}", channels)
         self.norms.append(norm)
         self.widths.append(channels)
 

@@ -170,8 +170,8 @@ class EfficientDenseLayer(nn.Module):
                 except functional.NotServed as error:
                     reason = f"the layer{error.what}"
             fallback.report(reason)
-        elif type(self) is EfficientDenseLayer and fallback.children_reason(self, "") is not None:
-            fallback.warn_once(fallback.children_reason(self, ""))
+        elif type(self) is EfficientDenseLayer and (reason := fallback.children_reason(self, "")) is not None:
+            fallback.warn_once(reason)
         return self._called(inputs)
 
     def _traced(self, inputs: fx.Proxy | Sequence[fx.Proxy]) -> fx.Proxy:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .reference.layout import arithmetic_dtype
+from .transforms import in_functorch
 
 POSITIONS = ("pre_norm", "pre_conv")
 
@@ -85,7 +86,7 @@ def active_dropout(layer: nn.Module) -> float:
 
 def _bernoulli(like: Tensor, size: tuple[int, ...], dtype: torch.dtype, p: float) -> Tensor:
     """Ones with probability p, else zeros, on the device of `like`; under vmap as many as its samples ask for."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    if not in_functorch():
         return torch.empty(size, dtype=dtype, device=like.device).bernoulli_(p)
     return torch.bernoulli(torch.full(size, p, device=like.device)).to(dtype)
 

@@ -4,6 +4,7 @@ Where pytest-xdist is installed, tests run in as many processes as there are cor
 a test that takes long is repeated with fewer of its parameters.
 """
 
+import gc
 import os
 from collections import Counter
 
@@ -55,6 +56,10 @@ def pytest_collection_modifyitems(config, items):
         (left_out if marker and seen[function] > marker.args[0] else chosen).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = chosen
+
+
+def pytest_collection_finish():
+    gc.freeze()  # modules are no garbage, and benchmarks look for some before each measurement, which took them longer
 
 
 @pytest.fixture(autouse=True)

@@ -259,6 +259,18 @@ def test_call_of_a_class_replaced(kind, monkeypatch):
     assert_all_equal_plain(lambda efficient: results(network(efficient, small_inputs=False), x=images(40)))
 
 
+def test_dropout_of_torch_replaced(monkeypatch):
+    """Who makes it drop in evaluation, too, means this layer as any other."""
+
+    def run(efficient):
+        return [network(efficient, drop_rate=0.3).eval()(images())]
+
+    (usual,) = run(False)
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: 0.5 * x)
+    assert_all_equal_plain(run)
+    assert not torch.allclose(run(False)[0], usual)
+
+
 def test_an_empty_block_and_a_part_that_is_none():
     def empty(efficient):
         model = network(efficient, num_init_features=6)

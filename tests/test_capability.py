@@ -45,7 +45,6 @@ def run(code, **environment):
 
 
 @pytest.mark.slow
-@pytest.mark.repetitions(1)
 @pytest.mark.parametrize("capability", AVAILABLE)
 def test_kernels_of_every_instruction_set_equal_their_twins(capability):
     paths = [str(Path(__file__).parent), *sys.path]

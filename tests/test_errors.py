@@ -92,9 +92,9 @@ CALLS = [
     (
         lambda: dense_stage(x(2, 5, 6, 6), layers()),
         ValueError,
-        "layers[0].norm1.running_mean has 4 channels; it must have 5",
+        "layers[0].norm1.weight has 4 channels; it must have 5",
     ),
-    (lambda: dense_stage(x(), layers()[1:]), ValueError, "layers[0].norm1.running_mean has 7 channels; it must have 4"),
+    (lambda: dense_stage(x(), layers()[1:]), ValueError, "layers[0].norm1.weight has 7 channels; it must have 4"),
     (
         lambda: dense_stage(x(), MIXED_WIDTH),
         ValueError,
@@ -103,7 +103,7 @@ CALLS = [
     (lambda: dense_stage(x(), MIXED_SE), ValueError, "layers[1] has squeeze-and-excitation to 1 channels, the first"),
     (lambda: dense_stage(x(), MIXED_DROP), ValueError, "layers[1] has drop_rate 0.5, the first layer 0.0"),
     (lambda: dense_stage(x(), layers(), None, CONV), ValueError, "tail_conv is given without tail_norm"),
-    (lambda: dense_stage(x(), layers(1), NORM), ValueError, "tail_norm.running_mean has 10 channels; it must have 7"),
+    (lambda: dense_stage(x(), layers(1), NORM), ValueError, "tail_norm.weight has 10 channels; it must have 7"),
     (
         lambda: dense_stage(x(), layers(), NORM, nn.Conv2d(9, 5, 1)),
         ValueError,
@@ -122,7 +122,7 @@ CALLS = [
     (
         lambda: dense_layer(x(2, 3, 6, 6), layers()[0]),
         ValueError,
-        "layers[0].norm1.running_mean has 4 channels; it must have 3",
+        "layers[0].norm1.weight has 4 channels; it must have 3",
     ),
 ]
 
@@ -245,8 +245,9 @@ def test_mixed_types(arguments, message):
     assert found is None if message is None else found.startswith(message)
 
 
-def test_every_parameter_is_checked():
-    layer = EfficientDenseLayer(4, 3, se_reduction=1, efficient="fused").eval()
+@pytest.mark.parametrize("training", [True, False])
+def test_every_parameter_is_checked(training):
+    layer = EfficientDenseLayer(4, 3, se_reduction=1, efficient="fused").train(training)
     for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
         if tensor.is_floating_point():
             other = copy.deepcopy(layer)
