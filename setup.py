@@ -50,6 +50,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS}
 # Matrix products alone, for what is AVX-512 otherwise; left out where the compiler or its assembler is too old for it.
 AMX_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
+AMX_KERNELS = "cpu/kernels/amx/*.cpp"
 AMX_EXAMPLE = '#include <immintrin.h>\nvoid f() { asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }\n'
 
 # Files that check arguments and call kernels take a third less time to compile so, and run as fast.
@@ -66,7 +67,7 @@ def find_sources(*patterns):
 
 
 def cpp_sources():
-    return find_sources("*.cpp", "cpu/*.cpp")
+    return find_sources("*.cpp", "stage/*.cpp", "cpu/*.cpp")
 
 
 def cpu_kernels():
@@ -75,7 +76,7 @@ def cpu_kernels():
 
 def amx_kernels(compiler):
     if "avx512" in INSTRUCTION_SETS and compiler.accepts(*AMX_FLAGS, source=AMX_EXAMPLE):
-        return find_sources("cpu/kernels/amx/*.cpp")
+        return find_sources(AMX_KERNELS)
     return []
 
 
@@ -199,7 +200,7 @@ def describe_cuda_library(path, root, compiler, torch, version, toolkit):
     directory = root / "kernels" / f"cuda-{toolkit.version}-{'_'.join(architectures)}"
     for source in kernels:
         flags = [*NVCC_FLAGS, *nvcc.architecture_flags(architectures)]
-        if os.path.basename(source) == "device.cu":
+        if os.path.basename(source) == "device_support.cu":
             flags.append(f"-DDENSENET_EXT_CUDA_ARCHITECTURES={':'.join(architectures)}")
         library.objects.append(native.Object(source, directory, toolkit, flags))
     host = cpp_flags(compiler, HOST_OPTIMIZATION)

@@ -159,7 +159,7 @@ def check(run):
     cores = len(os.sched_getaffinity(0))
     if run.wants("tests"):
         junit, expression = run.folder / "junit.xml", run.args.tests
-        paths = ("tests/test_kernels.py",) if simulated else ()
+        paths = ("tests/ops/test_kernels.py",) if simulated else ()
         command = gpu_checks.tests_command(
             junit,
             gpu_checks.REHEARSED if simulated else expression,

@@ -177,7 +177,7 @@ def sanitizer_command(sanitizer, tool, device="cuda"):
     options = ["--tool", tool, "--kernel-regex", "kns=densenet_ext", "--print-limit", "20", "--error-exitcode", "99"]
     if tool == "memcheck":
         options += ["--report-api-errors", "no"]  # torch asks for things that fail and goes on
-    return [sanitizer, *options, *pytest, "-k", SANITIZED[tool].format(device=device), "tests/test_kernels.py"]
+    return [sanitizer, *options, *pytest, "-k", SANITIZED[tool].format(device=device), "tests/ops/test_kernels.py"]
 
 
 # Each tensor is an allocation of its own, so that memcheck knows where it ends.

@@ -14,7 +14,7 @@ import torch
 from gpu_device import ceilings
 from roofline import STORAGE_BYTES, Size, floor_seconds, op_bytes, op_flops
 
-from densenet_ext.reference.layout import arithmetic_dtype, gradient_dtype, new_features, new_maps, padded_width
+from densenet_ext._layout import arithmetic_dtype, gradient_dtype, new_features, new_maps, padded_width
 
 EPS = 1e-5
 JOINT = ("bottleneck_forward", "bottleneck_backward")

@@ -6,7 +6,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from densenet_ext import EfficientDenseLayer
-from densenet_ext.snapshot import Snapshot
+from densenet_ext._snapshot import Snapshot
 
 
 def torchvision_network(spec):

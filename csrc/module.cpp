@@ -9,8 +9,8 @@
 #include <thread>
 
 #include "cpu/dispatch.h"
-#include "memory_limit.h"
-#include "workspace.h"
+#include "stage/memory_limit.h"
+#include "stage/workspace.h"
 
 // Where pybind11 is not installed, torch's copy serves. It refuses users of the stable ABI, whom
 // its headers must not reach; here they reach nothing but this file.

@@ -19,8 +19,8 @@ __all__ = [
 try:
     from .fallback import set_fallback
     from .layers import DropChannel, EfficientDenseBlock, EfficientDenseLayer, SqueezeExcitation, Transition
+    from .memory import release_workspaces, set_workspace_limit, workspace_use
     from .models import DenseNetBC
-    from .workspaces import release_workspaces, set_workspace_limit, workspace_use
 except ImportError as error:
     # Kept for whoever asks for one of the names, so that `python -m densenet_ext.info` can still say what is wrong.
     _error = error

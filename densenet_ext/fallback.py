@@ -20,14 +20,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from . import ops
+from ._ops import handles
+from ._ops.sync_batch_norm import group_of
+from ._patches import patched_reason
+from ._running_stats import is_frozen, is_frozen_kind
+from ._transforms import carries_no_data, transform_reason
+from .drop_channel import DropChannel
 from .functional import DTYPES
-from .masks import DropChannel
-from .patches import patched_reason
-from .running_stats import is_frozen, is_frozen_kind
 from .squeeze_excitation import SqueezeExcitation
-from .synchronization import group_of
-from .transforms import carries_no_data, transform_reason
 
 _CONV_KEYS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
@@ -109,8 +109,8 @@ def input_reason(inputs: Iterable[Tensor]) -> str | None:
                 return None  # for the checks of the arguments
             if not carries_no_data(kind):
                 return f"the input is a {kind.__name__}, whose values the kernels cannot read"
-        ops.require_kernels(x)  # who trains on a GPU wants its kernels, or to be told: nothing is replaced there
-        if x.device.type not in ops.DEVICES:
+        handles.require_kernels(x)  # who trains on a GPU wants its kernels, or to be told: nothing is replaced there
+        if x.device.type not in handles.DEVICES:
             return f"this build has no kernels for {x.device.type} tensors"
         if x.layout is not torch.strided:
             return f"the input's layout is {x.layout}"

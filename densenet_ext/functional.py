@@ -11,12 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import ops
-from .masks import Masks, active_dropout, draw_masks, kept_scale
-from .reference.layout import arithmetic_dtype
-from .running_stats import is_frozen, update_running_statistics
-from .synchronization import group_of
-from .transforms import transform_reason
+from ._constants import (
+    MASK_DROPOUT,
+    MASK_PRE_CONV1,
+    MASK_PRE_CONV2,
+    MASK_PRE_NORM,
+    TAIL_HEAD,
+    TAIL_NONE,
+    TAIL_TRANSITION,
+)
+from ._layout import arithmetic_dtype
+from ._masks import Masks, active_dropout, draw_masks
+from ._ops import handles
+from ._ops.sync_batch_norm import group_of
+from ._running_stats import is_frozen, update_running_statistics
+from ._transforms import transform_reason
+from .drop_channel import kept_scale
 
 
 class NotServed(ValueError):
@@ -85,9 +95,9 @@ def dense_stage(
     for index, layer in enumerate(layers):
         arguments.add_layer(layer, index, channels)
         channels += arguments.growth
-    tail = ops.TAIL_NONE
+    tail = TAIL_NONE
     if tail_norm is not None:
-        tail = ops.TAIL_HEAD if tail_conv is None else ops.TAIL_TRANSITION
+        tail = TAIL_HEAD if tail_conv is None else TAIL_TRANSITION
         arguments.add_norm(tail_norm, channels, "tail_norm")
     if tail_conv is not None:
         if tail_conv.weight.shape[1] != channels:
@@ -100,8 +110,8 @@ def dense_stage(
     arguments.require_plain_parameters()
     keep = keep_bottleneck and torch.is_grad_enabled()
     arguments.draw_masks(layers)
-    with _no_autocast(x), ops.memory_errors():
-        output, _, stats, _, _ = ops.dense_stage(
+    with _no_autocast(x), handles.memory_errors():
+        output, _, stats, _, _ = handles.dense_stage(
             x, *arguments.flat(), tail, keep, _tf32_allowed(x), arguments.shared_by
         )
     arguments.update_running_statistics(stats)
@@ -143,8 +153,10 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
     arguments.require_plain_parameters()
     arguments.draw_masks([layer])
     keep = keep_bottleneck and torch.is_grad_enabled()
-    with _no_autocast(x), ops.memory_errors():
-        output, stats, _, _ = ops.dense_layer(inputs, *arguments.flat(), keep, _tf32_allowed(x), arguments.shared_by)
+    with _no_autocast(x), handles.memory_errors():
+        output, stats, _, _ = handles.dense_layer(
+            inputs, *arguments.flat(), keep, _tf32_allowed(x), arguments.shared_by
+        )
     arguments.update_running_statistics(stats)
     return output
 
@@ -175,8 +187,8 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     if arguments.shared_by >= 0:
         raise ValueError("norm shares its batch statistics with other processes; the fused stem takes its own alone")
     arguments.require_plain_parameters()
-    with _no_autocast(x), ops.memory_errors():
-        output, stats = ops.dense_stem(x, *arguments.params, arguments.frozen_stats, norm.eps)
+    with _no_autocast(x), handles.memory_errors():
+        output, stats = handles.dense_stem(x, *arguments.params, arguments.frozen_stats, norm.eps)
     arguments.update_running_statistics(stats)
     return output
 
@@ -324,7 +336,7 @@ class _Arguments(_Norms):
 
     def flat(self) -> tuple:
         """params, masks, frozen_stats, mask_kind, dropout_scale, eps, frozen, squeeze_excite, in the ops' order."""
-        kinds = (ops.MASK_PRE_NORM, ops.MASK_PRE_CONV1, ops.MASK_PRE_CONV2, ops.MASK_DROPOUT)
+        kinds = (MASK_PRE_NORM, MASK_PRE_CONV1, MASK_PRE_CONV2, MASK_DROPOUT)
         used = [i for i in range(4) if any(masks[i] is not None for masks in self.masks)]
         masks = [self._mask(layer, i) for layer in range(len(self.masks)) for i in used]
         return (
@@ -365,7 +377,7 @@ def _input(x: Tensor, name: str) -> tuple[Tensor, bool]:
         raise ValueError(f"{name} is {tuple(x.shape)}; only the number of samples may be 0")
     if x.dtype not in DTYPES:
         raise TypeError(_wrong_dtype(x, name, DTYPES))
-    ops.require_kernels(x)
+    handles.require_kernels(x)
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         x = x.as_subclass(Tensor)
     if x.dtype == torch.float64 or not _autocasts(x):
@@ -383,13 +395,13 @@ def _tf32_allowed(x: Tensor) -> bool:
     """Whether products of float32 may be of TF32: what PyTorch's own convolutions on that device do."""
     if x.device.type != "cuda":
         return False
-    from .precision import cudnn_uses_tf32  # imports the compiler, which takes seconds: not before it is needed
+    from ._ops.precision import cudnn_uses_tf32  # imports the compiler, which takes seconds: not before it is needed
 
     return cudnn_uses_tf32()
 
 
 def _autocasts(x: Tensor) -> bool:
-    return x.device.type in ops.DEVICES and torch.is_autocast_enabled(x.device.type)
+    return x.device.type in handles.DEVICES and torch.is_autocast_enabled(x.device.type)
 
 
 def _no_autocast(x: Tensor):

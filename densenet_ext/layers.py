@@ -9,31 +9,17 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import fallback, functional
-from .masks import (
-    DropChannel,
-    Masks,
-    active_dropout,
-    check_position,
-    check_probability,
-    draw_masks,
-    kept_scale,
-    scale_channels,
-)
-from .patches import is_replaced, patched_reason, watch
-from .remade import Remade, in_checkpoint
-from .snapshot import Snapshot
-from .squeeze_excitation import SqueezeExcitation, check_positive
-from .state_dicts import rename_layer_keys
-from .transforms import as_node, carries_no_data, is_symbolic, refuse_scripting, transform_reason
+from ._checks import check_efficient, check_position, check_positive, check_probability
+from ._masks import Masks, active_dropout, draw_masks
+from ._patches import is_replaced, patched_reason, watch
+from ._remade import Remade, in_checkpoint
+from ._snapshot import Snapshot
+from ._state_dicts import rename_layer_keys
+from ._transforms import as_node, carries_no_data, is_symbolic, refuse_scripting, transform_reason
+from .drop_channel import DropChannel, kept_scale, scale_channels
+from .squeeze_excitation import SqueezeExcitation
 
 __all__ = ["DropChannel", "EfficientDenseBlock", "EfficientDenseLayer", "SqueezeExcitation", "Transition"]
-
-
-def check_efficient(value: bool | str) -> bool | str:
-    """`value` if it names an implementation, else ValueError."""
-    if value is not False and not (isinstance(value, str) and value in ("checkpoint", "fused")):
-        raise ValueError(f"efficient is {value!r}; it may be False, 'checkpoint' or 'fused'")
-    return value
 
 
 def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fallback, functional
-from .layers import EfficientDenseBlock, EfficientDenseLayer, Transition, check_efficient, norm_relu
-from .patches import watch
-from .squeeze_excitation import check_positive
-from .state_dicts import rename_network_keys, short_error
-from .transforms import is_symbolic, refuse_scripting
+from ._checks import check_efficient, check_positive
+from ._patches import watch
+from ._state_dicts import rename_network_keys, short_error
+from ._transforms import is_symbolic, refuse_scripting
+from .layers import EfficientDenseBlock, EfficientDenseLayer, Transition, norm_relu
 
 # A: Drop-Channel in place of dropout; B: squeeze-and-excitation; C: the memory-efficient implementation.
 VARIANTS = {

@@ -1,9 +1,9 @@
 """Squeeze-and-excitation as a module."""
 
-import operator
-
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ._checks import check_positive
 
 
 class SqueezeExcitation(nn.Module):
@@ -31,14 +31,3 @@ class SqueezeExcitation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pooled = F.adaptive_avg_pool2d(x, 1)
         return x * self.fc2(F.relu(self.fc1(pooled))).sigmoid()
-
-
-def check_positive(value: int, name: str) -> int:
-    """`value`, an integer of any type such as numpy's, as an int if it is positive, else ValueError."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} is {value!r}; it must be a positive integer")
-    return number

@@ -5,7 +5,7 @@ import os
 import conftest
 import pytest
 
-EVERYTHING, ONE = "tests/test_errors.py", "tests/test_errors.py::test_call"
+EVERYTHING, ONE = "tests/package/test_errors.py", "tests/package/test_errors.py::test_call"
 PROCESSES = {  # as pytest-xdist finds the number; None: it does nothing
     "everything": ([EVERYTHING], 3),
     "some": ([EVERYTHING, "-k", "layers"], 3),
@@ -56,7 +56,7 @@ def test_one_core_needs_one_process(configure, monkeypatch):
 
 class Item:
     def __init__(self, name, *marks):
-        self.nodeid, self.marks = f"tests/test_errors.py::{name}", marks
+        self.nodeid, self.marks = f"tests/package/test_errors.py::{name}", marks
 
     def get_closest_marker(self, name):
         return next((mark for mark in self.marks if mark.name == name), None)

@@ -1,7 +1,7 @@
 // The instruction set in use, chosen once at load.
 #pragma once
 
-#include "kernels.h"
+#include "kernel_arguments.h"
 
 namespace densenet_ext {
 

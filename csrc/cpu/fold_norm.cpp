@@ -8,7 +8,7 @@
 // normalization, M = N*P. No pass over pixels, no cancellation.
 #include <cmath>
 
-#include "arguments.h"
+#include "backend.h"
 
 namespace densenet_ext {
 namespace {

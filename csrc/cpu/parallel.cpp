@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <new>
 
-#include "../workspace.h"
+#include "stage/workspace.h"
 
 namespace densenet_ext {
 

@@ -4,8 +4,8 @@
 // buffer, because cuDNN's plans are cached without output strides.
 #include <array>
 
-#include "../layout.h"
-#include "arguments.h"
+#include "backend.h"
+#include "stage/layout.h"
 
 namespace densenet_ext::cuda {
 namespace {

@@ -6,13 +6,13 @@
 #include <string>
 
 #include "architectures.h"
-#include "kernels.h"
+#include "kernel_arguments.h"
 #include "ptx.cuh"
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #else
-#include <simt/host.h>
+#include "simt/host.h"
 #endif
 
 namespace densenet_ext::cuda {
@@ -55,7 +55,7 @@ inline std::string device_name(int device) {
 }
 
 // Whether kernels may be started before those in front of them have ended: the code that runs on
-// this device has to wait for them itself (device.cu).
+// this device has to wait for them itself (device_support.cu).
 bool starts_early(int device);
 
 // Nothing is launched where the grid is empty. Shared memory is whole units of 16 bytes, because

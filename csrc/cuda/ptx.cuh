@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../types.h"
+#include "types.h"
 
 #ifdef __CUDACC__
 #define DEVICE __device__ __forceinline__
@@ -13,7 +13,7 @@
 // The one buffer of shared memory of a kernel, its size given at launch.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #else
-#include <simt/device.h>
+#include "simt/device.h"
 #endif
 
 namespace densenet_ext::cuda {

@@ -1,4 +1,4 @@
-#include "arguments.h"
+#include "backend.h"
 
 namespace densenet_ext::cuda {
 namespace {

@@ -24,6 +24,8 @@ from .backward import (
     stem_backward,
     transition_backward,
 )
+from .dense_layer import dense_layer, dense_layer_backward
+from .dense_stage import dense_block_backward, dense_stage, dense_stage_backward, dense_tail_backward, new_gradients
 from .forward import (
     append,
     bottleneck_forward,
@@ -34,13 +36,9 @@ from .forward import (
     stem_forward,
     transition_forward,
 )
-from .layer import dense_layer, dense_layer_backward
-from .layout import arithmetic_dtype, feature_pitch, new_features, padded_width
-from .stage import dense_block_backward, dense_stage, dense_stage_backward, dense_tail_backward, new_gradients
 
 __all__ = [
     "append",
-    "arithmetic_dtype",
     "bottleneck_backward",
     "bottleneck_forward",
     "conv3x3_backward",
@@ -51,14 +49,11 @@ __all__ = [
     "dense_stage",
     "dense_stage_backward",
     "dense_tail_backward",
-    "feature_pitch",
     "finish_gradient",
     "fold_norm",
     "head_backward",
     "head_forward",
-    "new_features",
     "new_gradients",
-    "padded_width",
     "squeeze_excite_backward",
     "squeeze_excite_forward",
     "stem_backward",

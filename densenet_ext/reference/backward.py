@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .forward import bottleneck_forward
-from .layout import planes, read, spread, write, write_rows
+from .views import planes, read, spread, write, write_rows
 
 
 def _true_gradient(features: Tensor, grad: Tensor, coef: Tensor, columns: slice) -> Tensor:

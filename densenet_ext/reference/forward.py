@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import planes, read, spread, write, write_moments, write_rows
+from .views import planes, read, spread, write, write_moments, write_rows
 
 
 def append(x: Tensor, features: Tensor, offset: int, mean: Tensor | None, m2: Tensor | None) -> None:

@@ -1,176 +1,164 @@
-"""The stage ops composed of kernel ops: the algorithm of the compiled stage, readable and runnable.
-
-A stage is a dense block together with the transition or the head that consumes it. Every channel is written once into
-one feature buffer, its moments are computed once, and batch normalization, ReLU and masks happen while a kernel loads.
-Backward walks the layers from last to first with one gradient buffer; nothing of the size of a bottleneck outlives its
-layer unless keep_bottleneck asks for it.
-
-The keyword `kernels` chooses whose kernel ops are composed: the reference twins, or `torch.ops.densenet_ext`. Products
-are exact here whatever allow_tf32 says.
+"""The layers of a stage over its feature buffer, forward and backward, composed of kernel ops: what `dense_stage.py`
+and `dense_layer.py` share.
 """
+
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from .layers import TAIL_NONE, TAIL_TRANSITION, TWINS, Stage, run_layers, run_layers_backward
-from .layout import gradient_dtype, new_features, new_maps
+from .._constants import MASK_DROPOUT, MASK_PRE_CONV1, MASK_PRE_CONV2, MASK_PRE_NORM
+from .._layout import arithmetic_dtype, gradient_dtype, padded_width
+from .._ops import sync_batch_norm
+from . import backward, forward
 
-DX_NONE, DX_OWN_LAYOUT, DX_CHANNELS_LAST = 0, 1, 2
-
-
-def dense_stage(
-    x: Tensor,
-    params: list[Tensor],
-    masks: list[Tensor],
-    frozen_stats: list[Tensor],
-    mask_kind: int,
-    dropout_scale: float,
-    eps: list[float],
-    frozen: list[int],
-    squeeze_excite: bool,
-    tail: int,
-    keep_bottleneck: bool,
-    allow_tf32: bool,
-    group: int,
-    kernels=None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Forward of a dense block and its consumer: (output, features, stats, gates, bottlenecks).
-
-    x [N, C0, H, W] S; params, all A, a layer: norm1 weight, bias, conv1 weight, norm2 weight, bias, conv2 weight [, fc1
-    weight, bias, fc2 weight, bias], then the tail's; masks a layer, where mask_kind has the bit: 1 before norm1
-    [N, C_l], 2 before conv1 [N, C_l], 4 before conv2 [N, K2], 8 dropout bool [N, k, H, W]; eps and frozen: one a batch
-    normalization in the order norm1, norm2 of each layer, then the tail's; frozen_stats: mean, variance of the frozen
-    ones; tail: 0 none, 1 transition, 2 head; group: -1, or that of the processes that share batch statistics. stats
-    [4, sum of widths] A: mean and biased variance, as used, scale and shift, 0 where a mask is folded in; with a group one
-    column more: the values a channel.
-    """
-    s = Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, x.size(1), x, group, kernels)
-    # With no consumer the buffer is the output, which the caller gets without gaps between its planes.
-    features = new_features(x, s.channels, gaps=bool(tail))
-    moments, stats, gates, bottlenecks = run_layers(s, [x], features, frozen_stats, dropout_scale, keep_bottleneck)
-    if tail == TAIL_NONE:
-        return features, s.empty(0, dtype=x.dtype), stats, gates, bottlenecks
-    weight, bias, *conv = s.tail_params
-    scale, shift = s.fold(2 * s.count, weight, bias, stats, moments, s.pixels)
-    if tail == TAIL_TRANSITION:
-        output = new_maps(x, conv[0].size(0), x.size(2) // 2, x.size(3) // 2)
-        s.kernels.transition_forward(features, scale, shift, *conv, output)
-    else:
-        output = s.empty(s.samples, s.channels, dtype=x.dtype)
-        s.kernels.head_forward(features, scale, shift, output)
-    return output, features, stats, gates, bottlenecks
+TWINS = SimpleNamespace(**{**vars(forward), **vars(backward), **vars(sync_batch_norm)})
 
 
-def dense_stage_backward(
-    grad: Tensor,
-    features: Tensor,
-    params: list[Tensor],
-    masks: list[Tensor],
-    stats: Tensor,
-    gates: Tensor,
-    bottlenecks: Tensor,
-    mask_kind: int,
-    dropout_scale: float,
-    eps: list[float],
-    frozen: list[int],
-    squeeze_excite: bool,
-    tail: int,
-    in_channels: int,
-    dx_layout: int,
-    allow_tf32: bool,
-    group: int,
-    kernels=None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Backward of dense_stage from what it returned: (dx [N, C0, H, W] S, dparams like params).
+class Stage:
+    """The flat arguments of an op, taken apart: parameters, masks and norms of each layer, and the sizes."""
 
-    dx_layout: 0 no dx, which is [0] then; 1 that of the device's maps; 2 channels last.
-    """
-    s = Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, features, group, kernels)
-    options = (mask_kind, dropout_scale, eps, frozen, squeeze_excite, tail, in_channels, dx_layout, allow_tf32, group)
-    if tail != TAIL_NONE:
-        rest = (s.tail_params, stats, eps[-1], bool(frozen[-1]), allow_tf32, group, kernels)
-        buffer, coef, dtail = dense_tail_backward(grad, features, *rest)
-        dparams = new_gradients(params[: len(params) - len(dtail)])
-        rest = (features, params, masks, stats, gates, bottlenecks, *options, kernels)
-        return dense_block_backward(buffer, coef, dparams, *rest), [*dparams, *dtail]
-    dparams = new_gradients(params)
-    buffer = new_features(features, s.channels, gradient_dtype(features))
-    coef = s.empty(3, s.samples, s.channels)
-    coef[0], coef[1:] = 1, 0
-    source = new_features(features, s.channels, gradient_dtype(features)).copy_(grad)
-    run_layers_backward(s, features, source, buffer, coef, stats, gates, bottlenecks, dropout_scale, dparams)
-    return _input_gradient(s, features, buffer, coef, dx_layout), dparams
+    def __init__(self, params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, x, group, kernels):
+        self.group = group
+        self.kernels = kernels or TWINS
+        each = 10 if squeeze_excite else 6
+        extra = (0, 3, 2)[tail]
+        self.count = (len(params) - extra) // each
+        self.layers = [params[i * each : (i + 1) * each] for i in range(self.count)]
+        self.tail_params = params[self.count * each :]
+        self.width, self.growth = params[2].size(0), params[5].size(0)
+        self.hidden = params[6].size(0) if squeeze_excite else 0
+        self.in_channels, self.channels = in_channels, in_channels + self.count * self.growth
+        self.samples, self.pixels = x.size(0), x.size(2) * x.size(3)
+        self.dtype = arithmetic_dtype(x.dtype)
+        self.x = x
+        bits = [bit for bit in (MASK_PRE_NORM, MASK_PRE_CONV1, MASK_PRE_CONV2, MASK_DROPOUT) if mask_kind & bit]
+        self.masks = [dict(zip(bits, masks[i * len(bits) :], strict=False)) for i in range(self.count)]
+        self.eps, self.frozen = eps, frozen
+        widths = [w for i in range(self.count) for w in (in_channels + i * self.growth, self.width)]
+        widths += [self.channels] if tail else []
+        self.ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+        self.widths = widths
 
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.x.new_empty(shape, dtype=dtype or self.dtype)
 
-def _input_gradient(stage: Stage, features: Tensor, buffer: Tensor, coef: Tensor, layout: int) -> Tensor:
-    if layout == DX_NONE:
-        return stage.empty(0, dtype=features.dtype)
-    size = features.shape[2:]
-    dx = new_maps(features, stage.in_channels, *size, channels_last=layout == DX_CHANNELS_LAST)
-    stage.kernels.finish_gradient(features, buffer, coef, 0, dx)
-    return dx
+    def bottleneck(self) -> Tensor:
+        return self.empty(self.samples * self.pixels, padded_width(self.width), dtype=self.x.dtype)
 
+    def columns(self, stats: Tensor, norm: int) -> Tensor:
+        """View of the mean, the variance, the scale and the shift of that batch normalization."""
+        return stats[:, self.ends[norm] - self.widths[norm] : self.ends[norm]]
 
-def new_gradients(params: list[Tensor]) -> list[Tensor]:
-    """Room for the gradients of these parameters."""
-    return [torch.empty_like(p) for p in params]
+    def statistics(self, stats: Tensor, norm: int) -> Tensor:
+        """View of its mean and its variance."""
+        return self.columns(stats, norm)[:2]
 
+    def fold(self, norm, weight, bias, stats, moments=None, pixels=0, pre_mask=None, post_mask=None):
+        """Scale and shift of that batch normalization; computes its statistics where moments are given."""
+        mean, var = self.statistics(stats, norm)
+        given = moments is None or bool(self.frozen[norm])
+        scale, shift = self.columns(stats, norm)[2:, None]  # kept for backward unless masks are folded in
+        if not (pre_mask is None and post_mask is None):
+            scale, shift = self.empty(2, self.samples, self.widths[norm])
+        elif moments is None:
+            return scale, shift
+        source = (mean[None], var[None]) if moments is None else moments
+        rest = (weight, bias, self.eps[norm])
+        self.kernels.fold_norm(*source, pixels, pre_mask, post_mask, *rest, given, mean, var, scale, shift)
+        if self.group >= 0 and not given:
+            count = self.samples * self.pixels
+            self.kernels.synchronize_statistics(mean, var, count, self.group, stats[0, -1:])
+            self.kernels.fold_norm(*source, pixels, pre_mask, post_mask, *rest, True, mean, var, scale, shift)
+        return scale, shift
 
-def dense_tail_backward(
-    grad: Tensor,
-    features: Tensor,
-    params: list[Tensor],
-    stats: Tensor,
-    eps: float,
-    frozen: bool,
-    allow_tf32: bool,
-    group: int,
-    kernels=None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The tail's part of dense_stage_backward: (buffer [N, C, H, W], coef [3, N, C], dparams like params).
+    def local(self, norm: int) -> bool:
+        """Whether the statistics of that norm come from this process's batch alone."""
+        return not self.frozen[norm] and self.group < 0
 
-    params: the tail's, 3 of a transition, 2 of a head; eps, frozen: of its norm, whose statistics come last in stats.
-    """
-    kernels = kernels or TWINS
-    weight, _, *conv = params
-    count, channels = features.shape[:2]
-    mean, var, scale, shift = stats[:, : stats.size(1) - (group >= 0)][:, -channels:]
-    buffer = new_features(features, channels, gradient_dtype(features))
-    coef = stats.new_empty(3, count, channels)
-    dparams = dweight, dbias, *dconv = new_gradients(params)
-    run = kernels.transition_backward if conv else kernels.head_backward
-    run(
-        *(features, scale[None], shift[None], *conv, weight, mean, var, eps, not frozen and group < 0),
-        *(grad, buffer, coef, *dconv, dweight, dbias),
-    )
-    if group >= 0 and not frozen:
-        kernels.synchronize_gradient(dweight, dbias, weight, mean, var, eps, stats[0, -1:], None, group, coef)
-    return buffer, coef, dparams
+    def finish_norm_backward(self, norm, dweight, dbias, weight, stats, pre_mask, coef) -> None:
+        """What shared statistics add to the gradient of that norm's input."""
+        if self.group >= 0 and not self.frozen[norm]:
+            rest = (self.eps[norm], stats[0, -1:], pre_mask, self.group, coef)
+            self.kernels.synchronize_gradient(dweight, dbias, weight, *self.statistics(stats, norm), *rest)
+
+    def gates(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of one layer's pooled [N, k], hidden [N, r] and gate [N, k]."""
+        sizes = (self.growth, self.hidden, self.growth)
+        parts = row.split([self.samples * size for size in sizes])
+        pooled, hidden, gate = (part.view(self.samples, size) for part, size in zip(parts, sizes, strict=True))
+        return pooled, hidden, gate
 
 
-def dense_block_backward(
-    buffer: Tensor,
-    coef: Tensor,
-    dparams: list[Tensor],
-    features: Tensor,
-    params: list[Tensor],
-    masks: list[Tensor],
-    stats: Tensor,
-    gates: Tensor,
-    bottlenecks: Tensor,
-    mask_kind: int,
-    dropout_scale: float,
-    eps: list[float],
-    frozen: list[int],
-    squeeze_excite: bool,
-    tail: int,
-    in_channels: int,
-    dx_layout: int,
-    allow_tf32: bool,
-    group: int,
-    kernels=None,
-) -> Tensor:
-    """The rest of it, the layers' part: dx. Works in buffer and coef; writes dparams, like params without the tail's."""
-    s = Stage(params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, features, group, kernels)
-    run_layers_backward(s, features, buffer, buffer, coef, stats, gates, bottlenecks, dropout_scale, dparams)
-    return _input_gradient(s, features, buffer, coef, dx_layout)
+def run_layers(stage: Stage, inputs: list[Tensor], features: Tensor, frozen_stats, dropout_scale: float, keep: bool):
+    s, kernels = stage, stage.kernels
+    moments = s.empty(2, s.samples, s.channels)
+    mean, m2 = moments
+    offset = 0
+    for x in inputs:
+        kernels.append(x, features, offset, mean, m2)
+        offset += x.size(1)
+    stats = s.empty(4, s.ends[-1] + (s.group >= 0)).zero_()
+    given = iter(frozen_stats)
+    for norm, is_frozen in enumerate(s.frozen):
+        if is_frozen:
+            for row in s.statistics(stats, norm):
+                row.copy_(next(given))
+    gates = s.empty(s.count, s.samples * (2 * s.growth + s.hidden)) if s.hidden else s.empty(0)
+    kept = [s.bottleneck() for _ in range(s.count)] if keep else []
+    workspace = None if keep else s.bottleneck()
+    for i, (weight1, bias1, conv1, weight2, bias2, conv2, *excite) in enumerate(s.layers):
+        masks = s.masks[i]
+        offset = s.in_channels + i * s.growth
+        scale, shift = s.fold(
+            2 * i, weight1, bias1, stats, moments, s.pixels, masks.get(MASK_PRE_NORM), masks.get(MASK_PRE_CONV1)
+        )
+        b = kept[i] if keep else workspace
+        inner = s.empty(2, 1, s.width)
+        kernels.bottleneck_forward(features, scale, shift, conv1, b, *inner)
+        scale, shift = s.fold(
+            2 * i + 1, weight2, bias2, stats, inner, s.samples * s.pixels, None, masks.get(MASK_PRE_CONV2)
+        )
+        kernels.conv3x3_forward(
+            b, scale, shift, conv2, masks.get(MASK_DROPOUT), dropout_scale, features, offset, mean, m2
+        )
+        if excite:
+            kernels.squeeze_excite_forward(features, offset, mean, m2, *excite, *s.gates(gates[i]))
+    bottlenecks = torch.stack(kept) if keep else s.empty(0, dtype=s.x.dtype)
+    return moments, stats, gates, bottlenecks
+
+
+def run_layers_backward(stage: Stage, features, source, grad, coef, stats, gates, bottlenecks, dropout_scale, dparams):
+    """All layers from last to first. `source` holds the gradient of the last layer's output, `grad` accumulates."""
+    s, kernels = stage, stage.kernels
+    each = len(s.layers[0])
+    workspace = None if bottlenecks.dim() == 3 else s.bottleneck()
+    dv = s.empty(s.samples * s.pixels, padded_width(s.width), dtype=gradient_dtype(features))
+    table = s.empty(3, s.width)
+    for i in reversed(range(s.count)):
+        weight1, bias1, conv1, weight2, bias2, conv2, *excite = s.layers[i]
+        dweight1, dbias1, dconv1, dweight2, dbias2, dconv2, *dexcite = dparams[i * each : (i + 1) * each]
+        masks = s.masks[i]
+        q, r1, r2 = (masks.get(bit) for bit in (MASK_PRE_NORM, MASK_PRE_CONV1, MASK_PRE_CONV2))
+        offset = s.in_channels + i * s.growth
+        scale1, shift1 = s.fold(2 * i, weight1, bias1, stats, None, 0, q, r1)
+        scale2, shift2 = s.fold(2 * i + 1, weight2, bias2, stats, None, 0, None, r2)
+        b = bottlenecks[i] if workspace is None else workspace
+        if workspace is not None:
+            kernels.bottleneck_forward(features, scale1, shift1, conv1, b, None, None)
+        if excite:
+            fc1, _, fc2, _ = excite
+            kernels.squeeze_excite_backward(features, source, offset, fc1, fc2, *s.gates(gates[i]), coef, *dexcite)
+        kernels.conv3x3_backward(
+            *(b, scale2, shift2, r2, conv2, masks.get(MASK_DROPOUT), dropout_scale, features, source, coef, offset),
+            *(weight2, *s.statistics(stats, 2 * i + 1), s.eps[2 * i + 1], s.local(2 * i + 1)),
+            *(dv, dconv2, dweight2, dbias2, table),
+        )
+        s.finish_norm_backward(2 * i + 1, dweight2, dbias2, weight2, stats, None, table[:, None])
+        kernels.bottleneck_backward(
+            *(features, scale1, shift1, q, r1, conv1, dv, b, table),
+            *(weight1, *s.statistics(stats, 2 * i), s.eps[2 * i], s.local(2 * i)),
+            *(source, grad, coef, dconv1, dweight1, dbias1, None, None, None),
+        )
+        s.finish_norm_backward(2 * i, dweight1, dbias1, weight1, stats, q, coef)
+        source = grad

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from densenet_ext.masks import POSITIONS
+from densenet_ext._checks import POSITIONS
 from densenet_ext.models import VARIANTS
 from training.errors import UserError
 from training.libraries import library

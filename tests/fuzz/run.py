@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from densenet_ext import DropChannel
-from densenet_ext.reference import arithmetic_dtype
+from densenet_ext._layout import arithmetic_dtype
 from fuzz.draw import Network
 from fuzz.noise import Noise
 

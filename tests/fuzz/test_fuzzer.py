@@ -6,7 +6,8 @@ from itertools import count
 import pytest
 import torch
 
-from densenet_ext import fallback, functional, ops
+from densenet_ext import fallback, functional
+from densenet_ext._ops import autograd
 from fuzz import compare
 from fuzz.draw import LAYOUTS, MODES, PRECISIONS, draw_network
 from fuzz.noise import Noise
@@ -45,19 +46,19 @@ def assert_found(network, result):
 @pytest.mark.repetitions(2)
 @pytest.mark.parametrize("precision", FAULTS)
 def test_a_wrong_gradient_is_found(monkeypatch, precision):
-    original = ops._wanted
+    original = autograd._wanted
 
     def wrong(grads, needed):
         return [None if grad is None else grad * (1 + FAULTS[precision]) for grad in original(grads, needed)]
 
     network = small_network(precision, kind="model")
     assert compare.differences(network) == []
-    monkeypatch.setattr(ops, "_wanted", wrong)
+    monkeypatch.setattr(autograd, "_wanted", wrong)
     assert_found(network, "gradient of features.norm5.bias")
 
 
 def test_one_wrong_value_of_the_inputs_gradient_is_found(monkeypatch):
-    original = ops._wanted
+    original = autograd._wanted
 
     def wrong(grads, needed):
         dx, *rest = original(grads, needed)
@@ -66,7 +67,7 @@ def test_one_wrong_value_of_the_inputs_gradient_is_found(monkeypatch):
         return [dx + error, *rest]
 
     network = small_network(kind="block", model_layout="contiguous", upstream="contiguous")
-    monkeypatch.setattr(ops, "_wanted", wrong)
+    monkeypatch.setattr(autograd, "_wanted", wrong)
     assert_found(network, "gradient of input 0")
 
 

@@ -34,7 +34,6 @@ FLAGS = [
     "-fno-strict-aliasing",
     "-DDENSENET_EXT_SIMT",
     "-Icsrc",
-    "-Itests",
 ]
 # Every load and store of a kernel calls a function of the simulator: ThreadSanitizer's hooks, but not its runtime.
 CUDA_FLAGS = ["-x", "c++", "-Wno-unused-variable"]  # used in an unroll pragma only
@@ -43,7 +42,8 @@ SANITIZERS = "address,undefined"
 SANITIZE_FLAGS = ["-O1", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 STUBS = "stubs.cpp"
 BUILDS = Path("build/simt")
-HOST_SOURCES = ["ops", "layers", "dense_stage", "dense_layer", "dense_stem", "memory_limit", "workspace"]
+SIMULATOR = Path("csrc/simt")
+CHECKS = Path("tests/simt")
 
 
 def build(sanitize: bool = False, kernels: str = "*") -> Path:
@@ -67,14 +67,14 @@ def build_checks() -> Path:
     directory = BUILDS / "checks"
     with _in_root(), _locked():
         library = native.Library(directory / "checks.so", compiler, link_flags=["-shared"])
-        _add(library, directory, [*_simulator(), Path("tests/simt/check.cpp")], [])
-        _add(library, directory, Path("tests/simt").glob("*.cu"), KERNEL_FLAGS)
+        _add(library, directory, [*_simulator(), CHECKS / "check.cpp"], [])
+        _add(library, directory, CHECKS.glob("*.cu"), KERNEL_FLAGS)
         native.build([library], BUILDS, directory)
     return ROOT / library.path
 
 
 def _simulator() -> list[Path]:
-    return [path for path in Path("tests/simt").glob("*.cpp") if path.name not in ("module.cpp", "check.cpp")]
+    return [path for path in SIMULATOR.glob("*.cpp") if path.name != "module.cpp"]
 
 
 def _add(library: native.Library, directory: Path, paths, flags: list[str]):
@@ -110,10 +110,10 @@ def _describe(directory: Path, torch, sanitize: bool, kernels: str) -> native.Li
 
     _add(library, directory, _simulator(), sanitizers)
     # What launches the kernels is the same in every variant.
-    launchers = [Path("csrc", f"{stem}.cpp") for stem in HOST_SOURCES]
-    launchers += [path for path in Path("csrc/cuda").glob("*.cpp") if path.name != "module.cpp"]
+    launchers = [path for folder in ("", "stage", "cuda") for path in Path("csrc", folder).glob("*.cpp")]
+    launchers = [path for path in launchers if path.name != "module.cpp"]
     _add(library, BUILDS / torch.version, launchers, torch_flags)
-    _add(library, directory, [Path("tests/simt/module.cpp")], [*torch_flags, *_module_flags(torch, sanitize)])
+    _add(library, directory, [SIMULATOR / "module.cpp"], [*torch_flags, *_module_flags(torch, sanitize)])
     # Of inline functions that others have too, the linker takes the first copy: one without hooks.
     chosen = {path for glob in kernels.split(",") for path in Path("csrc/cuda/kernels").glob(f"{glob}.cu")}
     _add(library, directory, chosen, [*CUDA_FLAGS, *sanitizers] if sanitize else KERNEL_FLAGS)
@@ -166,7 +166,7 @@ def _has_fma() -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sanitize", action="store_true")
-    parser.add_argument("--kernels", default="*", metavar="GLOBS", help="only these, as in 'conv*,device'")
+    parser.add_argument("--kernels", default="*", metavar="GLOBS", help="only these, as in 'conv*,device_support'")
     arguments = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):
         path = build(arguments.sanitize, arguments.kernels)

@@ -4,10 +4,10 @@
 #include <string>
 #include <vector>
 
-#include "convert.h"
 #include "faults.h"
-#include "host.h"
-#include "regions.h"
+#include "simt/convert.h"
+#include "simt/host.h"
+#include "simt/regions.h"
 
 namespace simt_test {
 namespace {

@@ -1,7 +1,7 @@
 // The simulator's own test kernels, as functions that launch them.
 #pragma once
 
-#include "cuda/kernels.h"
+#include "cuda/kernel_arguments.h"
 
 namespace simt_test {
 

@@ -4,7 +4,7 @@
 // kLanes planes of a sample, whose moments are taken while they are in cache; finish_gradient
 // writes all channels of a block of pixels. Bytes moved: append x and its copy once;
 // finish_gradient G, x and out once.
-#include "../parallel.h"
+#include "cpu/parallel.h"
 #include "instantiate.h"
 #include "moments.h"
 #include "pack.h"

@@ -11,13 +11,13 @@
 // are pixels) while G is fetched, and a sweep that masks, sums and updates G: z and dz never leave
 // the cache. Threads own shares of tiles and channels; the sums of the shares of tiles are merged
 // in order. Bytes moved: dv, b, x and G once, G written once.
-#include "../parallel.h"
+#include "cpu/parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
 #include "norm_backward.h"
 #include "pack.h"
-#include "shares.h"
-#include "tile.h"
+#include "pixel_tiles.h"
+#include "thread_split.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

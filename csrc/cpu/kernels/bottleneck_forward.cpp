@@ -10,12 +10,12 @@
 // Bytes moved: x once, b once.
 #include <type_traits>
 
-#include "../parallel.h"
+#include "cpu/parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
 #include "pack.h"
+#include "pixel_tiles.h"
 #include "row_moments.h"
-#include "tile.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

@@ -6,20 +6,20 @@
 //   dv = r*dh*[h > 0],  S1 = sum dv,  S2 = sum dv*bhat: dbeta, dgamma, and db = t0*dv + t1 + t2*b
 //
 // Unit: half of the forward's. dy goes to zero-padded planes and from them to the terms of
-// row_pairs.h, which serve both products. Then for 2 or 3 vectors of i at a time: for each term a
+// winograd.h, which serve both products. Then for 2 or 3 vectors of i at a time: for each term a
 // register block of 6 or 8 columns of row pairs runs over all outputs; dh is gathered from these
 // products, h remade, dv stored, both sums added to, and h put as terms in the products' place; dW
 // from those, 6 or 9 rows of its terms by the vectors over all columns. Columns follow each other
 // regardless of rows and maps, by a table of where they are, so that small maps leave no part of a
 // block idle. Threads own contiguous units and private sums, merged in thread order. Bytes moved:
 // b, dv and k channels of G and x once.
-#include "../parallel.h"
+#include "cpu/parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
 #include "norm_backward.h"
 #include "pack.h"
-#include "row_pairs.h"
-#include "tile.h"
+#include "pixel_tiles.h"
+#include "winograd.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

@@ -5,15 +5,15 @@
 //
 // where a tap outside the image is 0, not relu(shift). Unit: about 64K values of b. They are
 // normalized, rectified and transposed in registers from [pixel, i] to rows of pixels, two rows at
-// a time, and with the two before them become the terms of row_pairs.h. For each term a register
+// a time, and with the two before them become the terms of winograd.h. For each term a register
 // block of up to 12 outputs by 2 vectors of pixels runs over all i and the three columns. Threads
 // own contiguous units. Bytes moved: b once (and the rows around a block of rows), y once.
-#include "../parallel.h"
 #include "conv3x3_output.h"
+#include "cpu/parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
 #include "pack.h"
-#include "row_pairs.h"
+#include "winograd.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

@@ -2,8 +2,8 @@
 // moments.
 #pragma once
 
+#include "conv_units.h"
 #include "moments.h"
-#include "planes.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

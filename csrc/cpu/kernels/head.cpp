@@ -5,7 +5,7 @@
 //   dout/P,  S1, S2 on the way
 //
 // One plane at a time; threads own contiguous planes. Bytes moved: x once (and G once).
-#include "../parallel.h"
+#include "cpu/parallel.h"
 #include "instantiate.h"
 #include "norm_backward.h"
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "../parallel.h"
+#include "cpu/parallel.h"
 #include "vec.h"
 
 namespace densenet_ext {

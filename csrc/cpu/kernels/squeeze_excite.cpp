@@ -11,7 +11,7 @@
 // plain loops.
 #include <cmath>
 
-#include "../parallel.h"
+#include "cpu/parallel.h"
 #include "instantiate.h"
 #include "vec.h"
 

@@ -10,11 +10,11 @@
 // gathers the gradients that come to each pixel. Threads own rows of windows, and the two rows of
 // dx from their middles on. Bytes moved: x and dout twice, dx once, and a sixteenth of x (of
 // float32) for the places twice.
-#include "../parallel.h"
+#include "cpu/parallel.h"
 #include "instantiate.h"
+#include "max_pool.h"
 #include "norm_backward.h"
 #include "pack.h"
-#include "windows.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

@@ -7,11 +7,11 @@
 // moments, a second one over the pooled map makes out of it. A sign of 0 stands for gamma = 0,
 // where out is relu(shift) whatever x, unless that is infinite or NaN. Threads own rows of windows,
 // then planes of out. Bytes moved: x once; out three times, a quarter of x each.
-#include "../parallel.h"
+#include "cpu/parallel.h"
 #include "instantiate.h"
+#include "max_pool.h"
 #include "pack.h"
 #include "row_moments.h"
-#include "windows.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

@@ -8,12 +8,12 @@
 // Tiles as in the forward; dout is laid out in both orientations, then 12 channels at a time.
 // Threads own shares of tiles and channels; the sums of the shares of tiles are merged in order.
 // Bytes moved: dout and x once, G once.
-#include "../parallel.h"
+#include "cpu/parallel.h"
 #include "instantiate.h"
 #include "norm_backward.h"
 #include "pack.h"
-#include "pooling.h"
-#include "shares.h"
+#include "pooled_rows.h"
+#include "thread_split.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

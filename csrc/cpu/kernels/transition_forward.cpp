@@ -7,10 +7,10 @@
 // A tile is whole rows of the pooled map, or several whole pooled maps; lanes are pooled pixels.
 // Meanwhile the next tile of x is fetched. Threads own contiguous tiles. Bytes moved: x once, out
 // once.
-#include "../parallel.h"
+#include "cpu/parallel.h"
 #include "instantiate.h"
 #include "pack.h"
-#include "pooling.h"
+#include "pooled_rows.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

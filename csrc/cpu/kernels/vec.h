@@ -14,7 +14,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "../kernels.h"
+#include "cpu/kernel_arguments.h"
 
 #ifndef DENSENET_EXT_ISA
 #error "compile with -DDENSENET_EXT_ISA=baseline|avx2|avx512"

@@ -4,11 +4,11 @@
 //   out[n, c, p] = coef0[n, c] G[n, p, offset + c] + coef1[n, c] + coef2[n, c] x[n, p, offset + c]
 //
 // The other side has any strides. Where its channels are neighbors too, threads take groups of
-// channels of a pixel (pixels.cuh). Elsewhere a block takes a tile of 32 channels by 64 pixels
-// through shared memory, so that both sides see runs of neighbors: it goes along pixels on the
-// side of the planes and along channels on the side of the buffer. Bytes moved: append x and its
-// copy once, and the copy again for its moments; finish_gradient G, x and out once.
-#include "pixels.cuh"
+// channels of a pixel (channel_loops.cuh). Elsewhere a block takes a tile of 32 channels by 64
+// pixels through shared memory, so that both sides see runs of neighbors: it goes along pixels on
+// the side of the planes and along channels on the side of the buffer. Bytes moved: append x and
+// its copy once, and the copy again for its moments; finish_gradient G, x and out once.
+#include "channel_loops.cuh"
 
 namespace densenet_ext::cuda {
 namespace {

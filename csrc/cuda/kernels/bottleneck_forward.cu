@@ -11,7 +11,7 @@
 // and moments are those of them. Mean and centered sum of squares of a block's rows by column are
 // merged in the order of the blocks by a second kernel, in two steps where there are many.
 #include "pack.cuh"
-#include "vector.cuh"
+#include "packed_access.cuh"
 
 namespace densenet_ext::cuda {
 namespace {

@@ -2,8 +2,8 @@
 // pixels, packed weights and tables, and sums over partial results.
 #pragma once
 
+#include "channel_loops.cuh"
 #include "pack.cuh"
-#include "pixels.cuh"
 
 namespace densenet_ext::cuda {
 

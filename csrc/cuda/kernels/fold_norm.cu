@@ -8,7 +8,7 @@
 // channels, its 32 lines of threads walk down the rows. A thread sums in T, the block in double,
 // always in the same order. Bytes moved: the moments once (their second reading comes from L1),
 // masks and tables once: latency is what counts, a layer starts with this.
-#include "pixels.cuh"
+#include "channel_loops.cuh"
 
 namespace densenet_ext::cuda {
 namespace {

@@ -4,10 +4,10 @@
 //   out[n, c] = (1/P) sum_p relu(scale*x + shift)
 //   dv = [scale*x + shift > 0] dout/P,   G = gamma*rstd*dv,   S1 = sum dv, S2 = sum dv*xhat
 //
-// Threads take groups of channels, blocks runs of pixels (pixels.cuh). Forward: where a sample is
-// cut, partial sums and a second launch. Backward: a block goes through several runs and leaves one
-// part of S1 and S2, which a second launch adds up (norm_backward.cuh). Bytes moved a pixel: C*e,
-// backward 2*C*e.
+// Threads take groups of channels, blocks runs of pixels (channel_loops.cuh). Forward: where a
+// sample is cut, partial sums and a second launch. Backward: a block goes through several runs and
+// leaves one part of S1 and S2, which a second launch adds up (norm_backward.cuh). Bytes moved a
+// pixel: C*e, backward 2*C*e.
 #include "norm_backward.cuh"
 
 namespace densenet_ext::cuda {

@@ -7,7 +7,7 @@
 // sample, are merged by  m2 = sum_i m2_i + count_i (mean_i - mean)^2.  So nothing cancels, and the
 // channels are read once. Bytes moved: k*e a pixel. Where a sample is cut, its partial moments go
 // to scratch memory, and a second kernel merges them in order.
-#include "pixels.cuh"
+#include "channel_loops.cuh"
 
 namespace densenet_ext::cuda {
 namespace {

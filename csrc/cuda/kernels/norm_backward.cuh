@@ -9,7 +9,7 @@
 // threads walk down the parts, then down the samples' rows of coefficients.
 #pragma once
 
-#include "pixels.cuh"
+#include "channel_loops.cuh"
 
 namespace densenet_ext::cuda {
 

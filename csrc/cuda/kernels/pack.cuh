@@ -2,8 +2,8 @@
 // whole tiles, so that no kernel has to ask where they end.
 #pragma once
 
-#include "../launch.cuh"
-#include "../mma.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
 
 namespace densenet_ext::cuda {
 

@@ -10,9 +10,9 @@
 //
 // without a division by the gate; the gradient of the unscaled x is again coef0*G + coef1 +
 // coef2*x, which stands for gate*g + dpooled/P. Three launches: u (in pieces where a sample is cut,
-// pixels.cuh), a block a sample for what hangs on it, and the gradients of the parameters, sums
-// over samples. Bytes moved a pixel: forward k*e read and written, backward 2*k*e read.
-#include "pixels.cuh"
+// channel_loops.cuh), a block a sample for what hangs on it, and the gradients of the parameters,
+// sums over samples. Bytes moved a pixel: forward k*e read and written, backward 2*k*e read.
+#include "channel_loops.cuh"
 
 namespace densenet_ext::cuda {
 namespace {

@@ -8,9 +8,9 @@
 // A rectifier cannot change which value of a window is the largest as long as one is positive, and
 // where none is there is no gradient: so maxima are sought among v. As in PyTorch, the first of
 // equals is the maximum, and a NaN is larger than whatever came before. Threads take groups of
-// channels, blocks runs of windows (pixels.cuh). Backward finds the maxima again, with the sums,
-// and notes the place of each in its window; then a thread gathers dx of 2x2 pixels from the four
-// windows that they are in. Bytes moved: x twice in forward, twice in backward, with dout and
+// channels, blocks runs of windows (channel_loops.cuh). Backward finds the maxima again, with the
+// sums, and notes the place of each in its window; then a thread gathers dx of 2x2 pixels from the
+// four windows that they are in. Bytes moved: x twice in forward, twice in backward, with dout and
 // places twice and dx once.
 #include "norm_backward.cuh"
 

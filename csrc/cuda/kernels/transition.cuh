@@ -1,8 +1,8 @@
 // What forward and backward of the transition share.
 #pragma once
 
+#include "gemm_tile.cuh"
 #include "pack.cuh"
-#include "product.cuh"
 
 namespace densenet_ext::cuda {
 

@@ -5,7 +5,7 @@
 //   dW[o, c] = sum_p' dout[p', o] zp[p', c]
 //
 // Main launch: a block has 64 channels and a part of the pooled pixels, 128 of them at a time.
-// Their dzp (product.cuh) goes to shared memory; then threads take groups of channels of pooled
+// Their dzp (gemm_tile.cuh) goes to shared memory; then threads take groups of channels of pooled
 // pixels: x of the four pixels, G, both sums, and zp for the next launch, which makes dW in parts
 // of the pooled pixels. Parts of dW, S1 and S2 are added in their order by two further launches.
 // Where a size is odd, the last row or column was not used: one launch clears its G. Bytes moved a

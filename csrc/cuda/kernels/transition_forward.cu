@@ -4,9 +4,10 @@
 //   zp[p', c] = mean of the 4 pixels of relu(scale*x + shift)
 //   out[p', o] = sum_c zp[p', c] W[o, c]
 //
-// Two launches after packing W: threads take groups of channels of pooled pixels (pixels.cuh) and
-// write zp to scratch memory; blocks take tiles of 128 pooled pixels by 64 outputs (product.cuh).
-// Bytes moved a pixel of the map: C*e read, C/4*e written and read again, O/4*e written.
+// Two launches after packing W: threads take groups of channels of pooled pixels
+// (channel_loops.cuh) and write zp to scratch memory; blocks take tiles of 128 pooled pixels by 64
+// outputs (gemm_tile.cuh). Bytes moved a pixel of the map: C*e read, C/4*e written and read again,
+// O/4*e written.
 #include "transition.cuh"
 
 namespace densenet_ext::cuda {

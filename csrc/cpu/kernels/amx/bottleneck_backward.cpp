@@ -7,11 +7,11 @@
 // in the program go on, so this work comes in small portions between its instructions. Rows of
 // either product are channels, which lie in the planes as a left operand and its sums do. Last, b
 // of the earlier layer: bottleneck_earlier.h.
-#include "../../parallel.h"
-#include "../norm_backward.h"
-#include "../tile.h"
-#include "bottleneck_earlier.h"
-#include "tiles.h"
+#include "cpu/kernels/norm_backward.h"
+#include "cpu/kernels/pixel_tiles.h"
+#include "cpu/parallel.h"
+#include "previous_bottleneck.h"
+#include "tile_products.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

@@ -8,11 +8,11 @@
 // instructions that follow its own in the program go on: meanwhile the next group of columns is
 // formed, and the sums of the strip of four columns before are transposed in registers into rows of
 // b.
-#include "../../parallel.h"
-#include "../row_moments.h"
 #include "bottleneck_narrow.h"
-#include "columns.h"
-#include "tiles.h"
+#include "cpu/kernels/row_moments.h"
+#include "cpu/parallel.h"
+#include "pixel_columns.h"
+#include "tile_products.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

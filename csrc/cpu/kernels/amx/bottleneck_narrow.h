@@ -3,11 +3,11 @@
 // the layer that comes next; it is compiled once, in bottleneck_narrow.cpp.
 #pragma once
 
-#include "../../kernels.h"
-#include "../../parallel.h"
-#include "../row_moments.h"
-#include "columns.h"
-#include "tiles.h"
+#include "cpu/kernel_arguments.h"
+#include "cpu/kernels/row_moments.h"
+#include "cpu/parallel.h"
+#include "pixel_columns.h"
+#include "tile_products.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

@@ -13,10 +13,10 @@
 // Positions of the padding have a row of b of zeros, a table of zeros, so that h is zero there, and
 // a row of dv that nobody reads. While the unit multiplies, the vector instructions copy what it
 // needs next and finish the strip before.
-#include "../../parallel.h"
-#include "../norm_backward.h"
-#include "../planes.h"
-#include "tiles.h"
+#include "cpu/kernels/conv_units.h"
+#include "cpu/kernels/norm_backward.h"
+#include "cpu/parallel.h"
+#include "tile_products.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

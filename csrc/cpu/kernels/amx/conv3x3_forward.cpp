@@ -7,9 +7,9 @@
 //
 // While the unit works, positions that the next step needs are formed, in a window that moves along
 // the plane, and the sums of the step before are transposed into planes.
-#include "../../parallel.h"
-#include "../conv3x3_output.h"
-#include "tiles.h"
+#include "cpu/kernels/conv3x3_output.h"
+#include "cpu/parallel.h"
+#include "tile_products.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {

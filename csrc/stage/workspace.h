@@ -1,0 +1,46 @@
+// Where the large tensors of a stage come from on CPU: an arena that keeps its pages from step to
+// step.
+//
+// Mapping, clearing and unmapping a hundred megabytes a step costs more time than the arithmetic
+// saves. The arena is one range of addresses, reserved once; blocks are placed first fit from the
+// bottom, so the buffers of the backward pass go where those of the forward pass have just been
+// freed. Its pages stay until they are released, at most `limit` bytes of them while no block uses
+// them.
+#pragma once
+
+#include <cstdint>
+
+#include "torch_stable.h"
+
+namespace densenet_ext {
+
+enum class Use { kBuffer, kOther };  // buffer: of feature maps or of their gradients
+
+// An uninitialized contiguous tensor: from the arena if it is large and on CPU, else from torch.
+Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type, Use use = Use::kOther);
+
+// The same for what is still held when the stage before allocates its gradient buffer: above where
+// that will go, first fit, once the tensors of `leaving` are free; anywhere if that place is taken,
+// which moves the buffer up by no more. Its size is `times` that of the latest buffer that stays,
+// the feature maps of that stage.
+Tensor workspace_aside(const Tensor& like, const Sizes& sizes, ScalarType type, int64_t times,
+                       const std::vector<Tensor>& leaving);
+
+// The same without a tensor around it: null where the arena does not serve that size or has no
+// room.
+void* allocate_block(int64_t bytes);
+void free_block(void* block);
+
+struct WorkspaceUse {
+  int64_t in_use;    // bytes of the blocks that tensors hold
+  int64_t resident;  // bytes of the arena's pages that have been touched and not released
+};
+WorkspaceUse workspace_use();
+
+// Gives all pages that no tensor uses back to the system.
+void release_workspaces();
+
+// How many bytes may stay resident without being in use; 0 gives every block back when it is freed.
+void set_workspace_limit(int64_t bytes);
+
+}  // namespace densenet_ext

@@ -1,0 +1,51 @@
+"""The random masks of a dense layer, drawn in one order whichever implementation uses them.
+
+Under the same state of the random number generator the plain, the checkpointed and the fused layer get the same masks,
+so that they can be compared number by number. Drawn before the layer runs, they are plain arguments of whatever is
+recomputed later, and recomputation needs no state of the generator.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .drop_channel import DropChannel, bernoulli
+
+
+class Masks(NamedTuple):
+    """Masks of one layer, None where there is none.
+
+    pre_norm, pre_conv1 [N, C], pre_conv2 [N, K2]: 0 or 1/(1-p); dropout bool [N, k, H, W], true where a value is kept.
+    """
+
+    pre_norm: Tensor | None = None
+    pre_conv1: Tensor | None = None
+    pre_conv2: Tensor | None = None
+    dropout: Tensor | None = None
+
+
+def active_dropout(layer: nn.Module) -> float:
+    """The probability with which `layer` drops single values right now: 0 in evaluation mode."""
+    return layer.drop_rate if layer.training else 0.0
+
+
+def draw_masks(layer: nn.Module, x: Tensor, channels: int, dropout_elsewhere: bool = False) -> Masks:
+    """The masks of one forward pass of `layer`, whose input has x's samples and size, and that many channels.
+
+    Drawn in this order: before norm1, or before conv1 and before conv2; then dropout, unless that is done elsewhere.
+    """
+    pre_norm = pre_conv1 = pre_conv2 = dropout = None
+    drop_channel = getattr(layer, "drop_channel", None)
+    if type(drop_channel) is DropChannel and drop_channel.active:
+        samples = x.shape[0]
+        if layer.drop_channel_position == "pre_norm":
+            pre_norm = drop_channel.draw(samples, channels, x)
+        else:
+            pre_conv1 = drop_channel.draw(samples, channels, x)
+            pre_conv2 = drop_channel.draw(samples, layer.conv1.out_channels, x)
+    rate = active_dropout(layer)
+    if rate > 0 and not dropout_elsewhere:
+        size = (x.shape[0], layer.conv2.out_channels, x.shape[2], x.shape[3])
+        dropout = bernoulli(x, size, torch.bool, 1 - rate)
+    return Masks(pre_norm, pre_conv1, pre_conv2, dropout)

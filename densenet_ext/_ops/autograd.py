@@ -1,0 +1,279 @@
+"""Autograd of the stage ops."""
+
+from collections.abc import Callable
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from .._constants import DX_CHANNELS_LAST, DX_NONE, DX_OWN_LAYOUT, TAIL_HEAD, TAIL_NONE, TAIL_TRANSITION
+from .._layout import arithmetic_dtype, gradient_dtype, lies_channels_last
+from .batched_gradients import no_second_derivative, one_by_one
+from .handles import (
+    dense_block_backward,
+    dense_layer_backward,
+    dense_stage,
+    dense_stage_backward,
+    dense_stem_backward,
+    dense_tail_backward,
+    memory_errors,
+    new_gradients,
+)
+
+_TAIL_PARAMS = {TAIL_NONE: 0, TAIL_TRANSITION: 3, TAIL_HEAD: 2}
+
+
+def _run_backward(run: Callable, *grads: Tensor) -> list[Tensor]:
+    """run(*grads), which returns a tensor and a list of tensors, as one list."""
+
+    def flat(*grads):
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(g).tangent is not None for g in grads):
+            no_second_derivative(None)
+        with memory_errors():
+            first, rest = run(*grads)
+        return (first, *rest)
+
+    return list(one_by_one(flat, *grads))
+
+
+def _wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+
+
+def _kept(ctx) -> tuple[Tensor, ...]:
+    """ctx.saved_tensors; where the output is among them and somebody has written to it, the error says what to do."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error} densenet_ext: backward of a fused dense block, and of a fused layer with squeeze-and-excitation, "
+            "needs the output: clone it before writing to it, or set efficient='checkpoint'"
+        ) from None
+
+
+class _Refusal(torch.autograd.Function):
+    """Lets gradients through that cannot be differentiated with regard to any of the other arguments."""
+
+    @staticmethod
+    def forward(ctx, grads, *_):
+        return grads
+
+    @staticmethod
+    def backward(ctx, *grads):
+        no_second_derivative(ctx, *grads)
+
+
+class _Place(torch.autograd.Function):
+    """x's place in the graph twice, without memory: for its gradient, and to tell who asks for a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        return x.new_empty_strided(x.shape, (0,) * x.dim()), x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, dx, _):
+        return dx
+
+
+class DenseStage(torch.autograd.Function):
+    """Autograd of dense_stage by hand: with lists of hundreds of tensors register_autograd takes milliseconds a step.
+
+    One node: of a block without tail, and of what is traced, where memory is the compiler's to plan.
+    """
+
+    @staticmethod
+    def forward(ctx, below, inputs, *_):
+        x, params, masks, _, *ctx.numbers, ctx.tail, _, ctx.tf32, ctx.group = inputs
+        result, features, *kept = output = below(*inputs)
+        ctx.mark_non_differentiable(features, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.in_channels, ctx.params = x.shape[1], len(params)
+        ctx.layout = DX_CHANNELS_LAST if lies_channels_last(x) else DX_OWN_LAYOUT
+        ctx.save_for_backward(result if ctx.tail == TAIL_NONE else features, *kept, *params, *masks)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * (3 + ctx.params)
+        features, stats, gates, bottlenecks, *rest = _kept(ctx)
+        params, masks = rest[: ctx.params], rest[ctx.params :]
+        need_x, *need_params = ctx.needs_input_grad[2:]
+        layout = ctx.layout if need_x else DX_NONE
+        options = (*ctx.numbers, ctx.tail, ctx.in_channels, layout, ctx.tf32, ctx.group)
+        rest = (features, params, masks, stats, gates, bottlenecks, *options)
+        grads = _run_backward(lambda grad: dense_stage_backward(grad, *rest), grad)
+        return None, None, *_wanted(grads, [need_x, *need_params])
+
+
+class DenseBlock(torch.autograd.Function):
+    """The layers' part of a stage with a tail; DenseTail is the other.
+
+    Two nodes, because the engine holds the gradient that a node gets until that node is done: so the gradient of the
+    stage's output is gone before the layers take their workspaces. From one node to the other go the feature buffer, its
+    gradient buffer and that one's coefficients; in forward three tensors without memory stand for them. A fourth one is
+    the place of x and of the parameters in the graph, for DenseTail to refuse their second derivatives.
+    """
+
+    @staticmethod
+    def forward(ctx, inputs, outputs, anchor, *_):
+        x, params, masks, _, *ctx.numbers, ctx.tail, _, ctx.tf32, ctx.group = inputs
+        _, features, *kept = outputs
+        ctx.set_materialize_grads(False)
+        ctx.in_channels = x.shape[1]
+        ctx.layout = DX_CHANNELS_LAST if lies_channels_last(x) else DX_OWN_LAYOUT
+        # The tail's parameters only say how many channels it has: by the time of backward they may have been updated.
+        own = len(params) - _TAIL_PARAMS[ctx.tail]
+        ctx.tail_params = [param.detach() for param in params[own:]]
+        ctx.save_for_backward(*kept, anchor, *params[:own], *masks)
+        coef = (3, *features.shape[:2])
+        return (
+            features.new_empty_strided(features.shape, (0,) * 4),
+            features.new_empty_strided(features.shape, (0,) * 4, dtype=gradient_dtype(features)),
+            features.new_empty_strided(coef, (0,) * 3, dtype=arithmetic_dtype(features.dtype)),
+            features.new_empty(0),
+        )
+
+    @staticmethod
+    def backward(ctx, features, buffer, coef, _):
+        need_x, *need_params = ctx.needs_input_grad[3:]
+        if buffer is None:
+            return (None,) * (4 + len(need_params))
+        stats, gates, bottlenecks, anchor, *rest = ctx.saved_tensors
+        params, masks = rest[: len(need_params)], rest[len(need_params) :]
+        layout = ctx.layout if need_x else DX_NONE
+        options = (*ctx.numbers, ctx.tail, ctx.in_channels, layout, ctx.tf32, ctx.group)
+
+        def run(buffer, coef):
+            dparams = new_gradients(params)
+            rest = (features, [*params, *ctx.tail_params], masks, stats, gates, bottlenecks, *options)
+            return dense_block_backward(buffer, coef, dparams, *rest), dparams
+
+        with torch.no_grad():
+            grads = _run_backward(run, buffer, coef)
+        grads = _wanted(grads, [need_x, *need_params])
+        if torch.is_grad_enabled():
+            grads = _Refusal.apply(tuple(grads), buffer, coef, anchor, *params)
+        return None, None, None, *grads
+
+
+class DenseTail(torch.autograd.Function):
+    """The transition's or the head's part of a stage, which comes first in backward; returns the stage's output."""
+
+    @staticmethod
+    def forward(ctx, inputs, outputs, anchor, *rest):
+        *_, eps, frozen, _, _, _, tf32, group = inputs
+        output, features, stats, *_ = outputs
+        ctx.set_materialize_grads(False)
+        ctx.options = (eps[-1], frozen[-1] != 0, tf32, group)
+        ctx.save_for_backward(features, stats, anchor, *rest[3:])
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        needed = ctx.needs_input_grad[3:]
+        if grad is None:
+            return (None,) * (3 + len(needed))
+        features, stats, anchor, *params = ctx.saved_tensors
+
+        def run(grad):
+            buffer, coef, dparams = dense_tail_backward(grad, features, params, stats, *ctx.options)
+            return buffer, (coef, *dparams)
+
+        grads = _run_backward(run, grad)
+        if torch.is_grad_enabled():
+            grads = _Refusal.apply(tuple(grads), grad, anchor, *params)
+        return None, None, None, *_wanted([features, *grads], needed)
+
+
+def _stage_autograd(keyset, *inputs):
+    def below(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return dense_stage.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    x, params = inputs[:2]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))):
+        return below(*inputs)
+    own = _TAIL_PARAMS[inputs[-4]]
+    if not own or type(x) is not Tensor:
+        return DenseStage.apply(below, inputs, x, *params)
+    outputs = below(*inputs)
+    place, anchor = _Place.apply(x) if x.requires_grad else (x, x.new_empty(0))
+    *between, tail_anchor = DenseBlock.apply(inputs, outputs, anchor, place, *params[:-own])
+    return DenseTail.apply(inputs, outputs, tail_anchor, *between, *params[-own:]), *outputs[1:]
+
+
+def _layer_setup(ctx, inputs, output):
+    xs, params, masks, _, *ctx.numbers, _, ctx.tf32, ctx.group = inputs
+    result, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.counts = (len(xs), len(params), len(masks), len(inputs[3]))
+    # Only squeeze-and-excitation's gradient needs the output; without it the output may be written to.
+    squeeze_excite = inputs[-4]
+    output = result if squeeze_excite else result.new_zeros(()).expand(result.shape)
+    ctx.save_for_backward(output, *kept, *xs, *params, *masks)
+
+
+def _layer_backward(ctx, grad, *_):
+    xs, params, masks, frozen_stats = ctx.counts
+    need_xs, need_params = ctx.needs_input_grad[:2]
+    if grad is None:
+        dxs, dparams = [None] * xs, [None] * params
+    else:
+        output, *rest = _kept(ctx)
+        kept, rest = rest[:3], rest[3:]
+        rest = (
+            output,
+            rest[:xs],
+            rest[xs : xs + params],
+            rest[xs + params :],
+            *kept,
+            *ctx.numbers,
+            ctx.tf32,
+            ctx.group,
+        )
+
+        def run(grad):
+            (dx, *dxs), dparams = dense_layer_backward(grad, *rest)
+            return dx, (*dxs, *dparams)
+
+        grads = _run_backward(run, grad)
+        dxs, dparams = _wanted(grads[:xs], need_xs), _wanted(grads[xs:], need_params)
+    return dxs, dparams, [None] * masks, [None] * frozen_stats, *[None] * 8
+
+
+def _stem_setup(ctx, inputs, output):
+    x, weight, bias, frozen_stats, ctx.eps = inputs
+    _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.frozen = len(frozen_stats)
+    ctx.save_for_backward(x, weight, bias, stats)
+
+
+def _stem_backward(ctx, grad, *_):
+    gradients = [None] * 3
+    needed = ctx.needs_input_grad[:3]
+    if grad is not None:
+        rest = (*ctx.saved_tensors, ctx.eps, ctx.frozen > 0, needed[0])
+
+        def run(grad):
+            dx, dweight, dbias = dense_stem_backward(grad, *rest)
+            return dx, (dweight, dbias)
+
+        gradients = _wanted(_run_backward(run, grad), needed)
+    return *gradients, [None] * ctx.frozen, None
+
+
+_library = torch.library.Library("densenet_ext", "FRAGMENT")
+_library.impl("dense_stage", _stage_autograd, "Autograd", with_keyset=True)
+torch.library.register_autograd("densenet_ext::dense_layer", _layer_backward, setup_context=_layer_setup)
+torch.library.register_autograd("densenet_ext::dense_stem", _stem_backward, setup_context=_stem_setup)
+torch.library.register_autograd("densenet_ext::dense_stem_backward", no_second_derivative)
+torch.library.register_autograd("densenet_ext::dense_stage_backward", no_second_derivative)
+torch.library.register_autograd("densenet_ext::dense_tail_backward", no_second_derivative)
+torch.library.register_autograd("densenet_ext::dense_layer_backward", no_second_derivative)

@@ -1,0 +1,225 @@
+"""Every compiled kernel op against its reference twin, in float64 where the op computes in float32."""
+
+import pytest
+import torch
+from kernel_cases import DEVICES, SHAPES, Problem, Shape, to_device
+
+from densenet_ext import reference
+from densenet_ext._layout import is_channels_last
+from densenet_ext._load import load_extension
+from densenet_ext.reference.views import write_moments
+
+# Largest error by dtype of arithmetic, relative to the largest value of a tensor: sums of up to 20000 terms.
+ARITHMETIC = {torch.float64: 1e-12, torch.float32: 1e-5}
+# What the operands of a product being rounded adds, relative to the largest value of a tensor: where kernels use matrix
+# units, these take values of the storage dtype, as a convolution under autocast does, or TF32 (with float16's mantissa).
+OPERANDS = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+PRODUCTS = ("bottleneck_forward", "bottleneck_backward", "conv3x3_forward", "conv3x3_backward")
+PRODUCTS += ("transition_forward", "transition_backward")
+TILE_UNIT = load_extension().cpu_capability() == "amx"  # rounds operands of bfloat16 alone
+# How much more that is for sums of products of both signs; coef also has mean and 1/deviation, here any, as factors.
+SUMS = {"coef": 8, "dnorm_weight": 3, "dnorm_bias": 3}
+# What storing adds, relative to each value: op and twin may round to neighbors, one unit in the last place apart.
+STORAGE = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+DTYPES = list(STORAGE)
+
+OPS = {
+    "append": [{}, {"channels_last": True}],
+    "fold_norm": [{}, {"use_given": True}],
+    "bottleneck_forward": [{}, {"moments": False}],
+    "conv3x3_forward": [{}, {"moments": False}],
+    "squeeze_excite_forward": [{}],
+    "squeeze_excite_backward": [{}],
+    "conv3x3_backward": [{}, {"training": False}],
+    "bottleneck_backward": [
+        *({}, {"training": False}, {"grad_in": "same"}, {"grad_in": "other"}),
+        *({"earlier": True}, {"earlier": True, "grad_in": "same"}),
+    ],
+    "transition_forward": [{}],
+    "transition_backward": [{}, {"training": False}],
+    "head_forward": [{}],
+    "head_backward": [{}, {"training": False}],
+    "finish_gradient": [{}, {"channels_last": True}],
+    "stem_forward": [{}, {"use_given": True}],
+    "stem_backward": [{}, {"training": False}, {"need_dx": False}],
+}
+MASKED = ("fold_norm", "bottleneck_forward", "conv3x3_forward", "conv3x3_backward", "bottleneck_backward")
+CASES = [(op, options) for op, variants in OPS.items() for options in variants]
+
+
+def for_twin(value, dtype):
+    """The tensor as the twin gets it: in float64, but what is stored in half precision stays so."""
+    if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
+        return value
+    return value.clone() if value.dtype == dtype and dtype not in ARITHMETIC else value.double().clone()
+
+
+def run_both(op, args, dtype, device="cpu", **options):
+    """The op's arguments after it ran, and the twin's."""
+    actual, expected = to_device(args, device), [for_twin(a, dtype) for a in args]
+    for i, a in enumerate(args):
+        for j in range(i):
+            if a is args[j] and isinstance(a, torch.Tensor):
+                expected[j] = expected[i]
+    # wide 3x3 convolutions are cuDNN's, which goes by PyTorch's own switch, on by default
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=options.get("allow_tf32", False)):
+        getattr(torch.ops.densenet_ext, op)(*actual, **options)
+    getattr(reference, op)(*expected)
+    actual = to_device(actual, "cpu")
+    if dtype not in ARITHMETIC:
+        use_moments_of_stored_values(op, actual, expected)
+    return actual, expected
+
+
+def use_moments_of_stored_values(op, actual, expected):
+    """Moments are those of the rounded values, and single values may have been rounded otherwise than the twin's."""
+    if op == "bottleneck_forward" and expected[5] is not None:
+        rows, (mean, m2) = actual[4][:, : expected[5].size(1)].double(), expected[5:]
+        mean[:] = rows.sum(0) / max(len(rows), 1)
+        m2[:] = (rows - mean).square().sum(0)
+    if op == "conv3x3_forward" and expected[8] is not None:
+        columns = slice(actual[7], actual[7] + actual[3].size(0))
+        write_moments(actual[6][:, columns], *expected[8:], columns)
+
+
+def check(op, args, dtype, device="cpu", **options):
+    """Compare what was written with the twin's, and everything else with what it was."""
+    actual, expected = run_both(op, args, dtype, device, **options)
+    units = is_channels_last(torch.empty(0, device=device)) or (TILE_UNIT and dtype == torch.bfloat16)
+    operands = OPERANDS.get(torch.float16 if options else dtype, 0.0) if units and op in PRODUCTS else 0.0
+    schema = getattr(torch.ops.densenet_ext, op).default._schema
+    for argument, got, want, before in zip(schema.arguments[: len(args)], actual, expected, args, strict=True):
+        if not isinstance(got, torch.Tensor):
+            continue
+        written = argument.alias_info is not None or any(
+            got is actual[i] for i in range(len(args)) if is_written(schema, i)
+        )
+        assert_gaps_unchanged(got, before, argument.name)
+        if written:
+            assert_near(got, want, argument.name, operands * SUMS.get(argument.name, 1))
+        else:
+            assert bits(got).equal(bits(before)), f"{argument.name} was changed"
+
+
+def is_written(schema, index):
+    return schema.arguments[index].alias_info is not None
+
+
+def bits(x):
+    """The tensor as bytes, so that NaN equals NaN."""
+    return x.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def assert_gaps_unchanged(got, before, name):
+    if before._base is None:
+        return
+    inside = torch.zeros_like(before._base, dtype=torch.bool)
+    inside.as_strided(before.shape, before.stride(), before.storage_offset()).fill_(True)
+    assert bits(got._base[~inside]).equal(bits(before._base[~inside])), f"{name} was changed between its planes"
+
+
+def assert_near(got, want, name, operands):
+    """Both are NaN at the same places, and near elsewhere."""
+    rounding = STORAGE[got.dtype]
+    got, want, near = got.double(), want.double(), ARITHMETIC.get(got.dtype, ARITHMETIC[torch.float32]) + operands
+    assert torch.equal(got.isnan(), want.isnan()), f"{name} has NaN at other places"
+    got, want = got.nan_to_num(), want.nan_to_num()
+    if want.numel():
+        excess = (got - want).abs() - rounding * want.abs() - near * want.abs().max()
+        assert excess.max() <= 0, f"{name}: error {(got - want).abs().max():.2e} of values up to {want.abs().max():.2e}"
+
+
+def problems(shape, dtype, op, device="cpu"):
+    """Without masks, and where masks concern the op, with them."""
+    kinds = ("none", "pre", "all") if op in MASKED else ("none",)
+    return [Problem(shape, dtype, masks, device=device) for masks in kinds]
+
+
+def fits(op, shape):
+    return not op.startswith("transition") or (shape.height > 1 and shape.width > 1)
+
+
+def first_and_last(op):
+    """Of an op's options: without any, and with the most."""
+    return OPS[op][:: max(1, len(OPS[op]) - 1)]
+
+
+def label(value):
+    return (
+        "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value).removeprefix("torch.")
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("op", "options"), CASES, ids=label)
+def test_kernel_equals_twin(op, options, shape, dtype, device):
+    if not fits(op, shape):
+        pytest.skip("a transition needs 2x2 pixels")
+    for problem in problems(shape, dtype, op, device):
+        check(op, getattr(problem, op)(**options), dtype, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_tf32(op, shape, device):
+    """Where products of float32 may be TF32, they differ by that; where there is no such thing, by nothing."""
+    if not fits(op, shape):
+        pytest.skip("a transition needs 2x2 pixels")
+    for problem in problems(shape, torch.float32, op, device):
+        check(op, getattr(problem, op)(), torch.float32, device, allow_tf32=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("op", OPS)
+def test_any_number_of_threads(op, threads):
+    """5 threads are more than there are samples, and do not divide the rows."""
+    torch.set_num_threads(threads)
+    for shape in (Shape("", samples=3, height=33, width=31), Shape("", samples=1, height=12, width=12, bottleneck=40)):
+        for problem in problems(shape, torch.float32, op):
+            for options in first_and_last(op):
+                check(op, getattr(problem, op)(**options), torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", OPS)
+def test_repeated_run_is_bit_equal(op, device):
+    shape = Shape("", samples=3, height=17, width=19, channels=20, bottleneck=24, growth=6)
+    problem = problems(shape, torch.float32, op, device)[-1]
+    for options in first_and_last(op):
+        args = getattr(problem, op)(**options)
+        first, again = to_device(args, device), to_device(args, device)
+        getattr(torch.ops.densenet_ext, op)(*first)
+        getattr(torch.ops.densenet_ext, op)(*again)
+        for a, b in zip(first, again, strict=True):
+            assert not isinstance(a, torch.Tensor) or bits(a).equal(bits(b))
+
+
+FORWARD = {"bottleneck_forward": 4, "conv3x3_forward": 6, "transition_forward": 4, "head_forward": 3, "stem_forward": 7}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=label)  # the latter never on the tile unit
+@pytest.mark.parametrize("op", FORWARD)
+def test_nan_reaches_what_depends_on_it(op, dtype, device):
+    """One NaN among the inputs: relu(NaN) is NaN, as in PyTorch."""
+    options = {"use_given": True} if op == "stem_forward" else {}
+    args = getattr(Problem(Shape("", height=8, width=8), dtype, device=device), op)(**options)
+    first = args[0]
+    first[(0, 1, 3, 3) if first.dim() == 4 else (9, 1)] = torch.nan
+    actual, expected = run_both(op, args, dtype, device)
+    out = FORWARD[op]
+    assert expected[out].isnan().any() and not expected[out].isnan().all()
+    assert torch.equal(actual[out].isnan(), expected[out].isnan())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_goes_to_the_last_nan_of_a_window(training):
+    """As in torch.nn.MaxPool2d, to which every NaN is larger than what came before."""
+    args = Problem(Shape("", height=9, width=9), torch.float32).stem_backward(training=training)
+    args[0][0, 1, 2:5, 3:6] = torch.nan
+    actual, expected = run_both("stem_backward", args, torch.float32)
+    for got, want in zip(actual[8:], expected[8:], strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4, equal_nan=True)

@@ -1,0 +1,130 @@
+"""docs/support.md row by row: what each implementation does under what people do, and that the numbers are right."""
+
+import copy
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import support_cases
+import torch
+import torch.nn.functional as F
+from support_cases import LOWER, PYTORCH_REFUSES, SCENARIOS, SILENT
+from torch import nn
+
+from densenet_ext import DenseNetBC, functional, set_fallback
+from densenet_ext.layers import EfficientDenseLayer
+
+torchvision = pytest.importorskip("torchvision")
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
+COLUMNS = ("fused", "checkpoint", False)
+TINY = {"growth_rate": 8, "block_config": (2, 3, 2), "num_init_features": 16, "bn_size": 2, "num_classes": 5}
+
+
+def rows():
+    """(what is done, what 'fused' does, what 'checkpoint' does, what False does) of each line of the table."""
+    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row[:4] for row in cells if row[1] in OUTCOMES]
+
+
+OUTCOMES = ("fused", "partly fused", "checkpointed", "plain", "error")
+CASES = [(row[0], efficient, row[1 + i]) for row in rows() for i, efficient in enumerate(COLUMNS)]
+
+
+class TheirNetwork(torchvision.models.DenseNet):
+    """torchvision's rectifies what `features` returned in place, which a backward hook there forbids."""
+
+    def forward(self, x):
+        return self.classifier(F.adaptive_avg_pool2d(F.relu(self.features(x)), 1).flatten(1))
+
+
+def networks():
+    """This package's network and torchvision's, with the same weights and statistics that are not the initial ones."""
+    torch.manual_seed(0)
+    theirs = TheirNetwork(**TINY).double()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    ours = DenseNetBC(**TINY, small_inputs=False).double()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each way of computing was used."""
+    counts = Counter()
+
+    def count(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(functional, "dense_stage")
+    count(functional, "dense_layer")
+    count(EfficientDenseLayer, "_checkpointed_first")
+    count(EfficientDenseLayer, "_called")
+    return counts
+
+
+def outcome(calls):
+    fused, called = calls["dense_stage"] + calls["dense_layer"], calls["_called"]
+    if fused:
+        return "partly fused" if called or calls["dense_layer"] else "fused"
+    return "checkpointed" if calls["_checkpointed_first"] else "plain"
+
+
+def error(got, want):
+    """Largest relative error of a tensor, by the norm of all its values."""
+    pairs = [(a.double(), b) for a, b in zip(got, want, strict=True) if b.is_floating_point()]
+    return max(((a - b).norm() / b.norm().clamp_min(1e-6)).item() for a, b in pairs)
+
+
+def test_the_table_has_every_scenario_once():
+    assert [row[0] for row in rows()] == list(SCENARIOS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("what", "efficient", "expected"), CASES, ids=[f"{w}-{e}" for w, e, _ in CASES])
+def test_row(what, efficient, expected, calls):
+    run = SCENARIOS[what]
+    ours, theirs = networks()
+    ours.efficient, plain = efficient, copy.deepcopy(ours)
+    set_fallback("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.manual_seed(1)
+        try:
+            got, found = run(ours), None
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as raised:
+            found, said = "error", str(raised)
+    if found is None:
+        found = outcome(calls)
+        torch.manual_seed(1)
+        want = run(theirs)
+        if run in LOWER:
+            exact = support_cases.step(networks()[1])
+            plain.efficient = False
+            torch.manual_seed(1)
+            assert error(got, exact) <= 2 * error(run(plain), exact)
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+    assert found == expected
+    warned = any("instead of efficient='fused'" in str(warning.message) for warning in caught)
+    if found == "error":
+        assert len(said) < 700
+        assert run in PYTORCH_REFUSES or any(word in said for word in ("densenet_ext", "it may be", "not resizable"))
+    elif efficient == "fused" and found != "fused" and run not in SILENT:
+        assert warned
+    elif efficient != "fused":
+        assert not warned
