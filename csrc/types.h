@@ -51,7 +51,7 @@ struct PerChannel {
 
 // z = relu(scale * x + shift): batch normalization, the masks around it and ReLU.
 template <class T>
-struct NormTable {
+struct ScaleShiftTable {
   PerChannel<T> scale, shift;
 };
 

@@ -47,7 +47,7 @@ template <class S>
 struct BottleneckForward {
   using T = Arithmetic<S>;
   Maps<const S> features;
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   const T* weight;  // [width, channels]
   int64_t channels, width;
   S* bottleneck;  // [M, round_up(width, kLanes)]
@@ -59,7 +59,7 @@ template <class S>
 struct BottleneckBackward {
   using T = Arithmetic<S>;
   Maps<const S> features;
-  NormTable<T> table;
+  ScaleShiftTable<T> table;
   PerChannel<T> pre_mask, post_mask;  // data null: all ones
   const T* weight;                    // [width, channels]
   int64_t channels, width;
@@ -80,7 +80,7 @@ template <class S>
 struct Conv3x3Forward {
   using T = Arithmetic<S>;
   const S* bottleneck;
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   const T* weight;  // [growth, width, 3, 3]
   int64_t growth, width;
   const bool* dropout_mask;  // [samples, growth, height, width] or null
@@ -94,7 +94,7 @@ template <class S>
 struct Conv3x3Backward {
   using T = Arithmetic<S>;
   const S* bottleneck;
-  NormTable<T> table;
+  ScaleShiftTable<T> table;
   PerChannel<T> post_mask;
   const T* weight;
   int64_t growth, width;
@@ -138,7 +138,7 @@ template <class S>
 struct TransitionForward {
   using T = Arithmetic<S>;
   Maps<const S> features;
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   const T* weight;  // [out.channels, features.channels]
   Maps<S> out;
 };
@@ -147,7 +147,7 @@ template <class S>
 struct TransitionBackward {
   using T = Arithmetic<S>;
   Maps<const S> features;
-  NormTable<T> table;
+  ScaleShiftTable<T> table;
   const T* weight;
   Norm<T> norm;
   Maps<const S> grad_out;
@@ -162,7 +162,7 @@ template <class S>
 struct HeadForward {
   using T = Arithmetic<S>;
   Maps<const S> features;
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   S* out;  // [samples, channels]
 };
 
@@ -170,7 +170,7 @@ template <class S>
 struct HeadBackward {
   using T = Arithmetic<S>;
   Maps<const S> features;
-  NormTable<T> table;
+  ScaleShiftTable<T> table;
   Norm<T> norm;
   const S* grad_out;
   Maps<T> grad;

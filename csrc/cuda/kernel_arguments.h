@@ -55,7 +55,7 @@ template <class S>
 struct BottleneckForward {
   using T = Arithmetic<S>;
   Rows<const S> features;
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   const T* weight;  // [width, channels]
   int64_t channels, width;
   S* bottleneck;  // [M, round_up(width, kLanes)]
@@ -67,7 +67,7 @@ template <class S>
 struct BottleneckBackward {
   using T = Arithmetic<S>;
   Rows<const S> features;
-  NormTable<T> table;
+  ScaleShiftTable<T> table;
   PerChannel<T> pre_mask, post_mask;  // data null: all ones
   const T* weight;                    // [width, channels]
   int64_t channels, width;
@@ -163,7 +163,7 @@ template <class S>
 struct TransitionForward {
   using T = Arithmetic<S>;
   Rows<const S> features;
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   const T* weight;  // [out.channels, features.channels]
   Strided<S> out;
 };
@@ -172,7 +172,7 @@ template <class S>
 struct TransitionBackward {
   using T = Arithmetic<S>;
   Rows<const S> features;
-  NormTable<T> table;
+  ScaleShiftTable<T> table;
   const T* weight;
   Norm<T> norm;
   Strided<const S> grad_out;
@@ -187,7 +187,7 @@ template <class S>
 struct HeadForward {
   using T = Arithmetic<S>;
   Rows<const S> features;
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   S* out;  // [samples, channels]
 };
 
@@ -195,7 +195,7 @@ template <class S>
 struct HeadBackward {
   using T = Arithmetic<S>;
   Rows<const S> features;
-  NormTable<T> table;
+  ScaleShiftTable<T> table;
   Norm<T> norm;
   const S* grad_out;  // [samples, channels]
   Rows<S> grad;
@@ -268,7 +268,7 @@ template <class S>
 struct Conv3x3Forward {
   using T = Arithmetic<S>;
   const S* bottleneck;  // [M, round_up(width, kLanes)]
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   const T* weight;  // [growth, width, 3, 3]
   int64_t growth, width;
   const bool* dropout_mask;  // [samples, growth, H, W]; null: nothing is dropped
@@ -281,7 +281,7 @@ template <class S>
 struct Conv3x3Backward {
   using T = Arithmetic<S>;
   const S* bottleneck;
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   PerChannel<T> post_mask;  // data null: all ones
   const T* weight;
   int64_t growth, width;
@@ -312,7 +312,7 @@ void conv3x3_backward(const Conv3x3Backward<S>& arguments, Context& context);
 
 // h [M, width] = relu(scale * b + shift)
 template <class S>
-void conv3x3_input(const S* bottleneck, const NormTable<Arithmetic<S>>& norm, int64_t samples,
+void conv3x3_input(const S* bottleneck, const ScaleShiftTable<Arithmetic<S>>& norm, int64_t samples,
                    int64_t pixels, int64_t width, S* h, Context& context);
 // The slice = dropout(y [M, growth])
 template <class S>

@@ -80,8 +80,8 @@ PerChannel<T> per_channel(const char* name, const std::optional<Tensor>& t, int6
                        : PerChannel<T>{};
 }
 template <class T>
-NormTable<T> norm_table(const Tensor& scale, const Tensor& shift, int64_t samples,
-                        int64_t channels) {
+ScaleShiftTable<T> norm_table(const Tensor& scale, const Tensor& shift, int64_t samples,
+                              int64_t channels) {
   return {per_channel<T>("scale", scale, samples, channels),
           per_channel<T>("shift", shift, samples, channels)};
 }

@@ -79,7 +79,7 @@ DX_INLINE void norm_relu_run(const S* x, int64_t count, int64_t pitch, T scale, 
 
 // z[position] for one channel of a tile.
 template <class S, class T = Arithmetic<S>>
-DX_INLINE void norm_relu_tile(const Maps<const S>& features, const NormTable<T>& norm,
+DX_INLINE void norm_relu_tile(const Maps<const S>& features, const ScaleShiftTable<T>& norm,
                               const Tile& tile, int64_t c, T* z) {
   for (int64_t i = 0; i < tile.samples; ++i) {
     const int64_t n = tile.sample + i;

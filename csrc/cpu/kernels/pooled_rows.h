@@ -52,7 +52,7 @@ inline int64_t pooled_capacity(int64_t values_per_position) {
 
 // zp of one channel of a tile. Writes up to one vector beyond the tile's positions.
 template <class S, class T = Arithmetic<S>>
-DX_NOINLINE void pool_tile(const Maps<const S>& features, const NormTable<T>& norm,
+DX_NOINLINE void pool_tile(const Maps<const S>& features, const ScaleShiftTable<T>& norm,
                            const Rows& rows, const Tile& tile, int64_t c, T* zp) {
   const int64_t first = tile.pixel / rows.width, last = (tile.pixel + tile.count) / rows.width,
                 used = 2 * rows.width;

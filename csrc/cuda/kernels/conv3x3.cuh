@@ -145,7 +145,7 @@ struct TapPacking {
   int growth, width;
   S* packed;  // [kTaps, outputs, pitch], 0 beyond growth and width
   int outputs, pitch;
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   const T* mean;       // null: not needed
   PerChannel<T> mask;  // data null: all ones
   Entry<T>* table;     // [samples, columns], 0 beyond width
@@ -184,7 +184,8 @@ struct PackedTaps {
 };
 template <class Math, int kUnits, int outputs = kOutputs>
 PackedTaps<typename Math::Storage> pack_taps(const typename Math::T* weight, int64_t growth,
-                                             int64_t width, const NormTable<typename Math::T>& norm,
+                                             int64_t width,
+                                             const ScaleShiftTable<typename Math::T>& norm,
                                              const typename Math::T* mean,
                                              const PerChannel<typename Math::T>& mask,
                                              int64_t samples, Context& context) {

@@ -26,7 +26,7 @@ template <class S>
 struct InputArgs {
   const S* bottleneck;
   int64_t pitch;
-  NormTable<Arithmetic<S>> norm;
+  ScaleShiftTable<Arithmetic<S>> norm;
   int64_t width;
   S* h;  // [M, width]
   Items items;
@@ -132,7 +132,7 @@ struct InputGradientArgs {
   using T = Arithmetic<S>;
   const S* bottleneck;
   int64_t pitch;  // of bottleneck and dv
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   PerChannel<T> mask;
   const T* mean;
   int64_t width;
@@ -227,7 +227,7 @@ KERNEL __launch_bounds__(kFinishThreads, 4) conv3x3_wide_finish_kernel(WideFinis
 }  // namespace
 
 template <class S>
-void conv3x3_input(const S* bottleneck, const NormTable<Arithmetic<S>>& norm, int64_t samples,
+void conv3x3_input(const S* bottleneck, const ScaleShiftTable<Arithmetic<S>>& norm, int64_t samples,
                    int64_t pixels, int64_t width, S* h, Context& context) {
   const int64_t pitch = round_up(width, kLanes);
   with_vector<S>(spacing(bottleneck, bytes_of<S>(pitch)) | spacing(h, bytes_of<S>(width)),
@@ -306,12 +306,12 @@ void conv3x3_input_gradient(const Conv3x3Backward<S>& f, const S* dh, const Stri
          kFinishThreads, kFinishShared, WideFinishArgs<S>{dw, f.dweight, weight_blocks, sums});
 }
 
-#define INSTANTIATE(S)                                                                     \
-  template void conv3x3_input(const S*, const NormTable<Arithmetic<S>>&, int64_t, int64_t, \
-                              int64_t, S*, Context&);                                      \
-  template void conv3x3_output(const Conv3x3Forward<S>&, const S*, Context&);              \
-  template void conv3x3_output_gradient(const Conv3x3Backward<S>&, S*, Context&);          \
-  template void conv3x3_input_gradient(const Conv3x3Backward<S>&, const S*,                \
+#define INSTANTIATE(S)                                                                           \
+  template void conv3x3_input(const S*, const ScaleShiftTable<Arithmetic<S>>&, int64_t, int64_t, \
+                              int64_t, S*, Context&);                                            \
+  template void conv3x3_output(const Conv3x3Forward<S>&, const S*, Context&);                    \
+  template void conv3x3_output_gradient(const Conv3x3Backward<S>&, S*, Context&);                \
+  template void conv3x3_input_gradient(const Conv3x3Backward<S>&, const S*,                      \
                                        const Strided<const S>&, Context&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -17,7 +17,7 @@ template <class S>
 struct ForwardArgs {
   using T = Arithmetic<S>;
   Rows<const S> features;
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   Items items;
   ThreadMap map;
   T* sums;  // [items, channels], where samples are cut
@@ -78,7 +78,7 @@ template <class S>
 struct BackwardArgs {
   using T = Arithmetic<S>;
   Rows<const S> features;
-  NormTable<T> table;
+  ScaleShiftTable<T> table;
   Norm<T> norm;
   const S* grad_out;
   Rows<S> grad;

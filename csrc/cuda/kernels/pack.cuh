@@ -23,7 +23,7 @@ struct Packing {
   S* packed;  // [packed_rows, packed_columns], or transposed
   int64_t packed_rows, packed_columns;
   bool transposed;
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   ScaleShift<T>* table;  // [samples, table_columns]
   int64_t samples, channels, table_columns;
 };
@@ -63,7 +63,7 @@ struct Packed {
 template <class Math>
 Packed<typename Math::Storage> pack(const typename Math::T* weight, int64_t rows, int64_t columns,
                                     int64_t packed_rows, int64_t packed_columns, bool transposed,
-                                    const NormTable<typename Math::T>& norm, int64_t samples,
+                                    const ScaleShiftTable<typename Math::T>& norm, int64_t samples,
                                     int64_t channels, int64_t table_columns, Context& context) {
   using S = typename Math::Storage;
   using T = typename Math::T;

@@ -243,8 +243,9 @@ Windows windows_of(const Rows<S>& x, const Rows<E>& pooled) {
 
 // scale and shift of all channels, and the batch's statistics where they are not given.
 template <class S>
-NormTable<Arithmetic<S>> fold_stem(const Rows<const S>& x, const StemNorm<Arithmetic<S>>& norm,
-                                   bool use_given, Context& context) {
+ScaleShiftTable<Arithmetic<S>> fold_stem(const Rows<const S>& x,
+                                         const StemNorm<Arithmetic<S>>& norm, bool use_given,
+                                         Context& context) {
   using T = Arithmetic<S>;
   T* const table = context.scratch<T>(2 * x.channels);
   FoldNorm<T> a = {};

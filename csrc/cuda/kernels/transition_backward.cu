@@ -29,7 +29,7 @@ struct SpreadArgs {
   Rows<const S> features;
   Rows<S> grad;
   Windows windows;
-  NormTable<T> table;  // one row for all samples
+  ScaleShiftTable<T> table;  // one row for all samples
   Norm<T> norm;
   int64_t each;  // tiles of a block
   S* pooled;     // [M', pitch]

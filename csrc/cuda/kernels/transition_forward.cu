@@ -17,7 +17,7 @@ template <class S>
 struct PoolArgs {
   using T = Arithmetic<S>;
   Rows<const S> features;
-  NormTable<T> norm;
+  ScaleShiftTable<T> norm;
   Windows windows;
   Items items;  // of the pooled map
   ThreadMap map;
