@@ -107,7 +107,7 @@ class Arguments:
 
     def append(self):
         s = self.size
-        x = new_maps(self.like, s.channels, s.height, s.width).normal_()
+        x = new_maps(self.like, s.channels, (s.height, s.width)).normal_()
         return x, self.buffer(), 0, *self.moments()
 
     def fold_norm(self):
@@ -174,7 +174,7 @@ class Arguments:
     def _transition(self):
         s = self.size
         weight = self.normal(s.outputs, s.channels, 1, 1, scale=0.1)
-        pooled = new_maps(self.like, s.outputs, s.height // 2, s.width // 2).normal_()
+        pooled = new_maps(self.like, s.outputs, (s.height // 2, s.width // 2)).normal_()
         return (self.buffer(), *self.table(s.channels), weight), pooled
 
     def transition_forward(self):
@@ -202,8 +202,8 @@ class Arguments:
     def _stem(self):
         s, c = self.size, self.size.channels
         weight, mean, var, eps, training = self.norm(c)
-        x = new_maps(self.like, c, s.height, s.width, channels_last=True).normal_()
-        pooled = new_maps(self.like, c, (s.height + 1) // 2, (s.width + 1) // 2).normal_()
+        x = new_maps(self.like, c, (s.height, s.width), channels_last=True).normal_()
+        pooled = new_maps(self.like, c, ((s.height + 1) // 2, (s.width + 1) // 2)).normal_()
         return x, (weight, self.normal(c)), (mean, var), eps, training, pooled
 
     def stem_forward(self):
@@ -217,7 +217,7 @@ class Arguments:
 
     def finish_gradient(self):
         s = self.size
-        out = new_maps(self.like, s.channels, s.height, s.width)
+        out = new_maps(self.like, s.channels, (s.height, s.width))
         return self.buffer(), self.gradient(), self.coefficients(), 0, out
 
 

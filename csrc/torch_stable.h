@@ -1,4 +1,4 @@
-// Small words over torch's stable tensor: checks that name the argument, and typed pointers.
+// Small words over torch's stable ABI: checks that name the argument, new tensors, calls of ops.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,6 +17,8 @@ namespace densenet_ext {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Optional = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;  // of sizes that somebody else holds
 
@@ -48,6 +50,16 @@ inline void check_type(const char* name, const Tensor& t, ScalarType type) {
                   torch::headeronly::toString(type), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
 }
+inline int32_t device_type_of(const Tensor& t) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  return type;
+}
+inline void check_device(const char* name, const Tensor& t, const Tensor& other) {
+  STD_TORCH_CHECK(device_type_of(t) == device_type_of(other) &&
+                      t.get_device_index() == other.get_device_index(),
+                  name, " must be on the device of the other arguments");
+}
 inline void check_contiguous(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
@@ -68,17 +80,15 @@ inline bool is_dense_channels_last(const Tensor& t) {
 inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides,
                             ScalarType type) {
   using torch::stable::detail::from;
-  int32_t device = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  AtenTensorHandle made = nullptr;
+  AtenTensorHandle handle = nullptr;
   // For these arguments only memory can be what is missing, and the error's own text may be lost.
   STD_TORCH_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(from(type)), device,
-                               like.get_device_index(), &made) == 0,
+                               torch::stable::detail::to<int32_t>(from(type)), device_type_of(like),
+                               like.get_device_index(), &handle) == 0,
       "out of memory: a tensor of shape ", describe(sizes), " and dtype ",
       torch::headeronly::toString(type), " could not be allocated");
-  return Tensor(made);
+  return Tensor(handle);
 }
 inline Sizes contiguous_strides(const Sizes& sizes) {
   Sizes strides(sizes.size(), 1);
@@ -91,11 +101,30 @@ inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
 }
 // A view of what a contiguous tensor holds from `offset` on.
 inline Tensor piece(const Tensor& t, int64_t offset, const Sizes& sizes) {
-  AtenTensorHandle made = nullptr;
+  AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                     contiguous_strides(sizes).data(), offset, &made));
-  return Tensor(made);
+                                     contiguous_strides(sizes).data(), offset, &handle));
+  return Tensor(handle);
+}
+
+// What the last failed call said; torch has this from 2.13 on.
+extern "C" const char* torch_exception_get_what_without_backtrace() __attribute__((weak));
+
+inline std::string reason_of_failure() {
+  const char* const text = torch_exception_get_what_without_backtrace
+                               ? torch_exception_get_what_without_backtrace()
+                               : nullptr;
+  return text ? text : "the reason is on the standard error stream";
+}
+
+// Calls a kernel operator of this library through the dispatcher, on the device of its tensors.
+template <class... Arguments>
+void call(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack = {
+      torch::stable::detail::from(arguments)...};
+  STD_TORCH_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == 0, name,
+                  " failed: ", reason_of_failure());
 }
 
 }  // namespace densenet_ext

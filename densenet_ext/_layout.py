@@ -1,5 +1,8 @@
 """Dtypes and layouts of a stage's tensors, which are the device's choice: planar maps on CPU, channels last on CUDA."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,25 +56,30 @@ def lies_channels_last(maps: Tensor) -> bool:
     return maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
 
 
-def new_maps(like: Tensor, channels: int, height: int, width: int, channels_last: bool = False) -> Tensor:
-    """Uninitialized maps [N, channels, height, width] without gaps; channels_last: whatever the device's own layout."""
+def new_maps(like: Tensor, channels: int, spatial: Sequence[int], channels_last: bool = False) -> Tensor:
+    """Uninitialized maps [N, channels, *spatial] without gaps; channels_last: whatever the device's own layout."""
+    shape = (like.shape[0], channels, *spatial)
     if channels_last or is_channels_last(like):
-        strides = (height * width * channels, 1, width * channels, channels)
-        return like.new_empty_strided((like.shape[0], channels, height, width), strides)
-    return like.new_empty((like.shape[0], channels, height, width))
+        return like.new_empty_strided(shape, _channels_last_strides(spatial, channels))
+    return like.new_empty(shape)
 
 
 def new_features(like: Tensor, channels: int, dtype: torch.dtype | None = None, gaps: bool = True) -> Tensor:
-    """An uninitialized feature buffer [N, channels, H, W] with `like`'s N, H, W, dtype and device.
+    """An uninitialized feature buffer [N, channels, *spatial] with `like`'s N, spatial sizes, dtype and device.
 
     gaps: whether planes may be padded; pixels of channels-last maps always may.
     """
-    count, _, height, width = like.shape
+    count, _, *spatial = like.shape
     dtype = dtype or like.dtype
     if is_channels_last(like):
-        pitch = pixel_pitch(channels, dtype)
-        strides = (height * width * pitch, 1, width * pitch, pitch)
+        strides = _channels_last_strides(spatial, pixel_pitch(channels, dtype))
     else:
-        pitch = feature_pitch(height * width) if gaps else height * width
-        strides = (channels * pitch, pitch, width, 1)
-    return like.new_empty_strided((count, channels, height, width), strides, dtype=dtype)
+        pixels = math.prod(spatial)
+        pitch = feature_pitch(pixels) if gaps else pixels
+        strides = (channels * pitch, pitch, *(math.prod(spatial[i + 1 :]) for i in range(len(spatial))))
+    return like.new_empty_strided((count, channels, *spatial), strides, dtype=dtype)
+
+
+def _channels_last_strides(spatial: Sequence[int], pitch: int) -> tuple[int, ...]:
+    """Strides of maps whose pixels lie `pitch` elements apart."""
+    return math.prod(spatial) * pitch, 1, *(math.prod(spatial[i + 1 :]) * pitch for i in range(len(spatial)))

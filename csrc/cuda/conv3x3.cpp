@@ -15,7 +15,7 @@ using Mask = std::optional<Tensor>;
 // Maps without gaps, channels last.
 Tensor packed_maps(const Tensor& like, int64_t samples, int64_t channels, int64_t height,
                    int64_t width, ScalarType type) {
-  return channels_last_maps(like, samples, channels, height, width, channels, type);
+  return channels_last_maps(like, {samples, channels, height, width}, channels, type);
 }
 // The same values like that; what a library returns usually is.
 Tensor packed(const Tensor& maps) {

@@ -40,19 +40,20 @@ class Arena {
     const std::lock_guard<std::mutex> lock(mutex);
     if (!reserve()) return nullptr;
     std::map<int64_t, Block> staying = used_;
-    Ranges then_free = free_;
+    Ranges free_without_leaving = free_;
     for (const Tensor& tensor : leaving) {
       const auto block = staying.find(static_cast<char*>(tensor.data_ptr()) - base_);
       if (block == staying.end()) continue;  // not of the arena
-      add(then_free, block->first, block->second.size);
+      add(free_without_leaving, block->first, block->second.size);
       staying.erase(block);
     }
     int64_t room = 0, latest = 0;
     for (const auto& [offset, block] : staying)
       if (block.buffer > latest) latest = block.buffer, room = times * block.size;
-    const auto next = std::find_if(then_free.begin(), then_free.end(),
+    const auto next = std::find_if(free_without_leaving.begin(), free_without_leaving.end(),
                                    [&](const auto& range) { return range.second >= room; });
-    const int64_t size = rounded(bytes), above = next == then_free.end() ? 0 : next->first + room;
+    const int64_t size = rounded(bytes),
+                  above = next == free_without_leaving.end() ? 0 : next->first + room;
     const auto range = free_.upper_bound(above);
     if (range == free_.begin()) return first_fit(size, Use::kOther);
     const auto [start, space] = *std::prev(range);
@@ -126,10 +127,10 @@ class Arena {
       next = ranges.erase(next);
     }
     if (next != ranges.begin()) {
-      const auto before = std::prev(next);
-      if (before->first + before->second == offset) {
-        before->second += size;
-        return before;
+      const auto previous = std::prev(next);
+      if (previous->first + previous->second == offset) {
+        previous->second += size;
+        return previous;
       }
     }
     return ranges.emplace(offset, size).first;
@@ -175,11 +176,11 @@ class Arena {
 // only the lock must not be held by a thread that the child does not have.
 Arena& arena() {
   static Arena* const arena = [] {
-    auto* const made = new Arena;
-    static Arena* const shared = made;
+    auto* const instance = new Arena;
+    static Arena* const shared = instance;
     pthread_atfork([] { shared->mutex.lock(); }, [] { shared->mutex.unlock(); },
                    [] { shared->mutex.unlock(); });
-    return made;
+    return instance;
   }();
   return *arena;
 }

@@ -16,18 +16,19 @@ namespace densenet_ext {
 
 enum class Use { kBuffer, kOther };  // buffer: of feature maps or of their gradients
 
-// An uninitialized contiguous tensor: from the arena if it is large and on CPU, else from torch.
+// Allocates an uninitialized contiguous tensor: from the arena if it is large and on CPU, else from
+// torch.
 Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type, Use use = Use::kOther);
 
-// The same for what is still held when the stage before allocates its gradient buffer: above where
-// that will go, first fit, once the tensors of `leaving` are free; anywhere if that place is taken,
-// which moves the buffer up by no more. Its size is `times` that of the latest buffer that stays,
-// the feature maps of that stage.
+// Allocates a tensor that must outlive the previous stage's gradient buffer. It is placed just
+// above the spot where that buffer will go, first fit, assuming the tensors of `leaving` are free
+// by then; if the spot is taken, it goes anywhere. That buffer's size is `times` the size of the
+// latest feature buffer that stays, which is the previous stage's.
 Tensor workspace_aside(const Tensor& like, const Sizes& sizes, ScalarType type, int64_t times,
                        const std::vector<Tensor>& leaving);
 
-// The same without a tensor around it: null where the arena does not serve that size or has no
-// room.
+// Memory of the arena without a tensor around it; null where the arena does not serve that size or
+// has no room.
 void* allocate_block(int64_t bytes);
 void free_block(void* block);
 

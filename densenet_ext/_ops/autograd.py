@@ -6,8 +6,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .._constants import DX_CHANNELS_LAST, DX_NONE, DX_OWN_LAYOUT, TAIL_HEAD, TAIL_NONE, TAIL_TRANSITION
 from .._layout import arithmetic_dtype, gradient_dtype, lies_channels_last
+from .._protocol import GradientLayout, Options, Tail, tail_params
 from .batched_gradients import no_second_derivative, one_by_one
 from .handles import (
     dense_block_backward,
@@ -19,8 +19,6 @@ from .handles import (
     memory_errors,
     new_gradients,
 )
-
-_TAIL_PARAMS = {TAIL_NONE: 0, TAIL_TRANSITION: 3, TAIL_HEAD: 2}
 
 
 def _run_backward(run: Callable, *grads: Tensor) -> list[Tensor]:
@@ -86,14 +84,15 @@ class DenseStage(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, below, inputs, *_):
-        x, params, masks, _, *ctx.numbers, ctx.tail, _, ctx.tf32, ctx.group = inputs
-        result, features, *kept = output = below(*inputs)
-        ctx.mark_non_differentiable(features, *kept)
+        x, params, masks, _, *ctx.numbers = inputs
+        output, skip, features, *kept = outputs = below(*inputs)
+        ctx.mark_non_differentiable(skip, features, *kept)
         ctx.set_materialize_grads(False)
         ctx.in_channels, ctx.params = x.shape[1], len(params)
-        ctx.layout = DX_CHANNELS_LAST if lies_channels_last(x) else DX_OWN_LAYOUT
-        ctx.save_for_backward(result if ctx.tail == TAIL_NONE else features, *kept, *params, *masks)
-        return output
+        ctx.layout = _gradient_layout(x)
+        has_tail = Options(*ctx.numbers[-1]).tail != Tail.NONE
+        ctx.save_for_backward(features if has_tail else output, *kept, *params, *masks)
+        return outputs
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -102,10 +101,9 @@ class DenseStage(torch.autograd.Function):
         features, stats, gates, bottlenecks, *rest = _kept(ctx)
         params, masks = rest[: ctx.params], rest[ctx.params :]
         need_x, *need_params = ctx.needs_input_grad[2:]
-        layout = ctx.layout if need_x else DX_NONE
-        options = (*ctx.numbers, ctx.tail, ctx.in_channels, layout, ctx.tf32, ctx.group)
-        rest = (features, params, masks, stats, gates, bottlenecks, *options)
-        grads = _run_backward(lambda grad: dense_stage_backward(grad, *rest), grad)
+        layout = ctx.layout if need_x else GradientLayout.NONE
+        rest = (features, params, masks, stats, gates, bottlenecks, *ctx.numbers, ctx.in_channels, layout)
+        grads = _run_backward(lambda grad: dense_stage_backward(grad, None, *rest), grad)
         return None, None, *_wanted(grads, [need_x, *need_params])
 
 
@@ -119,16 +117,12 @@ class DenseBlock(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, inputs, outputs, anchor, *_):
-        x, params, masks, _, *ctx.numbers, ctx.tail, _, ctx.tf32, ctx.group = inputs
-        _, features, *kept = outputs
+    def forward(ctx, inputs, outputs, anchor, _, *params):
+        x, _, masks, _, *ctx.numbers = inputs
+        _, _, features, *kept = outputs
         ctx.set_materialize_grads(False)
-        ctx.in_channels = x.shape[1]
-        ctx.layout = DX_CHANNELS_LAST if lies_channels_last(x) else DX_OWN_LAYOUT
-        # The tail's parameters only say how many channels it has: by the time of backward they may have been updated.
-        own = len(params) - _TAIL_PARAMS[ctx.tail]
-        ctx.tail_params = [param.detach() for param in params[own:]]
-        ctx.save_for_backward(*kept, anchor, *params[:own], *masks)
+        ctx.in_channels, ctx.layout = x.shape[1], _gradient_layout(x)
+        ctx.save_for_backward(*kept, anchor, *params, *masks)
         coef = (3, *features.shape[:2])
         return (
             features.new_empty_strided(features.shape, (0,) * 4),
@@ -144,12 +138,11 @@ class DenseBlock(torch.autograd.Function):
             return (None,) * (4 + len(need_params))
         stats, gates, bottlenecks, anchor, *rest = ctx.saved_tensors
         params, masks = rest[: len(need_params)], rest[len(need_params) :]
-        layout = ctx.layout if need_x else DX_NONE
-        options = (*ctx.numbers, ctx.tail, ctx.in_channels, layout, ctx.tf32, ctx.group)
+        layout = ctx.layout if need_x else GradientLayout.NONE
+        rest = (features, params, masks, stats, gates, bottlenecks, *ctx.numbers, ctx.in_channels, layout)
 
         def run(buffer, coef):
             dparams = new_gradients(params)
-            rest = (features, [*params, *ctx.tail_params], masks, stats, gates, bottlenecks, *options)
             return dense_block_backward(buffer, coef, dparams, *rest), dparams
 
         with torch.no_grad():
@@ -165,10 +158,10 @@ class DenseTail(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, inputs, outputs, anchor, *rest):
-        *_, eps, frozen, _, _, _, tf32, group = inputs
-        output, features, stats, *_ = outputs
+        *_, eps, frozen, _, options = inputs
+        output, _, features, stats, *_ = outputs
         ctx.set_materialize_grads(False)
-        ctx.options = (eps[-1], frozen[-1] != 0, tf32, group)
+        ctx.numbers = (eps[-1], frozen[-1] != 0, options)
         ctx.save_for_backward(features, stats, anchor, *rest[3:])
         return output
 
@@ -180,7 +173,7 @@ class DenseTail(torch.autograd.Function):
         features, stats, anchor, *params = ctx.saved_tensors
 
         def run(grad):
-            buffer, coef, dparams = dense_tail_backward(grad, features, params, stats, *ctx.options)
+            buffer, coef, dparams = dense_tail_backward(grad, None, features, params, stats, *ctx.numbers)
             return buffer, (coef, *dparams)
 
         grads = _run_backward(run, grad)
@@ -189,32 +182,36 @@ class DenseTail(torch.autograd.Function):
         return None, None, None, *_wanted([features, *grads], needed)
 
 
+def _gradient_layout(x: Tensor) -> int:
+    return GradientLayout.CHANNELS_LAST if lies_channels_last(x) else GradientLayout.OWN
+
+
 def _stage_autograd(keyset, *inputs):
     def below(*inputs):
         with torch._C._AutoDispatchBelowAutograd():
             return dense_stage.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-    x, params = inputs[:2]
+    x, params, *_, options = inputs
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))):
         return below(*inputs)
-    own = _TAIL_PARAMS[inputs[-4]]
-    if not own or type(x) is not Tensor:
+    tail = tail_params(Options(*options).tail)
+    if not tail or type(x) is not Tensor:
         return DenseStage.apply(below, inputs, x, *params)
     outputs = below(*inputs)
     place, anchor = _Place.apply(x) if x.requires_grad else (x, x.new_empty(0))
-    *between, tail_anchor = DenseBlock.apply(inputs, outputs, anchor, place, *params[:-own])
-    return DenseTail.apply(inputs, outputs, tail_anchor, *between, *params[-own:]), *outputs[1:]
+    *between, tail_anchor = DenseBlock.apply(inputs, outputs, anchor, place, *params[:-tail])
+    return DenseTail.apply(inputs, outputs, tail_anchor, *between, *params[-tail:]), *outputs[1:]
 
 
 def _layer_setup(ctx, inputs, output):
-    xs, params, masks, _, *ctx.numbers, _, ctx.tf32, ctx.group = inputs
+    xs, params, masks, frozen_stats, *ctx.numbers = inputs
     result, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.counts = (len(xs), len(params), len(masks), len(inputs[3]))
+    ctx.counts = (len(xs), len(params), len(masks), len(frozen_stats))
     # Only squeeze-and-excitation's gradient needs the output; without it the output may be written to.
-    squeeze_excite = inputs[-4]
-    output = result if squeeze_excite else result.new_zeros(()).expand(result.shape)
+    needs_output = Options(*ctx.numbers[-1]).squeeze_excite
+    output = result if needs_output else result.new_zeros(()).expand(result.shape)
     ctx.save_for_backward(output, *kept, *xs, *params, *masks)
 
 
@@ -224,18 +221,9 @@ def _layer_backward(ctx, grad, *_):
     if grad is None:
         dxs, dparams = [None] * xs, [None] * params
     else:
-        output, *rest = _kept(ctx)
-        kept, rest = rest[:3], rest[3:]
-        rest = (
-            output,
-            rest[:xs],
-            rest[xs : xs + params],
-            rest[xs + params :],
-            *kept,
-            *ctx.numbers,
-            ctx.tf32,
-            ctx.group,
-        )
+        output, stats, gates, bottlenecks, *rest = _kept(ctx)
+        inputs, rest = rest[:xs], rest[xs:]
+        rest = (output, inputs, rest[:params], rest[params:], stats, gates, bottlenecks, *ctx.numbers)
 
         def run(grad):
             (dx, *dxs), dparams = dense_layer_backward(grad, *rest)
@@ -243,7 +231,7 @@ def _layer_backward(ctx, grad, *_):
 
         grads = _run_backward(run, grad)
         dxs, dparams = _wanted(grads[:xs], need_xs), _wanted(grads[xs:], need_params)
-    return dxs, dparams, [None] * masks, [None] * frozen_stats, *[None] * 8
+    return dxs, dparams, [None] * masks, [None] * frozen_stats, *[None] * len(ctx.numbers)
 
 
 def _stem_setup(ctx, inputs, output):

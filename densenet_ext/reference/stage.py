@@ -1,54 +1,61 @@
-"""The layers of a stage over its feature buffer, forward and backward, composed of kernel ops: what `dense_stage.py`
-and `dense_layer.py` share.
+"""The layers of a stage over its feature buffer, forward and backward, composed of kernel ops: what `dense_stage.py` and
+`dense_layer.py` share.
 """
 
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from .._constants import MASK_DROPOUT, MASK_PRE_CONV1, MASK_PRE_CONV2, MASK_PRE_NORM
 from .._layout import arithmetic_dtype, gradient_dtype, padded_width
 from .._ops import sync_batch_norm
+from .._protocol import LayerParams, MaskKind, Options, StageSizes
 from . import backward, forward
 
 TWINS = SimpleNamespace(**{**vars(forward), **vars(backward), **vars(sync_batch_norm)})
 
 
-class Stage:
-    """The flat arguments of an op, taken apart: parameters, masks and norms of each layer, and the sizes."""
+class Stage(StageSizes):
+    """The flat arguments of an op by name: parameters, masks and norms of each layer, and the sizes.
 
-    def __init__(self, params, masks, mask_kind, eps, frozen, squeeze_excite, tail, in_channels, x, group, kernels):
-        self.group = group
+    x: maps with the stage's samples, size, dtype and device; kernels: whose kernel ops are composed, the twins' by default.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        in_channels: int,
+        params: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        eps: Sequence[float],
+        frozen: Sequence[int],
+        dropout_scale: float,
+        options: Sequence[int],
+        kernels=None,
+    ):
+        super().__init__(params, Options(*options), in_channels)
         self.kernels = kernels or TWINS
-        each = 10 if squeeze_excite else 6
-        extra = (0, 3, 2)[tail]
-        self.count = (len(params) - extra) // each
-        self.layers = [params[i * each : (i + 1) * each] for i in range(self.count)]
-        self.tail_params = params[self.count * each :]
-        self.width, self.growth = params[2].size(0), params[5].size(0)
-        self.hidden = params[6].size(0) if squeeze_excite else 0
-        self.in_channels, self.channels = in_channels, in_channels + self.count * self.growth
-        self.samples, self.pixels = x.size(0), x.size(2) * x.size(3)
+        self.x, self.samples, self.pixels = x, x.size(0), x.shape[2:].numel()
         self.dtype = arithmetic_dtype(x.dtype)
-        self.x = x
-        bits = [bit for bit in (MASK_PRE_NORM, MASK_PRE_CONV1, MASK_PRE_CONV2, MASK_DROPOUT) if mask_kind & bit]
-        self.masks = [dict(zip(bits, masks[i * len(bits) :], strict=False)) for i in range(self.count)]
-        self.eps, self.frozen = eps, frozen
-        widths = [w for i in range(self.count) for w in (in_channels + i * self.growth, self.width)]
-        widths += [self.channels] if tail else []
-        self.ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-        self.widths = widths
+        kinds = [kind for kind in MaskKind.ALL if self.options.mask_kind & kind]
+        self.masks = [dict(zip(kinds, masks[i * len(kinds) :], strict=False)) for i in range(len(self.layers))]
+        self.eps, self.frozen, self.dropout_scale = eps, frozen, dropout_scale
+
+    @property
+    def rows(self) -> int:
+        return self.samples * self.pixels
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or self.dtype)
 
-    def bottleneck(self) -> Tensor:
-        return self.empty(self.samples * self.pixels, padded_width(self.width), dtype=self.x.dtype)
+    def new_bottleneck(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.empty(self.rows, padded_width(self.width), dtype=dtype or self.x.dtype)
 
     def columns(self, stats: Tensor, norm: int) -> Tensor:
         """View of the mean, the variance, the scale and the shift of that batch normalization."""
-        return stats[:, self.ends[norm] - self.widths[norm] : self.ends[norm]]
+        start = sum(self.norm_widths[:norm])
+        return stats[:, start : start + self.norm_widths[norm]]
 
     def statistics(self, stats: Tensor, norm: int) -> Tensor:
         """View of its mean and its variance."""
@@ -57,29 +64,28 @@ class Stage:
     def fold(self, norm, weight, bias, stats, moments=None, pixels=0, pre_mask=None, post_mask=None):
         """Scale and shift of that batch normalization; computes its statistics where moments are given."""
         mean, var = self.statistics(stats, norm)
-        given = moments is None or bool(self.frozen[norm])
+        has_statistics = moments is None or bool(self.frozen[norm])
         scale, shift = self.columns(stats, norm)[2:, None]  # kept for backward unless masks are folded in
         if not (pre_mask is None and post_mask is None):
-            scale, shift = self.empty(2, self.samples, self.widths[norm])
+            scale, shift = self.empty(2, self.samples, self.norm_widths[norm])
         elif moments is None:
             return scale, shift
         source = (mean[None], var[None]) if moments is None else moments
         rest = (weight, bias, self.eps[norm])
-        self.kernels.fold_norm(*source, pixels, pre_mask, post_mask, *rest, given, mean, var, scale, shift)
-        if self.group >= 0 and not given:
-            count = self.samples * self.pixels
-            self.kernels.synchronize_statistics(mean, var, count, self.group, stats[0, -1:])
+        self.kernels.fold_norm(*source, pixels, pre_mask, post_mask, *rest, has_statistics, mean, var, scale, shift)
+        if self.options.group >= 0 and not has_statistics:
+            self.kernels.synchronize_statistics(mean, var, self.rows, self.options.group, stats[0, -1:])
             self.kernels.fold_norm(*source, pixels, pre_mask, post_mask, *rest, True, mean, var, scale, shift)
         return scale, shift
 
-    def local(self, norm: int) -> bool:
-        """Whether the statistics of that norm come from this process's batch alone."""
-        return not self.frozen[norm] and self.group < 0
+    def is_local(self, norm: int) -> bool:
+        """True if the statistics of that norm come from this process's batch alone."""
+        return not self.frozen[norm] and self.options.group < 0
 
     def finish_norm_backward(self, norm, dweight, dbias, weight, stats, pre_mask, coef) -> None:
-        """What shared statistics add to the gradient of that norm's input."""
-        if self.group >= 0 and not self.frozen[norm]:
-            rest = (self.eps[norm], stats[0, -1:], pre_mask, self.group, coef)
+        """Adds to coef what shared statistics add to the gradient of that norm's input."""
+        if self.options.group >= 0 and not self.frozen[norm]:
+            rest = (self.eps[norm], stats[0, -1:], pre_mask, self.options.group, coef)
             self.kernels.synchronize_gradient(dweight, dbias, weight, *self.statistics(stats, norm), *rest)
 
     def gates(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,8 +95,13 @@ class Stage:
         pooled, hidden, gate = (part.view(self.samples, size) for part, size in zip(parts, sizes, strict=True))
         return pooled, hidden, gate
 
+    def gradients_of_layers(self, dparams: Sequence[Tensor]) -> Iterator[LayerParams]:
+        """The gradients of the layers' parameters by name."""
+        return iter(StageSizes(dparams, self.options, self.in_channels).layers)
 
-def run_layers(stage: Stage, inputs: list[Tensor], features: Tensor, frozen_stats, dropout_scale: float, keep: bool):
+
+def run_layers(stage: Stage, inputs: list[Tensor], features: Tensor, frozen_stats: list[Tensor]):
+    """Forward of all layers: (moments of the buffer, stats, gates, bottlenecks)."""
     s, kernels = stage, stage.kernels
     moments = s.empty(2, s.samples, s.channels)
     mean, m2 = moments
@@ -98,67 +109,61 @@ def run_layers(stage: Stage, inputs: list[Tensor], features: Tensor, frozen_stat
     for x in inputs:
         kernels.append(x, features, offset, mean, m2)
         offset += x.size(1)
-    stats = s.empty(4, s.ends[-1] + (s.group >= 0)).zero_()
-    given = iter(frozen_stats)
+    stats = s.empty(*s.stats_shape()).zero_()
+    statistics = iter(frozen_stats)
     for norm, is_frozen in enumerate(s.frozen):
         if is_frozen:
             for row in s.statistics(stats, norm):
-                row.copy_(next(given))
-    gates = s.empty(s.count, s.samples * (2 * s.growth + s.hidden)) if s.hidden else s.empty(0)
-    kept = [s.bottleneck() for _ in range(s.count)] if keep else []
-    workspace = None if keep else s.bottleneck()
-    for i, (weight1, bias1, conv1, weight2, bias2, conv2, *excite) in enumerate(s.layers):
-        masks = s.masks[i]
-        offset = s.in_channels + i * s.growth
-        scale, shift = s.fold(
-            2 * i, weight1, bias1, stats, moments, s.pixels, masks.get(MASK_PRE_NORM), masks.get(MASK_PRE_CONV1)
-        )
-        b = kept[i] if keep else workspace
+                row.copy_(next(statistics))
+    gates = s.empty(*s.gates_shape(s.samples))
+    kept = s.options.kept_bottlenecks
+    bottlenecks = [s.new_bottleneck() for _ in s.layers] if kept else [s.new_bottleneck()] * len(s.layers)
+    for i, (layer, b) in enumerate(zip(s.layers, bottlenecks, strict=True)):
+        masks, offset = s.masks[i], s.layer_channels(i)
+        norm1 = (2 * i, layer.norm1_weight, layer.norm1_bias, stats)
+        scale, shift = s.fold(*norm1, moments, s.pixels, masks.get(MaskKind.PRE_NORM), masks.get(MaskKind.PRE_CONV1))
         inner = s.empty(2, 1, s.width)
-        kernels.bottleneck_forward(features, scale, shift, conv1, b, *inner)
-        scale, shift = s.fold(
-            2 * i + 1, weight2, bias2, stats, inner, s.samples * s.pixels, None, masks.get(MASK_PRE_CONV2)
-        )
-        kernels.conv3x3_forward(
-            b, scale, shift, conv2, masks.get(MASK_DROPOUT), dropout_scale, features, offset, mean, m2
-        )
-        if excite:
-            kernels.squeeze_excite_forward(features, offset, mean, m2, *excite, *s.gates(gates[i]))
-    bottlenecks = torch.stack(kept) if keep else s.empty(0, dtype=s.x.dtype)
-    return moments, stats, gates, bottlenecks
+        kernels.bottleneck_forward(features, scale, shift, layer.conv1_weight, b, *inner)
+        norm2 = (2 * i + 1, layer.norm2_weight, layer.norm2_bias, stats)
+        scale, shift = s.fold(*norm2, inner, s.rows, None, masks.get(MaskKind.PRE_CONV2))
+        dropout = (masks.get(MaskKind.DROPOUT), s.dropout_scale)
+        kernels.conv3x3_forward(b, scale, shift, layer.conv2_weight, *dropout, features, offset, mean, m2)
+        if s.hidden:
+            kernels.squeeze_excite_forward(features, offset, mean, m2, *layer.squeeze_excite, *s.gates(gates[i]))
+    return moments, stats, gates, torch.stack(bottlenecks) if kept else s.empty(0, dtype=s.x.dtype)
 
 
-def run_layers_backward(stage: Stage, features, source, grad, coef, stats, gates, bottlenecks, dropout_scale, dparams):
+def run_layers_backward(stage: Stage, features, source, grad, coef, stats, gates, bottlenecks, dparams):
     """All layers from last to first. `source` holds the gradient of the last layer's output, `grad` accumulates."""
     s, kernels = stage, stage.kernels
-    each = len(s.layers[0])
-    workspace = None if bottlenecks.dim() == 3 else s.bottleneck()
-    dv = s.empty(s.samples * s.pixels, padded_width(s.width), dtype=gradient_dtype(features))
-    table = s.empty(3, s.width)
-    for i in reversed(range(s.count)):
-        weight1, bias1, conv1, weight2, bias2, conv2, *excite = s.layers[i]
-        dweight1, dbias1, dconv1, dweight2, dbias2, dconv2, *dexcite = dparams[i * each : (i + 1) * each]
-        masks = s.masks[i]
-        q, r1, r2 = (masks.get(bit) for bit in (MASK_PRE_NORM, MASK_PRE_CONV1, MASK_PRE_CONV2))
-        offset = s.in_channels + i * s.growth
-        scale1, shift1 = s.fold(2 * i, weight1, bias1, stats, None, 0, q, r1)
-        scale2, shift2 = s.fold(2 * i + 1, weight2, bias2, stats, None, 0, None, r2)
+    workspace = None if s.options.kept_bottlenecks else s.new_bottleneck()
+    dv = s.new_bottleneck(gradient_dtype(features))
+    db_affine = s.empty(3, s.width)
+    gradients = [*s.gradients_of_layers(dparams)]
+    for i in reversed(range(len(s.layers))):
+        layer, d, masks, offset = s.layers[i], gradients[i], s.masks[i], s.layer_channels(i)
+        q, r1, r2 = (masks.get(kind) for kind in (MaskKind.PRE_NORM, MaskKind.PRE_CONV1, MaskKind.PRE_CONV2))
+        scale1, shift1 = s.fold(2 * i, layer.norm1_weight, layer.norm1_bias, stats, None, 0, q, r1)
+        scale2, shift2 = s.fold(2 * i + 1, layer.norm2_weight, layer.norm2_bias, stats, None, 0, None, r2)
         b = bottlenecks[i] if workspace is None else workspace
         if workspace is not None:
-            kernels.bottleneck_forward(features, scale1, shift1, conv1, b, None, None)
-        if excite:
-            fc1, _, fc2, _ = excite
-            kernels.squeeze_excite_backward(features, source, offset, fc1, fc2, *s.gates(gates[i]), coef, *dexcite)
+            kernels.bottleneck_forward(features, scale1, shift1, layer.conv1_weight, b, None, None)
+        if s.hidden:
+            excite = (layer.fc1_weight, layer.fc2_weight, *s.gates(gates[i]), coef)
+            kernels.squeeze_excite_backward(features, source, offset, *excite, *d.squeeze_excite)
         kernels.conv3x3_backward(
-            *(b, scale2, shift2, r2, conv2, masks.get(MASK_DROPOUT), dropout_scale, features, source, coef, offset),
-            *(weight2, *s.statistics(stats, 2 * i + 1), s.eps[2 * i + 1], s.local(2 * i + 1)),
-            *(dv, dconv2, dweight2, dbias2, table),
+            *(b, scale2, shift2, r2, layer.conv2_weight, masks.get(MaskKind.DROPOUT), s.dropout_scale),
+            *(features, source, coef, offset),
+            *(layer.norm2_weight, *s.statistics(stats, 2 * i + 1), s.eps[2 * i + 1], s.is_local(2 * i + 1)),
+            *(dv, d.conv2_weight, d.norm2_weight, d.norm2_bias, db_affine),
         )
-        s.finish_norm_backward(2 * i + 1, dweight2, dbias2, weight2, stats, None, table[:, None])
+        norm2 = (2 * i + 1, d.norm2_weight, d.norm2_bias, layer.norm2_weight)
+        s.finish_norm_backward(*norm2, stats, None, db_affine[:, None])
         kernels.bottleneck_backward(
-            *(features, scale1, shift1, q, r1, conv1, dv, b, table),
-            *(weight1, *s.statistics(stats, 2 * i), s.eps[2 * i], s.local(2 * i)),
-            *(source, grad, coef, dconv1, dweight1, dbias1, None, None, None),
+            *(features, scale1, shift1, q, r1, layer.conv1_weight, dv, b, db_affine),
+            *(layer.norm1_weight, *s.statistics(stats, 2 * i), s.eps[2 * i], s.is_local(2 * i)),
+            *(source, grad, coef, d.conv1_weight, d.norm1_weight, d.norm1_bias, None, None, None),
         )
-        s.finish_norm_backward(2 * i, dweight1, dbias1, weight1, stats, q, coef)
+        norm1 = (2 * i, d.norm1_weight, d.norm1_bias, layer.norm1_weight)
+        s.finish_norm_backward(*norm1, stats, q, coef)
         source = grad

@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 import torch
 
-from densenet_ext import fallback, functional
+from densenet_ext import _stage_arguments, fallback
 from densenet_ext._ops import autograd
 from fuzz import compare
 from fuzz.draw import LAYOUTS, MODES, PRECISIONS, draw_network
@@ -74,27 +74,27 @@ def test_one_wrong_value_of_the_inputs_gradient_is_found(monkeypatch):
 @pytest.mark.repetitions(2)
 @pytest.mark.parametrize("precision", FAULTS)
 def test_a_wrong_statistic_is_found(monkeypatch, precision):
-    original = functional.update_running_statistics
+    original = _stage_arguments.update_running_statistics
 
     def wrong(norms, widths, stats, values):
         original(norms, widths, torch.stack([stats[0], stats[1] * (1 + FAULTS[precision])]), values)
 
     network = small_network(precision, momentum=1.0)
     assert compare.differences(network) == []
-    monkeypatch.setattr(functional, "update_running_statistics", wrong)
+    monkeypatch.setattr(_stage_arguments, "update_running_statistics", wrong)
     assert_found(network, "running_var")
 
 
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
 def test_a_batch_counted_twice_is_found(monkeypatch, precision):
-    original = functional.update_running_statistics
+    original = _stage_arguments.update_running_statistics
 
     def twice(norms, widths, stats, values):
         for norm in norms:
             norm.num_batches_tracked.add_(1)
         original(norms, widths, stats, values)
 
-    monkeypatch.setattr(functional, "update_running_statistics", twice)
+    monkeypatch.setattr(_stage_arguments, "update_running_statistics", twice)
     assert_found(small_network(precision), "num_batches_tracked")
 
 
@@ -102,14 +102,14 @@ def test_a_batch_counted_twice_is_found(monkeypatch, precision):
 @pytest.mark.parametrize("precision", FAULTS)
 def test_other_masks_are_found(monkeypatch, precision):
     """Every layer is given the masks that it would have had a number later."""
-    original = functional.draw_masks
+    original = _stage_arguments.draw_masks
 
     def later(layer, x, channels):
         torch.rand(1)
         return original(layer, x, channels)
 
     network = small_network(precision, masked=True)
-    monkeypatch.setattr(functional, "draw_masks", later)
+    monkeypatch.setattr(_stage_arguments, "draw_masks", later)
     assert_found(network, "output")
 
 

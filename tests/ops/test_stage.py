@@ -8,6 +8,7 @@ import torch
 from stage_cases import Case
 
 from densenet_ext import reference
+from densenet_ext._protocol import MaskKind, Options, StageSizes, Tail, tail_params
 
 MASKS = range(16)
 TAILS = (0, 1, 2)
@@ -133,39 +134,28 @@ def test_channels_last_input_changes_no_bit_but_the_layout_of_its_gradient(size,
 def test_channels_last_backward_equals_reference():
     """In each layout that dx may have."""
     case = Case(tail=2, height=17, breadth=18)
-    args = case.args()
-    output, features, *kept = reference.dense_stage(*args)
+    output, _, features, *kept = reference.dense_stage(*case.args())
     for layout in (0, 1, 2):
-        options = (*args[4:9], case.tail, case.in_channels, layout, False, -1)
-        rest = (torch.ones_like(output), features, case.params, case.masks, *kept, *options)
+        rest = case.backward_args(torch.ones_like(output), features, kept, layout)
         got, want = torch.ops.densenet_ext.dense_stage_backward(*rest), reference.dense_stage_backward(*rest)
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
         assert got[0].stride() == want[0].stride()
     with pytest.raises(RuntimeError, match="dx_layout must be 0, 1 or 2, got 3"):
-        rest = (*rest[:-3], 3, False, -1)
-        torch.ops.densenet_ext.dense_stage_backward(*rest)
+        torch.ops.densenet_ext.dense_stage_backward(*rest[:-1], 3)
 
 
 def parts_of_backward(case, ops, layout=1):
     """What dense_tail_backward and dense_block_backward of those ops make, one after the other, and their arguments."""
-    args = case.args()
-    output, features, stats, *kept = reference.dense_stage(*args)
-    own = {1: 3, 2: 2}[case.tail]
-    tail = (
-        torch.ones_like(output),
-        features,
-        case.params[-own:],
-        stats,
-        case.eps[-1],
-        bool(case.frozen[-1]),
-        False,
-        -1,
-    )
+    output, _, features, stats, *kept = reference.dense_stage(*case.args())
+    count = tail_params(case.tail)
+    options = [*case.options()]
+    tail = (None, features, case.params[-count:], stats, case.eps[-1], bool(case.frozen[-1]), options)
+    tail = (torch.ones_like(output), *tail)
     buffer, coef, dtail = ops.dense_tail_backward(*tail)
     started = buffer.clone(), coef.clone()
-    options = (*args[4:9], case.tail, case.in_channels, layout, False, -1)
-    dparams = ops.new_gradients(case.params[:-own])
-    block = (buffer, coef, dparams, features, case.params, case.masks, stats, *kept, *options)
+    numbers = (*case.numbers(), case.in_channels, layout)
+    dparams = ops.new_gradients(case.params[:-count])
+    block = (buffer, coef, dparams, features, case.params[:-count], case.masks, stats, *kept, *numbers)
     dx = ops.dense_block_backward(*block)
     return [*started, *dtail, dx, buffer, coef, *dparams], tail, block
 
@@ -180,9 +170,10 @@ def test_parts_of_backward_equal_reference(tail, frozen):
         want, *_ = parts_of_backward(case, reference, layout)
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
         assert all(a.stride() == b.stride() for a, b in zip(got[2:], want[2:], strict=True))
-        dx, dparams = torch.ops.densenet_ext.dense_stage_backward(*args[:2], *block[4:])
-        (_, _, *dtail), dblock = got[: 2 + len(args[2])], got[len(got) - len(block[2]) :]
-        parts = [got[2 + len(args[2])], *dblock, *dtail]
+        rest = case.backward_args(args[0], args[2], block[6:9], layout)
+        dx, dparams = torch.ops.densenet_ext.dense_stage_backward(*rest)
+        tail_end = 2 + len(args[3])
+        parts = [got[tail_end], *got[len(got) - len(block[2]) :], *got[2:tail_end]]
         assert all(a.equal(b) for a, b in zip([dx, *dparams], parts, strict=True))
 
 
@@ -197,11 +188,71 @@ def test_opcheck_of_parts_of_backward(tail):
 def test_parts_of_backward_check_their_arguments():
     _, args, block = parts_of_backward(Case(tail=2), torch.ops.densenet_ext)
     with pytest.raises(RuntimeError, match=r"stats must have shape \[4, >= 7\], got \[4, 6\]"):
-        torch.ops.densenet_ext.dense_tail_backward(*args[:3], args[3][:, :6].contiguous(), *args[4:])
-    with pytest.raises(RuntimeError, match="params must hold a norm's 2 tensors and at most a convolution's 1, got 1"):
-        torch.ops.densenet_ext.dense_tail_backward(*args[:2], args[2][:1], *args[3:])
+        torch.ops.densenet_ext.dense_tail_backward(*args[:4], args[4][:, :6].contiguous(), *args[5:])
+    with pytest.raises(RuntimeError, match="params must hold 2 tensors, got 1"):
+        torch.ops.densenet_ext.dense_tail_backward(*args[:3], args[3][:1], *args[4:])
     with pytest.raises(RuntimeError, match="dparams must hold 12 tensors, got 11"):
         torch.ops.densenet_ext.dense_block_backward(*block[:2], block[2][:-1], *block[3:])
+
+
+NOT_SERVED = {
+    "a mask after conv2 is not served yet": {"mask_kind": MaskKind.POST_CONV2},
+    "new features first in a concatenation are not served yet": {"new_first": 1},
+    "a transition without ReLU is not served yet": {"tail": Tail.TRANSITION_WITHOUT_RELU},
+    "a transition that also returns relu.norm. is not served yet": {"tail": Tail.TRANSITION_WITH_SKIP},
+    "kept_bottlenecks must be 0 or 2, all layers: others are not served yet, got 1": {"kept_bottlenecks": 1},
+    "tail must be 0, 1 or 2, got 5": {"tail": 5},
+    "mask_kind must be a sum of 1, 2, 4 and 8, got 32": {"mask_kind": 32},
+}
+
+
+@pytest.mark.parametrize("message", NOT_SERVED)
+def test_what_is_not_served_is_refused_in_one_sentence(message):
+    """By forward and by backward alike."""
+    case = Case()
+    output, _, _, *kept = torch.ops.densenet_ext.dense_stage(*case.args())
+    options = [*case.options()._replace(**NOT_SERVED[message])]
+    *args, _ = case.args()
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.densenet_ext.dense_stage(*args, options)
+    *args, _, in_channels, layout = case.backward_args(output, output, kept)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.densenet_ext.dense_stage_backward(*args, options, in_channels, layout)
+
+
+def test_options_of_another_length_are_refused():
+    *args, options = Case().args()
+    with pytest.raises(RuntimeError, match=f"options must hold {len(Options._fields)} numbers, got 2"):
+        torch.ops.densenet_ext.dense_stage(*args, options[:2])
+
+
+def test_a_gradient_of_what_no_tail_hands_out_is_refused():
+    case = Case(tail=1)
+    output, _, features, *kept = torch.ops.densenet_ext.dense_stage(*case.args())
+    args = case.backward_args(output, features, kept)
+    with pytest.raises(RuntimeError, match=r"a gradient of relu\(norm\) is not served yet"):
+        torch.ops.densenet_ext.dense_stage_backward(args[0], features, *args[2:])
+
+
+@pytest.mark.parametrize(("shape", "dimensions"), [((2, 3, 4), 3), ((2, 3, 4, 4, 4), 5)])
+def test_signals_and_volumes_are_refused(shape, dimensions):
+    case = Case()
+    with pytest.raises(RuntimeError, match=f"got {dimensions}: signals and volumes are not served yet"):
+        torch.ops.densenet_ext.dense_stage(*case.args(torch.randn(shape, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("squeeze_excite", [False, True])
+@pytest.mark.parametrize("tail", TAILS)
+def test_sizes_in_python_are_those_of_the_op(tail, squeeze_excite):
+    """_protocol.py and csrc/stage/protocol.h say the same."""
+    case = Case(tail=tail, squeeze_excite=squeeze_excite)
+    sizes = StageSizes(case.params, case.options(keep_bottleneck=True), case.in_channels)
+    *_, stats, gates, bottlenecks = torch.ops.densenet_ext.dense_stage(*case.args(keep_bottleneck=True))
+    assert stats.shape == sizes.stats_shape() and gates.shape == sizes.gates_shape(case.samples)
+    assert bottlenecks.shape == sizes.bottlenecks_shape(case.samples * case.height * case.breadth)
+    assert len(sizes.layers) == case.layers and all(
+        (layer.fc1_weight is not None) == squeeze_excite for layer in sizes.layers
+    )
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -481,6 +532,6 @@ def test_batch_statistics_without_cancellation():
     """Values of 1000 +- 0.01 in float32: the variance 1e-4 is right to 1 percent, where E[x^2] - E[x]^2 gives noise."""
     case = Case(dtype=torch.float32, samples=4, height=16, breadth=16)
     case.x = 1000 + 0.01 * torch.randn(case.x.shape)
-    _, _, stats, _, _ = torch.ops.densenet_ext.dense_stage(*case.args())
+    _, _, _, stats, _, _ = torch.ops.densenet_ext.dense_stage(*case.args())
     want = case.x.double().var((0, 2, 3), unbiased=False)
     torch.testing.assert_close(stats[1, : case.in_channels].double(), want, rtol=1e-2, atol=0)

@@ -18,7 +18,7 @@ from decisions import clear_input
 from torch import nn
 
 import densenet_ext
-from densenet_ext import DenseNetBC, EfficientDenseBlock, EfficientDenseLayer, functional, layers
+from densenet_ext import DenseNetBC, EfficientDenseBlock, EfficientDenseLayer, _stage_arguments, layers
 from densenet_ext._masks import Masks, draw_masks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,12 +128,12 @@ def synchronized_step(net, masks, sizes, rank):
 @contextmanager
 def drawing(draw):
     """Inside, layers get their masks from that function, whichever implementation they have."""
-    before = functional.draw_masks
-    functional.draw_masks = layers.draw_masks = draw
+    before = _stage_arguments.draw_masks
+    _stage_arguments.draw_masks = layers.draw_masks = draw
     try:
         yield
     finally:
-        functional.draw_masks = layers.draw_masks = before
+        _stage_arguments.draw_masks = layers.draw_masks = before
 
 
 def drawn_masks(net, x):

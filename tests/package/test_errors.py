@@ -19,6 +19,7 @@ from densenet_ext import (
     Transition,
     set_fallback,
 )
+from densenet_ext._protocol import Options
 from densenet_ext.functional import dense_layer, dense_stage, dense_stem
 
 CONSTRUCTORS = [
@@ -159,8 +160,8 @@ STAGE_OP_ERRORS = {
         "norm1.weight must have shape",
     ),
     "masks missing": (lambda args: args[2].pop(), "masks must hold"),
-    "eps missing": (lambda args: args[6].pop(), "eps and frozen must have"),
-    "tail": (lambda args: args.__setitem__(9, 3), "tail must be 0, 1 or 2"),
+    "eps missing": (lambda args: args[4].pop(), "eps and frozen must have"),
+    "tail": (lambda args: args[7].__setitem__(Options._fields.index("tail"), 9), "tail must be 0, 1 or 2"),
     "frozen statistics missing": (lambda args: args[3].pop(), "frozen_stats"),
     "a mask's shape": (lambda args: args[2].__setitem__(0, args[2][0][:, :-1].contiguous()), "mask"),
 }

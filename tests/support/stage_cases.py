@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from densenet_ext._protocol import GradientLayout, Options
+
 DROPOUT_SCALE = 1 / 0.7
 
 
@@ -75,21 +77,27 @@ class Case:
             tensors[:] = [t.to(device) for t in tensors]
         return self
 
+    def options(self, keep_bottleneck=False):
+        return Options(
+            mask_kind=self.mask_kind,
+            squeeze_excite=int(self.squeeze_excite),
+            tail=self.tail,
+            kept_bottlenecks=self.layers if keep_bottleneck else 0,
+        )
+
+    def numbers(self, keep_bottleneck=False):
+        """What every op takes after its tensors."""
+        return self.eps, self.frozen, DROPOUT_SCALE, [*self.options(keep_bottleneck)]
+
     def args(self, x=None, params=None, keep_bottleneck=False):
         """What dense_stage takes."""
         x, params = self.x if x is None else x, self.params if params is None else params
-        options = (
-            self.mask_kind,
-            DROPOUT_SCALE,
-            self.eps,
-            self.frozen,
-            self.squeeze_excite,
-            self.tail,
-            keep_bottleneck,
-            False,  # allow_tf32
-            -1,  # group
-        )
-        return x, params, self.masks, self.frozen_stats, *options
+        return x, params, self.masks, self.frozen_stats, *self.numbers(keep_bottleneck)
+
+    def backward_args(self, grad, features, kept, layout=GradientLayout.OWN, keep_bottleneck=False):
+        """What dense_stage_backward takes; kept: stats, gates and bottlenecks of the forward pass."""
+        numbers = (*self.numbers(keep_bottleneck), self.in_channels, layout)
+        return grad, None, features, self.params, self.masks, *kept, *numbers
 
     def fused(self, x=None, params=None, keep_bottleneck=False):
         """The output of the compiled op."""
@@ -97,17 +105,8 @@ class Case:
 
     def layer_args(self, inputs, params=None, keep_bottleneck=False):
         """What dense_layer takes: of a case with one layer and no tail."""
-        options = (
-            self.mask_kind,
-            DROPOUT_SCALE,
-            self.eps,
-            self.frozen,
-            self.squeeze_excite,
-            keep_bottleneck,
-            False,
-            -1,
-        )
-        return inputs, self.params if params is None else params, self.masks, self.frozen_stats, *options
+        params = self.params if params is None else params
+        return inputs, params, self.masks, self.frozen_stats, *self.numbers(keep_bottleneck)
 
     def plain(self, x=None, params=None):
         """The same as a graph of ordinary differentiable functions."""

@@ -1,11 +1,11 @@
-// The stem after its convolution as an operator of its own: batch normalization, ReLU and the 3x3
-// max pool of stride 2, from x and the parameters to new tensors. x and its gradient are channels
-// last, as the convolution before has them; the pooled maps lie as the stage after has them. On CPU
-// what is large comes from the workspace, since it lives within a step.
+// The stem after its convolution: batch normalization, ReLU and the 3x3 max pool of stride 2 as one
+// op. x and its gradient are channels last, like the convolution's output; the pooled maps lie as
+// the first stage reads them. On CPU large tensors come from the workspace, since they live within
+// a step.
 #include <tuple>
 
-#include "call.h"
 #include "layout.h"
+#include "protocol.h"
 
 namespace densenet_ext {
 namespace {
@@ -17,7 +17,7 @@ Tensor channels_last(const Tensor& x) {
 std::tuple<Tensor, Tensor> dense_stem(const Tensor& x, const Tensor& norm_weight,
                                       const Tensor& norm_bias, const Tensors& frozen_stats,
                                       double eps) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions, got ", x.dim());
+  check_spatial("x", x);
   STD_TORCH_CHECK(frozen_stats.empty() || frozen_stats.size() == 2,
                   "frozen_stats must hold a mean and a variance or nothing, got ",
                   frozen_stats.size(), " tensors");
@@ -28,8 +28,9 @@ std::tuple<Tensor, Tensor> dense_stem(const Tensor& x, const Tensor& norm_weight
     check_shape("frozen_stats", frozen_stats[i], channels);
     torch::stable::copy_(rows[i], frozen_stats[i]);
   }
-  const Tensor output = stage_maps(x, x.size(0), x.size(1), (x.size(2) + 1) / 2,
-                                   (x.size(3) + 1) / 2, x.scalar_type());
+  Sizes pooled = sizes_of(x);
+  for (size_t dim = 2; dim < pooled.size(); ++dim) pooled[dim] = (pooled[dim] + 1) / 2;
+  const Tensor output = stage_maps(x, pooled, x.scalar_type());
   call("densenet_ext::stem_forward", channels_last(x), norm_weight, norm_bias, eps,
        !frozen_stats.empty(), rows[0], rows[1], output);
   return {output, stats};
@@ -39,10 +40,9 @@ std::tuple<Tensor, Tensor, Tensor> dense_stem_backward(const Tensor& grad, const
                                                        const Tensor& norm_weight,
                                                        const Tensor& norm_bias, const Tensor& stats,
                                                        double eps, bool frozen, bool need_dx) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions, got ", x.dim());
+  check_spatial("x", x);
   const ScalarType type = arithmetic_type(x.scalar_type());
-  const Tensor dx = need_dx ? channels_last_workspace(x, x.size(0), x.size(1), x.size(2), x.size(3),
-                                                      x.scalar_type())
+  const Tensor dx = need_dx ? channels_last_workspace(x, sizes_of(x), x.scalar_type())
                             : empty(x, {0}, x.scalar_type()),
                dweight = empty(x, {x.size(1)}, type), dbias = empty(x, {x.size(1)}, type);
   check_shape("stats", stats, {2, x.size(1)});

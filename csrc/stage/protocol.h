@@ -1,0 +1,125 @@
+// The flat arguments of the stage ops: what their numbers mean, and in which order their lists are.
+// densenet_ext/_protocol.py has the same names for Python.
+#pragma once
+
+#include "torch_stable.h"
+
+namespace densenet_ext {
+
+// What consumes the features of a dense block in the same op.
+enum Tail : int64_t {
+  kNone,
+  kTransition,             // norm, ReLU, 1x1 convolution, 2x2 average pool
+  kHead,                   // norm, ReLU, global average pool
+  kTransitionWithoutRelu,  // not served yet
+  kTransitionWithSkip,     // hands out relu(norm) as well; not served yet
+};
+
+// Masks that a layer has, as bits; a layer's masks are listed in this order.
+enum MaskKind : int64_t {
+  kPreNorm = 1,     // [N, C], before norm1
+  kPreConv1 = 2,    // [N, C], before conv1
+  kPreConv2 = 4,    // [N, K2], before conv2
+  kDropout = 8,     // bool [N, k, H, W], on conv2's output
+  kPostConv2 = 16,  // [N, k], after conv2; not served yet
+};
+
+// Layout of dx: not computed, the backend's own, or channels last (CPU, where the input was so).
+enum GradientLayout : int64_t { kNoGradient, kOwnLayout, kChannelsLast };
+
+// Places in the list `options`.
+enum Option : size_t {
+  kMaskKind,
+  kSqueezeExcite,
+  kTail,
+  kNewFirst,         // new features come first in a concatenation; not served yet
+  kKeptBottlenecks,  // how many last layers keep their bottleneck for backward: none or all
+  kAllowTf32,        // float32 products may be TF32 (CUDA)
+  kGroup,            // number of the processes that share batch statistics; -1: this one alone
+  kOptions,
+};
+
+// Places among the parameters of a layer and of a tail.
+enum LayerParam : size_t {
+  kNorm1Weight,
+  kNorm1Bias,
+  kConv1Weight,
+  kNorm2Weight,
+  kNorm2Bias,
+  kConv2Weight,
+  kLayerParams,
+  kFc1Weight = kLayerParams,  // from here on with squeeze-and-excitation only
+  kFc1Bias,
+  kFc2Weight,
+  kFc2Bias,
+  kLayerParamsWithSqueezeExcite,
+};
+enum TailParam : size_t {
+  kTailNormWeight,
+  kTailNormBias,
+  kHeadParams,
+  kTailConvWeight = 2,
+  kTransitionParams
+};
+
+struct Options {
+  std::vector<double> eps;      // one for each norm: norm1, norm2 of each layer, the tail's
+  std::vector<int64_t> frozen;  // one for each norm
+  double dropout_scale;
+  int64_t mask_kind;
+  bool squeeze_excite;
+  int64_t tail;
+  int64_t kept_bottlenecks;
+  bool allow_tf32;
+  int64_t group;
+
+  bool has_group() const { return group >= 0; }
+  size_t layer_params() const {
+    return squeeze_excite ? kLayerParamsWithSqueezeExcite : kLayerParams;
+  }
+  size_t tail_params() const {
+    if (tail == kTransition) return kTransitionParams;
+    return tail == kHead ? size_t{kHeadParams} : 0;
+  }
+};
+
+// The list by name. Throws where it asks for what is not served.
+inline Options read_options(const std::vector<int64_t>& list, std::vector<double> eps = {},
+                            std::vector<int64_t> frozen = {}, double dropout_scale = 1) {
+  STD_TORCH_CHECK(list.size() == kOptions, "options must hold ", size_t{kOptions}, " numbers, got ",
+                  list.size());
+  Options options;
+  options.eps = std::move(eps);
+  options.frozen = std::move(frozen);
+  options.dropout_scale = dropout_scale;
+  options.mask_kind = list[kMaskKind];
+  options.squeeze_excite = list[kSqueezeExcite] != 0;
+  options.tail = list[kTail];
+  options.kept_bottlenecks = list[kKeptBottlenecks];
+  options.allow_tf32 = list[kAllowTf32] != 0;
+  options.group = list[kGroup];
+  STD_TORCH_CHECK(options.tail != kTransitionWithoutRelu,
+                  "a transition without ReLU is not served yet");
+  STD_TORCH_CHECK(options.tail != kTransitionWithSkip,
+                  "a transition that also returns relu(norm) is not served yet");
+  STD_TORCH_CHECK(options.tail >= kNone && options.tail <= kHead, "tail must be 0, 1 or 2, got ",
+                  options.tail);
+  STD_TORCH_CHECK(!(options.mask_kind & kPostConv2), "a mask after conv2 is not served yet");
+  STD_TORCH_CHECK(options.mask_kind >= 0 && options.mask_kind < kPostConv2,
+                  "mask_kind must be a sum of 1, 2, 4 and 8, got ", options.mask_kind);
+  STD_TORCH_CHECK(!list[kNewFirst], "new features first in a concatenation are not served yet");
+  return options;
+}
+
+// Checks the maps' number of dimensions.
+inline void check_spatial(const char* name, const Tensor& maps) {
+  STD_TORCH_CHECK(
+      maps.dim() == 4, name, " must have 4 dimensions, [N, C, H, W], got ", maps.dim(),
+      maps.dim() == 3 || maps.dim() == 5 ? ": signals and volumes are not served yet" : "");
+}
+// Refuses a gradient of relu(norm), which no tail that is served hands out.
+inline void check_no_skip(const std::optional<Tensor>& grad_skip) {
+  STD_TORCH_CHECK(!grad_skip.has_value(), "a gradient of relu(norm) is not served yet");
+}
+
+}  // namespace densenet_ext

@@ -1,0 +1,197 @@
+"""The arguments of the stage ops, gathered from modules and checked: types, devices, and what only Python can name.
+
+The ops check shapes again, by parameter without the layer's name, because they alone guarantee that memory is safe.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ._layout import arithmetic_dtype
+from ._masks import Masks, active_dropout, draw_masks
+from ._ops.sync_batch_norm import group_of
+from ._protocol import MaskKind, Options
+from ._running_stats import is_frozen, update_running_statistics
+from .drop_channel import kept_scale
+
+
+class NotServed(ValueError):
+    """Modules that PyTorch serves and one op cannot: `what` says why, of the layer of that index or, None, of the rest."""
+
+    def __init__(self, index: int | None, what: str):
+        super().__init__(f"{'the stage' if index is None else f'layers[{index}]'}{what}")
+        self.index, self.what = index, what
+
+
+class NormArguments:
+    """Parameters and statistics of batch normalizations, as the ops take them."""
+
+    def __init__(self, x: Tensor):
+        self.x, self.dtype = x, arithmetic_dtype(x.dtype)
+        self.values = x.shape[0] * x.shape[2] * x.shape[3]
+        self.params: list[Tensor] = []
+        self.norms: list[nn.Module] = []
+        self.widths: list[int] = []
+        self.frozen: list[int] = []
+        self.frozen_stats: list[Tensor] = []
+        self.group: int | None = None  # of the norms that take batch statistics, once there is one
+
+    def checked(self, value: Tensor, name: str, width: int) -> Tensor:
+        """A norm's parameter or buffer [width], checked, in the dtype of the arithmetic."""
+        self.check(value, name, width)
+        return (value if value.dtype == self.dtype else value.to(self.dtype)).contiguous()
+
+    def check(self, value: Tensor, name: str, width: int) -> None:
+        """Check a norm's parameter or buffer. PyTorch takes x's dtype, or float32 beside lower ones, and no other."""
+        self.check_device(value, name)
+        if value.numel() != width:
+            raise ValueError(f"{name} has {value.numel()} channels; it must have {width}")
+        dtype = value.dtype
+        if dtype != self.dtype and dtype != self.x.dtype:
+            raise TypeError(wrong_dtype(value, name, (self.x.dtype, self.dtype), "the input"))
+
+    def check_device(self, value: Tensor, name: str) -> None:
+        if value.device != self.x.device:
+            raise ValueError(f"{name} is on {value.device}; it must be on {self.x.device}, where the input is")
+
+    def add_norm(self, norm: nn.Module, channels: int, name: str) -> None:
+        """Add the parameters of a batch normalization, and its statistics where it is frozen."""
+        weight, bias = norm.weight, norm.bias
+        x, dtype = self.x, self.dtype
+        self.params.append(
+            x.new_ones(channels, dtype=dtype) if weight is None else self.checked(weight, f"{name}.weight", channels)
+        )
+        self.params.append(
+            x.new_zeros(channels, dtype=dtype) if bias is None else self.checked(bias, f"{name}.bias", channels)
+        )
+        frozen = is_frozen(norm)
+        self.frozen.append(int(frozen))
+        if frozen:
+            self.frozen_stats.append(self.checked(norm.running_mean, f"{name}.running_mean", channels))
+            self.frozen_stats.append(self.checked(norm.running_var, f"{name}.running_var", channels))
+        else:
+            self.add_group(group_of(norm), name)
+            if self.values == 1 and self.group < 0:
+                size = torch.Size((1, channels, 1, 1))
+                raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+            for statistic in ("running_mean", "running_var"):
+                value = norm._buffers.get(statistic)
+                if value is not None:
+                    self.check(value, f"{name}.{statistic}", channels)
+        self.norms.append(norm)
+        self.widths.append(channels)
+
+    def require_plain_parameters(self) -> None:
+        """Refuse subclasses of Tensor, which may compute with their values as they like: the op would not ask them."""
+        if torch.compiler.is_compiling():
+            return
+        kinds = set(map(type, self.params)) - {Tensor, nn.Parameter}
+        if kinds:
+            raise NotServed(None, f" has a parameter that is a {kinds.pop().__name__}")
+
+    def add_group(self, group: int, name: str) -> None:
+        if self.group not in (None, group):
+            raise ValueError(f"{name} shares its batch statistics with other processes than the first norm does")
+        self.group = group
+
+    @property
+    def shared_by(self) -> int:
+        """The group of processes that share batch statistics, -1 for none."""
+        return -1 if self.group is None else self.group
+
+    def update_running_statistics(self, stats: Tensor) -> None:
+        """Update them from `stats` that the op returned; its last column has the values a channel of shared statistics."""
+        if self.shared_by >= 0:
+            update_running_statistics(self.norms, self.widths, stats[:, :-1], stats[0, -1])
+        else:
+            update_running_statistics(self.norms, self.widths, stats, self.values)
+
+
+class StageArguments(NormArguments):
+    """The flat lists that the ops of stage and layer take, gathered from modules."""
+
+    def __init__(self, x: Tensor, casts: bool, layers: Sequence[nn.Module]):
+        super().__init__(x)
+        first = layers[0]
+        self.casts = casts  # whether autocast would give weights x's dtype
+        self.growth, self.width = first.conv2.weight.shape[0], first.conv1.weight.shape[0]
+        se = getattr(first, "se", None)
+        self.hidden = None if se is None else se.fc1.weight.shape[0]
+        self.dropout = active_dropout(first)
+        self.masks: list[Masks] = []
+        self.channels: list[int] = []
+
+    def add_weight(self, value: Tensor, name: str) -> None:
+        """Add a parameter of a convolution, which has x's dtype or one that autocast makes so."""
+        self.check_device(value, name)
+        dtype = value.dtype
+        if dtype != self.x.dtype and not (self.casts and dtype.is_floating_point and dtype != torch.float64):
+            raise TypeError(wrong_dtype(value, name, (self.x.dtype,), "the input"))
+        self.params.append((value if dtype == self.dtype else value.to(self.dtype)).contiguous())
+
+    def add_layer(self, layer: nn.Module, index: int, channels: int) -> None:
+        """Add the parameters of a dense layer that reads that many channels."""
+        conv1, conv2, se, name = layer.conv1.weight, layer.conv2.weight, getattr(layer, "se", None), f"layers[{index}]"
+        width, growth = conv1.shape[0], conv2.shape[0]
+        if (width, growth) != (self.width, self.growth):
+            raise NotServed(
+                index,
+                f" has {width} channels in the bottleneck and {growth} new ones, the first layer {self.width} and "
+                f"{self.growth}",
+            )
+        if conv1.shape[2:] != (1, 1) or conv2.shape[2:] != (3, 3):
+            raise NotServed(index, f" has weights {tuple(conv1.shape)} and {tuple(conv2.shape)}, not of 1x1 and of 3x3")
+        if conv2.shape[1] != width:
+            raise ValueError(f"{name}.conv2.weight takes {conv2.shape[1]} channels; it must take {width}")
+        hidden = None if se is None else se.fc1.weight.shape[0]
+        if hidden != self.hidden:
+            raise NotServed(
+                index, f" has squeeze-and-excitation to {hidden} channels, the first layer to {self.hidden}"
+            )
+        dropout = active_dropout(layer)
+        if dropout != self.dropout:
+            raise NotServed(index, f" has drop_rate {dropout}, the first layer {self.dropout}")
+        self.add_norm(layer.norm1, channels, f"{name}.norm1")
+        self.add_weight(conv1, f"{name}.conv1.weight")
+        self.add_norm(layer.norm2, self.width, f"{name}.norm2")
+        self.add_weight(conv2, f"{name}.conv2.weight")
+        if se is not None:
+            for part, fc in (("fc1", se.fc1), ("fc2", se.fc2)):
+                self.add_weight(fc.weight, f"{name}.se.{part}.weight")
+                self.add_weight(fc.bias, f"{name}.se.{part}.bias")
+        self.channels.append(channels)
+
+    def draw_masks(self, layers: Sequence[nn.Module]) -> None:
+        """Draw the masks of all layers. This comes after all checks, so that a call that fails draws nothing."""
+        for layer, channels in zip(layers, self.channels, strict=True):
+            self.masks.append(draw_masks(layer, self.x, channels))
+
+    def flat(self, tail: int, keep_bottleneck: bool, allow_tf32: bool) -> tuple:
+        """What the ops take after the input, in their order: see _protocol.py."""
+        used = [i for i in range(len(MaskKind.ALL)) if any(masks[i] is not None for masks in self.masks)]
+        masks = [self._mask(layer, i) for layer in range(len(self.masks)) for i in used]
+        options = Options(
+            mask_kind=sum(MaskKind.ALL[i] for i in used),
+            squeeze_excite=int(self.hidden is not None),
+            tail=tail,
+            kept_bottlenecks=len(self.channels) if keep_bottleneck else 0,
+            allow_tf32=int(allow_tf32),
+            group=self.shared_by,
+        )
+        eps = [norm.eps for norm in self.norms]
+        return self.params, masks, self.frozen_stats, eps, self.frozen, kept_scale(self.dropout), [*options]
+
+    def _mask(self, layer: int, kind: int) -> Tensor:
+        """The mask of that layer and that place in MaskKind.ALL; ones where only other layers have one."""
+        mask = self.masks[layer][kind]
+        if mask is None:
+            channels = self.width if MaskKind.ALL[kind] == MaskKind.PRE_CONV2 else self.channels[layer]
+            mask = self.x.new_ones((self.x.shape[0], channels), dtype=self.dtype)
+        return mask
+
+
+def wrong_dtype(value: Tensor, name: str, dtypes: Sequence[torch.dtype], like: str = "") -> str:
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes))
+    actual = str(value.dtype).removeprefix("torch.")
+    return f"{name} is of {actual}; it may be of {names}" + (f", as {like} is" if like else "")
