@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 import torch
 
-from densenet_ext import _stage_arguments, fallback
+from densenet_ext import _stage_arguments, fallback, functional
 from densenet_ext._ops import autograd
 from fuzz import compare
 from fuzz.draw import LAYOUTS, MODES, PRECISIONS, draw_network
