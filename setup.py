@@ -81,7 +81,7 @@ def amx_kernels(compiler):
 
 
 def cuda_sources():
-    """What the C++ compiler compiles, and the kernels."""
+    """The sources for the C++ compiler, and the kernels."""
     return find_sources("cuda/*.cpp"), find_sources("cuda/kernels/*.cu")
 
 
@@ -138,7 +138,7 @@ def version_flag(version):
 
 
 def module_flags(version, torch, toolkit, instruction_sets):
-    """What module.cpp reports and nothing else needs, and the headers that it alone includes."""
+    """Flags for module.cpp alone: the facts that it reports, and the headers that it includes."""
     try:
         import pybind11
 

@@ -16,7 +16,7 @@ MEMORY_PER_COMPILER = 1 << 30  # bytes, generously
 
 
 class NativeBuildError(Exception):
-    """What went wrong and what to do, in a sentence a user can act on."""
+    """Says what went wrong and what to do, in a sentence a user can act on."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _run(command: list[str]) -> list[str] | None:
 
 
 def _run_without_ninja(steps: list[Step]) -> list[str] | None:
-    """The same for machines that have no ninja: each step whose command or inputs have changed, all compilers first."""
+    """Serves machines that have no ninja: runs each step whose command or inputs have changed, all compilers first."""
 
     def run(step: Step) -> list[str] | None:
         record = Path(f"{step.output}.command")

@@ -53,7 +53,7 @@ class Toolkit(Compiler):
 
 
 def report_of(output: str | Path) -> Path:
-    """Where ptxas.py keeps what the assembler says of an object's kernels."""
+    """The file in which ptxas.py keeps what the assembler says of an object's kernels."""
     return Path(output).with_suffix(".cu.ptxas")
 
 
@@ -148,7 +148,7 @@ def _version(command: tuple[str, ...]) -> str | None:
 
 
 def _examine(command: tuple[str, ...], version: str) -> Toolkit | NoCuda:
-    """Whether this nvcc accepts the host compiler and the architectures, and has the runtime beside it."""
+    """True if this nvcc accepts the host compiler and the architectures, and has the runtime beside it."""
     if os.environ.get("CXX"):
         command = (*command, "-ccbin", shlex.split(os.environ["CXX"])[-1])
     architectures = parse_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES)

@@ -1,4 +1,4 @@
-"""What nvcc's assembler says of the kernels: a build in which one spills registers fails, and a table shows the rest.
+"""Reads what nvcc's assembler says of the kernels: a build in which one spills registers fails, and a table shows the rest.
 
 ``python ptxas.py log nvcc …`` runs that command of nvcc, which has ``-Xptxas -v`` in it, and keeps the report in log.
 """
@@ -18,7 +18,7 @@ REPORT = re.compile(r"ptxas info|ptxas warning : Registers are spilled|\s+\d+ by
 
 @dataclass
 class Usage:
-    """Of a kernel, or of a function that a kernel calls: that one has no registers of its own."""
+    """Resources of a kernel, or of a function that a kernel calls, which has no registers of its own."""
 
     function: str
     architecture: str

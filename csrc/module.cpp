@@ -12,7 +12,7 @@
 #include "stage/memory_limit.h"
 #include "stage/workspace.h"
 
-// Where pybind11 is not installed, torch's copy serves. It refuses users of the stable ABI, whom
+// If pybind11 is not installed, torch's copy serves. It refuses users of the stable ABI, whom
 // its headers must not reach; here they reach nothing but this file.
 #pragma push_macro("TORCH_TARGET_VERSION")
 #undef TORCH_TARGET_VERSION
@@ -33,7 +33,7 @@ py::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
   info["instruction_sets"] = py::make_tuple(DENSENET_EXT_INSTRUCTION_SETS);
-  // Of densenet_ext/_cuda, which is built together with this library.
+  // The following describe densenet_ext/_cuda, which is built together with this library.
   const std::string cuda_version = DENSENET_EXT_CUDA_VERSION;
   info["cuda"] = !cuda_version.empty();
   info["cuda_version"] = cuda_version;

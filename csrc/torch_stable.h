@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Optional = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
-using Shape = torch::headeronly::IntHeaderOnlyArrayRef;  // of sizes that somebody else holds
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;  // refers to sizes that somebody else holds
 
 inline std::string describe(Shape sizes) {
   std::string s = "[";
@@ -64,7 +64,7 @@ inline void check_contiguous(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
 
-// Whether maps [N, C, H, W] lie as [N, H, W, C] without gaps. (The stride of a dimension of size 1
+// True if maps [N, C, H, W] lie as [N, H, W, C] without gaps. (The stride of a dimension of size 1
 // says nothing.)
 inline bool is_dense_channels_last(const Tensor& t) {
   int64_t stride = 1;
@@ -108,7 +108,7 @@ inline Tensor piece(const Tensor& t, int64_t offset, const Sizes& sizes) {
   return Tensor(handle);
 }
 
-// What the last failed call said; torch has this from 2.13 on.
+// The error text of the last failed call; torch has this function from 2.13 on.
 extern "C" const char* torch_exception_get_what_without_backtrace() __attribute__((weak));
 
 inline std::string reason_of_failure() {

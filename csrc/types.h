@@ -55,14 +55,14 @@ struct ScaleShiftTable {
   PerChannel<T> scale, shift;
 };
 
-// What the backward of batch normalization needs beside the table, C channels each.
+// A batch normalization in backward, beside its scale and shift: C channels each.
 template <class T>
 struct Norm {
   const T* weight;
   const T* mean;
   const T* var;
   double eps;
-  bool training;  // whether mean and var are the batch's own, so that gradients flow through them
+  bool training;  // mean and var are the batch's own, so that gradients flow through them
 };
 
 // The true gradient of a channel is coef[0]*G + coef[1] + coef[2]*x; data [3, samples, channels].

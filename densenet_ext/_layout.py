@@ -36,7 +36,7 @@ CHANNELS_LAST_DEVICES = frozenset({"cuda", "cpu"} if load_extension().build_info
 
 
 def is_channels_last(like: Tensor) -> bool:
-    """Whether the stage has its maps channels last on that device; they are planar otherwise."""
+    """True if the stage has its maps channels last on that device; they are planar otherwise."""
     return like.device.type in CHANNELS_LAST_DEVICES
 
 
@@ -52,7 +52,7 @@ def pixel_pitch(channels: int, dtype: torch.dtype) -> int:
 
 
 def lies_channels_last(maps: Tensor) -> bool:
-    """Whether maps lie [N, H, W, C] in memory, and not as well planar."""
+    """True if maps lie [N, H, W, C] in memory, and not as well planar."""
     return maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
 
 

@@ -70,7 +70,7 @@ def patched_reason() -> str | None:
 
 
 def is_replaced(owner: object, name: str) -> bool:
-    """Whether that one of them was replaced."""
+    """True if that one of them was replaced."""
     return getattr(owner, name) is not _originals[_WATCHED.index((owner, name))]
 
 

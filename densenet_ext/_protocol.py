@@ -12,7 +12,7 @@ from ._layout import padded_width
 
 
 class Tail:
-    """What consumes the features of a dense block in the same op."""
+    """The consumer of a dense block's features that is part of the same op."""
 
     NONE = 0
     TRANSITION = 1  # norm, ReLU, 1x1 convolution, 2x2 average pool
@@ -120,7 +120,7 @@ class StageSizes:
         return 4, sum(self.norm_widths) + (self.options.group >= 0)
 
     def gates_shape(self, samples: int) -> tuple[int, ...]:
-        """Of each layer pooled [N, k], hidden [N, r] and gate [N, k]; empty without squeeze-and-excitation."""
+        """Pooled [N, k], hidden [N, r] and gate [N, k] of each layer; empty without squeeze-and-excitation."""
         return (len(self.layers), samples * (2 * self.growth + self.hidden)) if self.hidden else (0,)
 
     def bottlenecks_shape(self, rows: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What autograd keeps of modules that somebody watches: as little as can be made again without calling them.
+"""Keeps for backward of watched modules as little as can be made again without calling them.
 
 A norm with a hook has to be called, once, and so cannot be computed again in backward as torch.utils.checkpoint does it.
 But its input is a concatenation of feature maps that are kept anyway, and what follows from it by the formula of batch
@@ -18,7 +18,7 @@ from ._snapshot import Unchanged
 
 
 def in_checkpoint() -> bool:
-    """Whether torch.utils.checkpoint runs what we are part of: it keeps nothing anyway, and hands out what it makes again
+    """True if torch.utils.checkpoint runs the caller: it keeps nothing anyway, and hands out what it makes again
     only once."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == checkpoint.__module__
@@ -37,7 +37,7 @@ class _Kept:
 
 
 class _Saved:
-    """What an op keeps for backward: a tensor, until `finish` decides whether that stays or is made again."""
+    """A tensor that an op keeps for backward, until `finish` decides whether it stays or is made again."""
 
     def __init__(self, tensor: Tensor | None, get: Callable[[], Tensor] | None = None):
         self.tensor, self.version, self.get = tensor, None if tensor is None else tensor._version, get
@@ -63,7 +63,7 @@ class Remade(saved_tensors_hooks):
         kept = _Kept(pieces)
         self.remake = lambda: remake(kept.values())  # not of self, which the graph would hold in a cycle
         self.saved: list[_Saved] = []
-        self.keeps_x = False  # whether an op has asked to
+        self.keeps_x = False  # an op has asked to
         super().__init__(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> _Saved:

@@ -10,20 +10,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def is_frozen_kind(kind: type) -> bool:
-    """Whether that is torchvision's FrozenBatchNorm2d, which timm uses too: parameters and statistics are buffers."""
+    """True for torchvision's FrozenBatchNorm2d, which timm uses too: its parameters and statistics are buffers."""
     misc = sys.modules.get("torchvision.ops.misc")
     return misc is not None and kind is misc.FrozenBatchNorm2d
 
 
 def is_frozen(norm: nn.Module) -> bool:
-    """Whether `norm` normalizes with its running statistics: by the rule of torch.nn.BatchNorm2d, or always."""
+    """True if `norm` normalizes with its running statistics: by the rule of torch.nn.BatchNorm2d, or always."""
     if norm.training:
         return not isinstance(norm, _BatchNorm)
     return norm.running_mean is not None and norm.running_var is not None
 
 
 def tracks(norm: nn.Module) -> bool:
-    """Whether a forward pass changes the running statistics of `norm`, where it has any."""
+    """True if a forward pass changes the running statistics of `norm`, where it has any."""
     return norm.training and isinstance(norm, _BatchNorm) and norm.track_running_stats
 
 

@@ -35,7 +35,7 @@ class NormArguments:
         self.widths: list[int] = []
         self.frozen: list[int] = []
         self.frozen_stats: list[Tensor] = []
-        self.group: int | None = None  # of the norms that take batch statistics, once there is one
+        self.group: int | None = None  # shared by the norms that take batch statistics, once there is one
 
     def checked(self, value: Tensor, name: str, width: int) -> Tensor:
         """A norm's parameter or buffer [width], checked, in the dtype of the arithmetic."""
@@ -114,7 +114,7 @@ class StageArguments(NormArguments):
     def __init__(self, x: Tensor, casts: bool, layers: Sequence[nn.Module]):
         super().__init__(x)
         first = layers[0]
-        self.casts = casts  # whether autocast would give weights x's dtype
+        self.casts = casts  # autocast would give weights x's dtype
         self.growth, self.width = first.conv2.weight.shape[0], first.conv1.weight.shape[0]
         se = getattr(first, "se", None)
         self.hidden = None if se is None else se.fc1.weight.shape[0]
@@ -168,7 +168,7 @@ class StageArguments(NormArguments):
             self.masks.append(draw_masks(layer, self.x, channels))
 
     def flat(self, tail: int, keep_bottleneck: bool, allow_tf32: bool) -> tuple:
-        """What the ops take after the input, in their order: see _protocol.py."""
+        """The lists and numbers that the ops take after the input, in their order: see _protocol.py."""
         used = [i for i in range(len(MaskKind.ALL)) if any(masks[i] is not None for masks in self.masks)]
         masks = [self._mask(layer, i) for layer in range(len(self.masks)) for i in used]
         options = Options(

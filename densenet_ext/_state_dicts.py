@@ -2,12 +2,12 @@
 
 import re
 
-# What a dense layer's parameters are called elsewhere: by torchvision's files of 2017 ('norm.1', 'conv.2'), and by MONAI,
+# Other names of a dense layer's parameters: in torchvision's files of 2017 ('norm.1', 'conv.2'), and in MONAI,
 # whose layers hold a Sequential ('layers.norm1').
 _LAYER_KEY = re.compile(r"(?:layers\.)?(norm|conv)\.?([12])\.")
 # The classifier as a Sequential of it and an activation, and MONAI's.
 _CLASSIFIER_KEY = re.compile(r"(?:classifier\.0|class_layers\.out)\.")
-# What wrappers put in front; an attribute of theirs may follow, as in 'module.densenet121.features.conv0.weight'.
+# Prefixes of wrappers; an attribute of theirs may follow, as in 'module.densenet121.features.conv0.weight'.
 _FEATURES = "features.conv0.weight"
 
 

@@ -16,7 +16,7 @@ _tracing_state = torch._C._get_tracing_state
 
 @torch.compiler.assume_constant_result  # torch.compile guards on these states itself, and cannot trace the question
 def transform_reason() -> str | None:
-    """What runs the module right now that only plain operators serve, or None."""
+    """Names the transform that runs the module right now and that only plain operators serve, or None."""
     if in_functorch():
         return "a transform of torch.func is active (grad, vmap, jvp, jacrev and others)"
     if forward_ad._current_level >= 0:
@@ -32,12 +32,12 @@ def transform_reason() -> str | None:
 
 @torch.compiler.assume_constant_result
 def in_functorch() -> bool:
-    """Whether a transform of torch.func is active, or backward is vectorized, which is one."""
+    """True if a transform of torch.func is active, or backward is vectorized, which is one."""
     return _functorch_level() is not None
 
 
 def is_symbolic(x: object) -> bool:
-    """Whether torch.fx traces with x, or with the tensors in the list x."""
+    """True if torch.fx traces with x, or with the tensors in the list x."""
     return isinstance(x, fx.Proxy) or (isinstance(x, list | tuple) and any(isinstance(part, fx.Proxy) for part in x))
 
 
@@ -49,7 +49,7 @@ def as_node(module: torch.nn.Module, inputs: fx.Proxy | list) -> fx.Proxy | None
 
 
 def carries_no_data(kind: type[Tensor]) -> bool:
-    """Whether tensors of that subclass are their values and Python attributes, so that the ops can read them."""
+    """True if tensors of that subclass are their values and Python attributes, so that the ops can read them."""
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 

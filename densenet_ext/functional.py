@@ -41,8 +41,8 @@ def dense_stage(
             norms have x's dtype, or float32 where x is bfloat16 or float16.
         tail_norm: batch normalization of the consumer, or None for the block alone.
         tail_conv: 1x1 convolution of a transition; None with tail_norm makes the consumer a head.
-        keep_bottleneck: keep the outputs of all conv1 for backward. Saves one convolution a layer in backward, costs
-            N * H * W * K2 values a layer.
+        keep_bottleneck: keep the outputs of all conv1 for backward, N * H * W * K2 values a layer. Backward then
+            computes one convolution less a layer.
 
     Returns:
         [N, C0 + L*k, H, W] without a consumer, [N, O, H // 2, W // 2] after a transition: norm, ReLU, 1x1 convolution,
@@ -139,7 +139,7 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
 
 
 def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """What follows the convolution of an ImageNet stem, as one differentiable op that stores no map between.
+    """Batch normalization, ReLU and max pool of an ImageNet stem, as one differentiable op that stores no map between.
 
         max_pool2d(relu(norm(x)), kernel_size=3, stride=2, padding=1)
 
@@ -148,8 +148,8 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         norm: batch normalization of C channels, of this process's samples alone.
 
     Returns:
-        [N, C, (H + 1) // 2, (W + 1) // 2]. Running statistics are updated as in dense_stage. Saves the normalized and the
-        rectified map and the pool's indices, which backward makes again from x.
+        [N, C, (H + 1) // 2, (W + 1) // 2]. Running statistics are updated as in dense_stage. Avoids storing the
+        normalized and the rectified map and the pool's indices, which backward makes again from x.
 
     Raises:
         TypeError, ValueError, torch.OutOfMemoryError: as in dense_stage.
@@ -171,7 +171,7 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def _is_overridden(*inputs: Tensor) -> bool:
-    """Whether a subclass of Tensor says what becomes of these inputs, as in every function of PyTorch."""
+    """True if a subclass of Tensor says what becomes of these inputs, as in every function of PyTorch."""
     return any(type(x) is not Tensor and type(x) is not nn.Parameter for x in inputs) and has_torch_function(inputs)
 
 
@@ -197,7 +197,7 @@ def _input(x: Tensor, name: str) -> tuple[Tensor, bool]:
 
 
 def _tf32_allowed(x: Tensor) -> bool:
-    """Whether products of float32 may be of TF32: what PyTorch's own convolutions on that device do."""
+    """True if products of float32 may be of TF32, as in PyTorch's own convolutions on that device."""
     if x.device.type != "cuda":
         return False
     from ._ops.precision import cudnn_uses_tf32  # imports the compiler, which takes seconds: not before it is needed

@@ -19,7 +19,7 @@ def pytest_cmdline_main(config):
     """A process for each core, unless the command line says how many, names a single test or wants to watch."""
     if "PYTEST_XDIST_WORKER" in os.environ:  # one of those processes, or started by a test in one: no further ones
         return
-    # Of what tests start, too: there is a process for each core already, and a thread that spins takes one from another.
+    # Processes that tests start get this, too: there is one for each core already, and a spinning thread takes a core away.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not config.pluginmanager.hasplugin("xdist") or config.getoption("numprocesses") is not None:

@@ -6,7 +6,7 @@ import conftest
 import pytest
 
 EVERYTHING, ONE = "tests/package/test_errors.py", "tests/package/test_errors.py::test_call"
-PROCESSES = {  # as pytest-xdist finds the number; None: it does nothing
+PROCESSES = {  # pytest-xdist finds the number so; None: it does nothing
     "everything": ([EVERYTHING], 3),
     "some": ([EVERYTHING, "-k", "layers"], 3),
     "as said": ([EVERYTHING, "-n", "2"], 2),
@@ -21,7 +21,7 @@ PROCESSES = {  # as pytest-xdist finds the number; None: it does nothing
 
 @pytest.fixture
 def configure(request, monkeypatch):
-    """What pytest makes of a command line on a machine with three cores."""
+    """The options that pytest gets from a command line on a machine with three cores."""
     pytest.importorskip("xdist")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 5}, raising=False)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)

@@ -35,7 +35,7 @@ int64_t limit_in(const std::string& path) {
   return error == std::errc() && whole && limit >= 0 ? limit : kNoLimit;
 }
 
-// Of a group below `mount` and of those around it, that at `mount` included.
+// The least limit of a group below `mount` and of the groups around it, with that at `mount`.
 int64_t limit_of_groups(const std::string& mount, std::string group,
                         std::initializer_list<const char*> files) {
   // A path that leads out of the name space stands for what is not mounted here.
@@ -50,7 +50,7 @@ int64_t limit_of_groups(const std::string& mount, std::string group,
   }
 }
 
-// Whether "memory" is among names with commas between them.
+// True if "memory" is among names with commas between them.
 bool names_memory(const std::string& controllers) {
   return ("," + controllers + ",").find(",memory,") != std::string::npos;
 }

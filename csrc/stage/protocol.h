@@ -6,7 +6,7 @@
 
 namespace densenet_ext {
 
-// What consumes the features of a dense block in the same op.
+// The consumer of a dense block's features that is part of the same op.
 enum Tail : int64_t {
   kNone,
   kTransition,             // norm, ReLU, 1x1 convolution, 2x2 average pool
@@ -48,7 +48,7 @@ enum LayerParam : size_t {
   kNorm2Bias,
   kConv2Weight,
   kLayerParams,
-  kFc1Weight = kLayerParams,  // from here on with squeeze-and-excitation only
+  kFc1Weight = kLayerParams,  // this and the following only with squeeze-and-excitation
   kFc1Bias,
   kFc2Weight,
   kFc2Bias,

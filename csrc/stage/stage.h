@@ -78,7 +78,7 @@ class Stage {
   // statistics come from the moments, each of `values` values.
   FoldedNorm fold(const NormSite& site, const Tensor& mean, const Tensor& m2, int64_t values,
                   const Optional& pre_mask, const Optional& post_mask) const;
-  // The same scale and shift in backward, from the statistics of the forward pass.
+  // Scale and shift of that norm again in backward, from the statistics of the forward pass.
   FoldedNorm fold_again(const NormSite& site, const Optional& pre_mask,
                         const Optional& post_mask) const;
 

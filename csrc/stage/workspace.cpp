@@ -23,7 +23,7 @@ namespace densenet_ext {
 #if DENSENET_EXT_ARENA
 namespace {
 
-constexpr int64_t kPage = int64_t{2} << 20;         // what is advised, counted and released
+constexpr int64_t kPage = int64_t{2} << 20;         // the unit of advice, counting and release
 constexpr int64_t kAlignment = 64 * 1024;           // of a block
 constexpr int64_t kSmallest = int64_t{128} * 1024;  // smaller tensors are torch's
 

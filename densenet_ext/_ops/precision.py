@@ -1,9 +1,9 @@
-"""What PyTorch says of the precision of its convolutions."""
+"""The precision of PyTorch's convolutions. Importing this takes seconds, because it imports the compiler."""
 
 import torch
 
 
 @torch.compiler.assume_constant_result
 def cudnn_uses_tf32() -> bool:
-    """Whether convolutions of float32 on a GPU use TF32: torch.backends.cudnn.conv.fp32_precision."""
+    """True if convolutions of float32 on a GPU use TF32: torch.backends.cudnn.conv.fp32_precision."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"

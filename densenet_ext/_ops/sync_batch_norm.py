@@ -66,7 +66,7 @@ def synchronize_gradient(
     group: int,
     coef: Tensor,
 ) -> None:
-    """What shared statistics add to the gradient of a batch normalization's input x, as coefficients of 1 and of x.
+    """Adds to coef what shared statistics add to the gradient of a batch normalization's input x, as factors of 1 and of x.
 
         coef1 += -q g (S1 - mean rstd S2) / M,    coef2 += -q^2 g rstd S2 / M,    g = gamma rstd
     S1, S2: dnorm_bias and dnorm_weight [C], which stay this process's own, summed over all processes. total [1]: M;

@@ -66,7 +66,7 @@ def _norm_sums(x: Tensor, dv: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
 def _statistics_terms(
     slope: Tensor, mean: Tensor, rstd: Tensor, sum1: Tensor, sum2: Tensor, values: int, training: bool
 ) -> tuple[Tensor, Tensor]:
-    """What the batch statistics add to the gradient of x, -slope (S1 + xhat S2)/M, as (constant, factor of x), [c]."""
+    """The share of the batch statistics in the gradient of x, -slope (S1 + xhat S2)/M, as (constant, factor of x), [c]."""
     values = max(values, 1)
     constant = -slope * (sum1 - mean * rstd * sum2) / values
     factor = -slope * rstd * sum2 / values
@@ -97,7 +97,7 @@ def conv3x3_backward(
     db_affine: Tensor,
     allow_tf32: bool = False,
 ) -> None:
-    """From the k channels' true gradient dy back to before the rectifier, and the affine map that takes it through norm2.
+    """Backward from the k channels' true gradient dy to before the ReLU, and the affine map that takes it through norm2.
 
     dy = dropout(coef[0] grad + coef[1] + coef[2] x), dv = conv3x3^T(dy) * r * [scale * b + shift > 0], r = post_mask;
     the gradient of b is db_affine[0] dv + db_affine[1] + db_affine[2] b, where training makes db_affine[1] and db_affine[2] non-zero.
@@ -117,7 +117,7 @@ def conv3x3_backward(
     if post_mask is not None:
         dvalue = dvalue * spread(post_mask)
     write_rows(dv, dvalue)
-    dvalue = planes(dv, features, width)  # as stored: in the gradient through norm2 the sums have to cancel it
+    dvalue = planes(dv, features, width)  # rounded as stored: in the gradient through norm2 the sums have to cancel it
     rstd = (batch_var + eps).rsqrt()
     slope = norm_weight * rstd
     sum1, sum2 = _norm_sums(b, dvalue, batch_mean, rstd)

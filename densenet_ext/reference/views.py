@@ -6,7 +6,7 @@ from .._layout import arithmetic_dtype
 
 
 def read(features: Tensor, columns: slice) -> Tensor:
-    """Those channels, in the arithmetic dtype."""
+    """A slice of the channels, in the arithmetic dtype."""
     return features[:, columns].to(arithmetic_dtype(features.dtype))
 
 

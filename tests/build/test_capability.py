@@ -11,7 +11,7 @@ import torch
 from densenet_ext import _C
 
 BUILT = _C.build_info()["instruction_sets"]
-AVAILABLE = BUILT[: BUILT.index(_C.cpu_capability()) + 1]  # from the lowest to the one in use
+AVAILABLE = BUILT[: BUILT.index(_C.cpu_capability()) + 1]  # the lowest to the one in use
 
 CORE = """
 import sys

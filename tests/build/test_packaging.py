@@ -168,7 +168,7 @@ def test_torch_missing(bare_package):
 
 
 def test_sources_without_library_use_the_installed_one(bare_package):
-    # as in a clone's root, where the sources come before the installed package
+    # in a clone's root the sources come before the installed package
     installed = bare_package.parent / "installed" / "densenet_ext"
     installed.mkdir(parents=True)
     for library in Path(load_extension().__file__).parent.glob(f"_*{SUFFIX}"):
@@ -181,7 +181,7 @@ def test_sources_without_library_use_the_installed_one(bare_package):
 
 
 def load_cuda(directory, library=None, **facts):
-    """What cuda_status() says where the library was built with these facts and has this file for its CUDA kernels."""
+    """cuda_status() of a library that was built with these facts and has this file for its CUDA kernels."""
     if library is not None:
         (directory / f"_cuda{SUFFIX}").write_bytes(library)
     facts = {"cuda": True, "cuda_version": torch.version.cuda or "13.0", "cuda_missing": "", **facts}
@@ -307,7 +307,7 @@ def test_info_without_library(bare_package):
 
 @pytest.fixture
 def source_tree(tmp_path):
-    """What setup.py needs, and a csrc/ with nothing in it."""
+    """A folder with all that setup.py needs, and a csrc/ with nothing in it."""
     pytest.importorskip("setuptools", minversion="77")
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs a clone")
@@ -518,7 +518,7 @@ def test_devices_that_a_build_serves(tmp_path):
         "8.0:9.0+PTX": {
             **dict.fromkeys(["8.0", "8.6", "8.9", "9.0"], "yes"),  # binaries of their major versions
             "8.7": "no",  # Jetson Orin runs no binary of another
-            **dict.fromkeys(["10.0", "10.3", "12.0", "12.1"], "yes"),  # from PTX
+            **dict.fromkeys(["10.0", "10.3", "12.0", "12.1"], "yes"),  # by PTX
             "7.5": "no",
         },
         "8.0": {"8.9": "yes", "9.0": "no", "12.0": "no"},

@@ -1,4 +1,4 @@
-"""Whether checkpointed and fused networks compute what plain PyTorch does.
+"""Compares checkpointed and fused networks with plain PyTorch.
 
 float64: no result differs by more than TOLERANCE of its largest value. Where one does, plain's own noise decides, see
 noise.py: a result may be as far off as plain PyTorch's is with every intermediate value off by NOISE. Where a hundredth
@@ -27,14 +27,14 @@ from fuzz.noise import Noise
 from fuzz.run import Run, run
 
 TOLERANCE = 1e-9
-NOISE = 1e-13  # about a thousand roundings of float64
+NOISE = 1e-13  # a thousand roundings of float64 or so
 NOISE32 = 2**-24  # one rounding of float32, in which lower types are computed
 DRAWS = 16
 EFFICIENT = ("checkpoint", "fused")
 
 
 def differences(network: Network) -> list[str]:
-    """What 'checkpoint' and 'fused' compute otherwise than plain PyTorch, a line each."""
+    """Lists what 'checkpoint' and 'fused' compute otherwise than plain PyTorch, a line each."""
     torch.set_num_threads(network.threads)
     plain = run(network, False)
     exact = network.dtype == torch.float64
@@ -121,7 +121,7 @@ def _clear(suspects: dict[str, list], network: Network, draw: int, got: Run, pla
             noise = Noise(NOISE32, draw)
             noisy = noisy or run(network, False, reference=True, noise=noise, **options).results
             allowed += _error(noisy[name], exact[name])
-        overflown = not all(math.isfinite(error) for error, _ in suspects[name])  # where plain was finite
+        overflown = not all(math.isfinite(error) for error, _ in suspects[name])  # although plain was finite
         if (ours <= allowed or not math.isfinite(theirs)) and not overflown:
             del suspects[name]
         else:

@@ -1,4 +1,4 @@
-"""What a seed means: a random network, its inputs, and how it is used for two steps."""
+"""Draws from a seed a random network, its inputs, and how it is used for two steps."""
 
 import random
 from dataclasses import dataclass, fields
@@ -130,7 +130,7 @@ class Network:
                 part.train(not part.training)
 
     def leaves(self, step: int, draw: int = 0) -> list[Tensor]:
-        """What the inputs of that step are views of; of float64."""
+        """The float64 tensors whose views are the inputs of that step."""
         generator = torch.Generator().manual_seed(self.values_seed("inputs", draw, step))
         shapes = [LAYOUTS[layout][0](self.samples, channels, *self.size) for channels, layout in self.inputs]
         scales = 10 ** (2 * torch.rand(len(shapes), generator=generator) - 1)

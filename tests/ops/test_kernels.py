@@ -11,7 +11,7 @@ from densenet_ext.reference.views import write_moments
 
 # Largest error by dtype of arithmetic, relative to the largest value of a tensor: sums of up to 20000 terms.
 ARITHMETIC = {torch.float64: 1e-12, torch.float32: 1e-5}
-# What the operands of a product being rounded adds, relative to the largest value of a tensor: where kernels use matrix
+# The error from rounding a product's operands, relative to the largest value of a tensor: where kernels use matrix
 # units, these take values of the storage dtype, as a convolution under autocast does, or TF32 (with float16's mantissa).
 OPERANDS = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 PRODUCTS = ("bottleneck_forward", "bottleneck_backward", "conv3x3_forward", "conv3x3_backward")
@@ -19,7 +19,7 @@ PRODUCTS += ("transition_forward", "transition_backward")
 TILE_UNIT = load_extension().cpu_capability() == "amx"  # rounds operands of bfloat16 alone
 # How much more that is for sums of products of both signs; coef also has mean and 1/deviation, here any, as factors.
 SUMS = {"coef": 8, "dnorm_weight": 3, "dnorm_bias": 3}
-# What storing adds, relative to each value: op and twin may round to neighbors, one unit in the last place apart.
+# The error from storing, relative to each value: op and twin may round to neighbors, one unit in the last place apart.
 STORAGE = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 DTYPES = list(STORAGE)
 
@@ -140,7 +140,7 @@ def fits(op, shape):
 
 
 def first_and_last(op):
-    """Of an op's options: without any, and with the most."""
+    """Variants of an op's options: without any, and with the most."""
     return OPS[op][:: max(1, len(OPS[op]) - 1)]
 
 
@@ -165,7 +165,7 @@ def test_kernel_equals_twin(op, options, shape, dtype, device):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", PRODUCTS)
 def test_tf32(op, shape, device):
-    """Where products of float32 may be TF32, they differ by that; where there is no such thing, by nothing."""
+    """Products of float32 that may be TF32 differ by that; where there is no such thing, by nothing."""
     if not fits(op, shape):
         pytest.skip("a transition needs 2x2 pixels")
     for problem in problems(shape, torch.float32, op, device):
@@ -217,7 +217,7 @@ def test_nan_reaches_what_depends_on_it(op, dtype, device):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_gradient_goes_to_the_last_nan_of_a_window(training):
-    """As in torch.nn.MaxPool2d, to which every NaN is larger than what came before."""
+    """The pool treats NaN as torch.nn.MaxPool2d does, to which every NaN is larger than what came before."""
     args = Problem(Shape("", height=9, width=9), torch.float32).stem_backward(training=training)
     args[0][0, 1, 2:5, 3:6] = torch.nan
     actual, expected = run_both("stem_backward", args, torch.float32)

@@ -50,7 +50,7 @@ def test_gradcheck(mask_kind, squeeze_excite, tail, frozen):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_gradcheck_of_every_entry(tail):
-    """The same without gradcheck's random projection."""
+    """gradcheck without its random projection."""
     case = Case(ALL_MASKS, True, tail, "every second", in_channels=2, width=3)
     x, params = case.leaves()
     assert torch.autograd.gradcheck(lambda x, *p: case.fused(x, list(p)), (x, *params))
@@ -145,7 +145,7 @@ def test_channels_last_backward_equals_reference():
 
 
 def parts_of_backward(case, ops, layout=1):
-    """What dense_tail_backward and dense_block_backward of those ops make, one after the other, and their arguments."""
+    """Results of dense_tail_backward and dense_block_backward of those ops, one after the other, and their arguments."""
     output, _, features, stats, *kept = reference.dense_stage(*case.args())
     count = tail_params(case.tail)
     options = [*case.options()]
@@ -163,7 +163,7 @@ def parts_of_backward(case, ops, layout=1):
 @pytest.mark.parametrize("frozen", FROZEN, ids=name)
 @pytest.mark.parametrize("tail", [1, 2])
 def test_parts_of_backward_equal_reference(tail, frozen):
-    """What each writes into its arguments, too; and both together are dense_stage_backward."""
+    """Each also writes the same into its arguments, and both together are dense_stage_backward."""
     case = Case(ALL_MASKS, True, tail, frozen, height=17, breadth=18)
     for layout in (0, 1, 2):
         got, args, block = parts_of_backward(case, torch.ops.densenet_ext, layout)
@@ -421,7 +421,7 @@ def test_second_derivative_is_refused(tail):
 @pytest.mark.parametrize("of", ["x", "layers", "tail"])
 @pytest.mark.parametrize("tail", [1, 2])
 def test_second_derivative_is_refused_of_each_gradient(tail, of):
-    """Where nothing else needs one: each part of the stage has to say so itself."""
+    """Nothing else needs a gradient here, so each part of the stage has to say so itself."""
     case = Case(tail=tail)
     x, params = case.leaves()
     leaf = {"x": x, "layers": params[0], "tail": params[-1]}[of]

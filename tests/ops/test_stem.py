@@ -102,7 +102,7 @@ def test_layouts_of_input_and_gradient(layout):
 
 
 def test_expanded_gradient():
-    """As the backward of sum() has it."""
+    """The backward of sum() hands on such a gradient."""
     assert_same(torch.randn(2, 3, 9, 8, dtype=torch.double), new_norm(3), upstream=lambda g: g[:1, :1].expand_as(g))
 
 
@@ -196,7 +196,7 @@ def test_repeated_runs_are_bit_equal(threads):
 
 @pytest.mark.parametrize("layout", ["planar", *LAYOUTS])
 def test_layouts_are_those_of_the_neighbors(layout):
-    """Of dx channels last, of the output the stage's, whatever the input's; the op alone takes any layout too."""
+    """dx is channels last and the output has the stage's layout, whatever the input's; the op alone takes any layout too."""
     x = LAYOUTS.get(layout, torch.clone)(torch.randn(2, 3, 9, 8, dtype=torch.double)).requires_grad_()
     norm = new_norm(3)
     for y in (dense_stem(x, norm), handles.dense_stem(x, norm.weight, norm.bias, [], norm.eps)[0]):

@@ -40,14 +40,14 @@ def work(rank, address, connection):
 
 
 class Processes:
-    """Of one gloo group, started once for all tests, because that takes seconds."""
+    """Processes of one gloo group, started once for all tests, because that takes seconds."""
 
     def __init__(self, folder):
         context = mp.get_context("spawn")
         pipes = [context.Pipe() for _ in range(PROCESSES)]
         self.connections = [ours for ours, _ in pipes]
         arguments = [(rank, f"file://{folder}/meeting", theirs) for rank, (_, theirs) in enumerate(pipes)]
-        sys.path.append(str(ROOT))  # where a new process finds this module under the name that pytest gave it
+        sys.path.append(str(ROOT))  # a new process finds this module there, under the name that pytest gave it
         self.processes = [context.Process(target=work, args=a, daemon=True) for a in arguments]
         for process in self.processes:
             process.start()
@@ -95,7 +95,7 @@ def batch(samples=6, seed=1):
 
 
 def numbers(net, x, output):
-    """What a training step leaves: output, gradients and buffers."""
+    """The results of a training step: output, gradients and buffers."""
     named = {"output": output.detach(), "grad of x": x.grad}
     named |= {f"grad of {name}": p.grad for name, p in net.named_parameters()}
     return named | {name: b.clone() for name, b in net.named_buffers()}
@@ -248,7 +248,7 @@ def test_layer_and_block_alone_and_their_collectives(processes):
 
 
 def mixed_norms(rank):
-    """What is said where only some norms of a stage are shared."""
+    """The warning where only some norms of a stage are shared."""
     densenet_ext.set_fallback("warn")
     messages = []
     for name in ("features.denseblock1.denselayer2.norm1", "features.transition1.norm", "features.norm5"):

@@ -62,7 +62,7 @@ def build(sanitize: bool = False, kernels: str = "*") -> Path:
 
 
 def build_checks() -> Path:
-    """The same for the simulator's own tests: a library for ctypes, without torch."""
+    """Builds the library of the simulator's own tests, for ctypes and without torch."""
     compiler = native.find_compiler()
     directory = BUILDS / "checks"
     with _in_root(), _locked():
@@ -109,12 +109,12 @@ def _describe(directory: Path, torch, sanitize: bool, kernels: str) -> native.Li
     torch_flags = [f"-DTORCH_TARGET_VERSION={target}", f"-isystem{torch.directory / 'include'}"]
 
     _add(library, directory, _simulator(), sanitizers)
-    # What launches the kernels is the same in every variant.
+    # The files that launch the kernels are the same in every variant.
     launchers = [path for folder in ("", "stage", "cuda") for path in Path("csrc", folder).glob("*.cpp")]
     launchers = [path for path in launchers if path.name != "module.cpp"]
     _add(library, BUILDS / torch.version, launchers, torch_flags)
     _add(library, directory, [SIMULATOR / "module.cpp"], [*torch_flags, *_module_flags(torch, sanitize)])
-    # Of inline functions that others have too, the linker takes the first copy: one without hooks.
+    # The linker takes the first copy of an inline function that several files have: one without hooks.
     chosen = {path for glob in kernels.split(",") for path in Path("csrc/cuda/kernels").glob(f"{glob}.cu")}
     _add(library, directory, chosen, [*CUDA_FLAGS, *sanitizers] if sanitize else KERNEL_FLAGS)
     stubs = directory / STUBS

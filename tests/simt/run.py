@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     sanitize = "--sanitize" in arguments
     with contextlib.redirect_stdout(sys.stderr):
         library = build(sanitize)
-    # What torch.compile keeps goes by the graph alone, and the layouts of these operators are others than on a CPU.
+    # torch.compile's cache goes by the graph alone, and the layouts of these ops are others than on a CPU.
     cache = library.parent / "inductor"
     environment = os.environ | {"DENSENET_EXT_LIBRARY": str(library), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     if sanitize:

@@ -35,7 +35,7 @@ def _leads(x, size, stride, padding):
     x = F.pad(x.double(), (padding[1], padding[1], padding[0], padding[0]), value=-1.0)
     windows = F.unfold(x.flatten(0, 1)[:, None], size, stride=stride)
     first, second = windows.topk(2, 1).values.unbind(1)
-    return torch.where(first > 0, first - second, torch.inf)  # from a window of zeros no gradient comes back
+    return torch.where(first > 0, first - second, torch.inf)  # no gradient comes back from a window of zeros
 
 
 def clearness(model, x):

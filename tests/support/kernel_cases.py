@@ -13,7 +13,7 @@ from densenet_ext._layout import arithmetic_dtype, gradient_dtype, is_channels_l
 from densenet_ext._ops import handles
 
 EPS = 1e-3
-# Where kernels can be tested. (On a simulated device, the tensors of "cpu" are served by the CUDA kernels.)
+# Devices on which kernels can be tested. (On a simulated device, the tensors of "cpu" are served by the CUDA kernels.)
 DEVICES = [
     device for device in ("cpu", "cuda") if device in handles.DEVICES and (device == "cpu" or torch.cuda.is_available())
 ]

@@ -86,16 +86,16 @@ class Case:
         )
 
     def numbers(self, keep_bottleneck=False):
-        """What every op takes after its tensors."""
+        """The arguments of every op after its tensors."""
         return self.eps, self.frozen, DROPOUT_SCALE, [*self.options(keep_bottleneck)]
 
     def args(self, x=None, params=None, keep_bottleneck=False):
-        """What dense_stage takes."""
+        """The arguments of dense_stage."""
         x, params = self.x if x is None else x, self.params if params is None else params
         return x, params, self.masks, self.frozen_stats, *self.numbers(keep_bottleneck)
 
     def backward_args(self, grad, features, kept, layout=GradientLayout.OWN, keep_bottleneck=False):
-        """What dense_stage_backward takes; kept: stats, gates and bottlenecks of the forward pass."""
+        """The arguments of dense_stage_backward; kept: stats, gates and bottlenecks of the forward pass."""
         numbers = (*self.numbers(keep_bottleneck), self.in_channels, layout)
         return grad, None, features, self.params, self.masks, *kept, *numbers
 
@@ -104,12 +104,12 @@ class Case:
         return torch.ops.densenet_ext.dense_stage(*self.args(x, params, keep_bottleneck))[0]
 
     def layer_args(self, inputs, params=None, keep_bottleneck=False):
-        """What dense_layer takes: of a case with one layer and no tail."""
+        """The arguments of dense_layer, of a case with one layer and no tail."""
         params = self.params if params is None else params
         return inputs, params, self.masks, self.frozen_stats, *self.numbers(keep_bottleneck)
 
     def plain(self, x=None, params=None):
-        """The same as a graph of ordinary differentiable functions."""
+        """The output as a graph of ordinary differentiable functions."""
         params = list(self.params if params is None else params)
         norms = iter(zip(self.eps, self.frozen, strict=True))
         masks, given = iter(self.masks), iter(self.frozen_stats)

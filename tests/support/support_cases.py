@@ -1,4 +1,4 @@
-"""What people do to a network, each as a function of the network that returns tensors to compare.
+"""Things that people do to a network, each as a function of the network that returns tensors to compare.
 
 The first argument is this package's network, or torchvision's with the same weights, which says what is right. The keys
 are the first column of docs/support.md.
@@ -200,7 +200,7 @@ def sharded(model):
 
 
 def replicas(model):
-    """What nn.DataParallel makes of a module, on two threads; without GPUs, so the copies are made here."""
+    """Runs a module as nn.DataParallel does, on two threads; without GPUs, so the copies are made here."""
 
     def replicate(module):
         replica = module._replicate_for_data_parallel()
