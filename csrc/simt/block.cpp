@@ -44,7 +44,7 @@ void run_thread(Thread& t) {
   state.current = nullptr;
 }
 
-// As far as it can run: this finds more than giving every warp its fair share.
+// Each warp runs as far as it can: this finds more than giving every warp its fair share.
 void run_warp(int w) {
   Warp& warp = state.warp[w];
   // Its lanes from a random one on.
@@ -68,7 +68,7 @@ int choose_warp() {
   return -1;
 }
 
-// What all wait for, if it is the same.
+// The barrier that all wait for, if it is one.
 bool all_wait_for(Wait kind) {
   for (int id = 0; id < state.threads; ++id) {
     if (state.thread[id].wait != kind) return false;

@@ -13,7 +13,7 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// What a thread waits for; from kSyncwarp on, it waits for the other lanes of its warp.
+// Reasons for which a thread waits; from kSyncwarp on, for the other lanes of its warp.
 enum class Wait { kNothing, kEnd, kBarrier, kSyncwarp, kShuffle, kBallot, kLdmatrix, kMma };
 
 struct Thread {
@@ -21,7 +21,7 @@ struct Thread {
   int id = 0, lane = 0, warp = 0;
   Index index = {};
   Wait wait = Wait::kNothing;
-  uintptr_t pc = 0;         // where it waits
+  uintptr_t pc = 0;         // the place at which it waits
   void* deposit = nullptr;  // what it brought to a collective
   // Counts in between two barriers: __syncwarp lifts both of all lanes to one more than any had.
   uint32_t step = 0;     // also one more at every fence
@@ -38,11 +38,11 @@ struct Warp {
 // The launch and the block that run now; `current` is null while the host's code runs.
 struct State {
   Thread* current = nullptr;
-  uintptr_t stack = 0;  // of the current thread
+  uintptr_t stack = 0;  // belongs to the current thread
   const Launch* launch = nullptr;
   Index block = {};
   int threads = 0;
-  uint64_t seed = 0;          // of this launch
+  uint64_t seed = 0;          // belongs to this launch
   bool copy_at_once = false;  // cp.async; otherwise at its wait
   bool stopped = false;       // after a finding that cannot be run past
   Thread thread[kMaxThreads];

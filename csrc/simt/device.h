@@ -126,7 +126,7 @@ template <class S>
 DEVICE uint32_t narrow2(float low, float high) {
   return narrow<S>(low).bits | static_cast<uint32_t>(narrow<S>(high).bits) << 16;
 }
-// The same of max(v, 0); NaN stays NaN.
+// The conversion of max(v, 0); NaN stays NaN.
 template <class S>
 DEVICE uint32_t narrow2_relu(float low, float high) {
   return narrow2<S>(low < 0 ? 0 : low, high < 0 ? 0 : high);

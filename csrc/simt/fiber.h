@@ -23,7 +23,7 @@ class Fiber {
 
   // (Re)starts at entry(), which must never return; what ran here before is dropped.
   void start(void (*entry)());
-  // From the caller's own stack to here, and back.
+  // Switches from the caller's own stack to this one, and back.
   void resume();
   void suspend();
   // Forgets what AddressSanitizer knows of a stack that was left in the middle.

@@ -12,7 +12,7 @@ std::string source(uintptr_t pc);
 std::string source_of(uint32_t site);
 std::string thread_name(int id, Index block);
 
-// The same kind at the same two places is reported once. After a number of findings, the launch
+// A kind at the same two places is reported once. After a number of findings, the launch
 // stops.
 void report(const std::string& kind, const std::string& what, uintptr_t pc, uint32_t other);
 // Threads that wait for others that will not come.

@@ -37,7 +37,7 @@ inline void remember_read(Cell& cell, const Thread& thread, Stamp now, bool in_s
   cell.read_pc = site(pc);
 }
 
-// Whether nothing speaks against an access after this write: it is the thread's own, or of this
+// True if nothing speaks against an access after this write: it is the thread's own, or of this
 // block before the last barrier, or of ticks so old (from one on, up to another) that all know.
 inline bool is_settled(Stamp w, Stamp now, uint32_t from, uint32_t to) {
   constexpr uint64_t kWhoAndWhen = 0xffffffff00007fe0;
@@ -45,7 +45,7 @@ inline bool is_settled(Stamp w, Stamp now, uint32_t from, uint32_t to) {
   return w.tick() - from < to - from || w.tick() - clock_.block < clock_.now - clock_.block ||
          ((w.word ^ now.word) & kWhoAndWhen) == 0;
 }
-// The same of a write after these reads.
+// True if nothing speaks against a write after these reads.
 inline bool is_free(Stamp r, Stamp now, bool in_shared) {
   constexpr uint64_t kWhoAndWhenAndFlags =
       0xffffffff00007fe0 | kManyLanes | kManyWarps | kManyBlocks;

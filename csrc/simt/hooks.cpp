@@ -36,7 +36,7 @@ extern "C" {
   void __tsan_read##bytes(const void* a) { hook<bytes, Access::kRead, true>(a, SIMT_CALLER); } \
   void __tsan_write##bytes(const void* a) { hook<bytes, Access::kWrite, true>(a, SIMT_CALLER); }
 
-// Of types that are less aligned than large: a GPU takes such a value apart.
+// These serve types that are less aligned than large: a GPU takes such a value apart.
 #define SIMT_UNALIGNED_HOOKS(bytes)                     \
   void __tsan_unaligned_read##bytes(const void* a) {    \
     hook<bytes, Access::kRead, false>(a, SIMT_CALLER);  \

@@ -12,7 +12,7 @@ namespace simt {
 
 // Small, so that persistent blocks have several tiles each.
 constexpr int kMultiprocessors = 3;
-// What the supported architectures give one block, at least and at most.
+// Shared memory that the supported architectures give one block, at least and at most.
 constexpr int64_t kLeastShared = 99 * 1024, kMostShared = 227 * 1024;
 
 struct Launch {
@@ -28,7 +28,7 @@ struct Launch {
 // Runs all blocks; throws std::runtime_error with everything that was found.
 void run(const Launch& launch);
 
-// Of the next launch, in place of SIMT_SEED; every launch adds 1.
+// Sets the seed of the next launch, in place of SIMT_SEED; every launch adds 1.
 void set_seed(uint64_t seed);
 
 // The major compute capability that the device reports: SIMT_CAPABILITY, or 8.

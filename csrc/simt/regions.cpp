@@ -19,7 +19,7 @@ namespace {
 
 std::recursive_mutex mutex;
 int depth = 0;
-std::vector<Region> regions;   // as registered
+std::vector<Region> regions;   // its registered name
 std::vector<Extent*> extents;  // sorted, disjoint: their union
 
 // Cells come from one range of addresses, from the start again for each operator: what earlier

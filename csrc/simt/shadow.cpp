@@ -61,7 +61,7 @@ struct Check {
            pc, other_pc);
   }
 
-  // What was written here before: by whom, and whether this access may come now.
+  // Checks who wrote here last, and whether this access may come after that.
   void against_write(const Cell& cell, uintptr_t at) const {
     const Stamp w = {cell.write};
     const uint32_t tick = w.tick();

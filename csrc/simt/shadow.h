@@ -10,19 +10,19 @@ enum class Space { kAny, kShared, kGlobal };
 // Checks one access by `thread` and remembers it; does not return where it must not happen.
 void access(Thread& thread, const void* address, int64_t bytes, Access kind, uintptr_t pc);
 [[noreturn]] void misaligned(Thread& thread, const void* address, int64_t bytes, uintptr_t pc);
-// Of an access that has to be aligned to its size.
+// Checks an access that has to be aligned to its size.
 inline void require_aligned(Thread& thread, const void* address, int64_t bytes, uintptr_t pc) {
   if (reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(bytes) == 0) return;
   misaligned(thread, address, bytes, pc);
 }
-// Of 16 bytes in a certain memory.
+// Checks an access of 16 bytes in a certain memory.
 void require(Thread& thread, const void* address, Space space, uintptr_t pc);
 
 // A cp.async is on its way, and has come.
 void copy_begins(Thread& thread, const Copy& copy);
 void copy_ends(Thread& thread, const Copy& copy, uintptr_t wait_pc);
 
-// What happens from now on comes after what happened so far, for all threads of the block.
+// Later accesses come after all earlier ones, for all threads of the block.
 void next_barrier();
 void next_block();
 void begin_launch();

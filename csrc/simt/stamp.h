@@ -37,12 +37,12 @@ inline Stamp stamp_of(const Thread& t) {
   return {static_cast<uint64_t>(clock_.now) << 32 | static_cast<uint64_t>(t.step) << 15 |
           static_cast<uint64_t>(t.id) << 5};
 }
-// Where an instruction is, as an offset in this library: what a cell has room for. Of the call, not
-// of what follows it.
+// The place of an instruction, as an offset in this library, for which a cell has room: of the
+// call, not of what follows it.
 extern uintptr_t library_begin;
 inline uint32_t site(uintptr_t pc) { return static_cast<uint32_t>(pc - library_begin - 1); }
 
-// Whether something of the current tick came before what t does now.
+// True if something of the current tick came before what t does now.
 inline bool before(Stamp s, const Thread& t) {
   return s.thread() == t.id || (s.thread() / kWarp == t.warp && s.step() < t.ordered);
 }

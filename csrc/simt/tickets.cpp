@@ -14,7 +14,7 @@ struct Block {
 };
 struct Atomic {
   Stamp stamp;
-  uint32_t ordered;  // of its thread
+  uint32_t ordered;  // belongs to its thread
   size_t block;
 };
 // An atomic operation of the block that runs: it came after `seen` others of the same address.
@@ -24,7 +24,7 @@ struct Seen {
   Stamp stamp;
 };
 
-std::vector<Block> blocks;  // of this launch, in the order in which they ran
+std::vector<Block> blocks;  // belong to this launch, in the order in which they ran
 std::map<const void*, std::vector<Atomic>> atomics;
 std::vector<Seen> seen_by_block;
 
@@ -41,7 +41,7 @@ bool ordered(Stamp a, Stamp b, uint32_t ordered_of_b) {
   return a.thread() / kWarp == b.thread() / kWarp && a.step() < ordered_of_b;
 }
 
-// Whether a fence lies between what was done at `stamp` and the atomic operation.
+// True if a fence lies between what was done at `stamp` and the atomic operation.
 bool fenced(const Block& block, Stamp stamp, const Atomic& atomic) {
   return std::any_of(block.fences.begin(), block.fences.end(), [&](Stamp fence) {
     const bool covers = stamp.thread() == fence.thread() && stamp.tick() == fence.tick()

@@ -7,7 +7,7 @@ namespace simt {
 
 void record_fence(const Thread& thread);
 void record_atomic(const Thread& thread, const void* address);
-// Whether another block's access came before what `thread` does now.
+// True if another block's access came before what `thread` does now.
 bool published(Stamp stamp, const Thread& thread);
 
 Index block_of(uint32_t tick);
