@@ -9,16 +9,16 @@ namespace densenet_ext {
 // Calls body(S{}, kernels of S) for the storage type of `maps`.
 template <class F>
 void dispatch_storage(const char* name, const Tensor& maps, const F& body) {
-  const KernelTable& table = cpu_kernels();
+  const KernelSet& set = cpu_kernels();
   switch (maps.scalar_type()) {
     case ScalarType::Float:
-      return body(float{}, table.float32);
+      return body(float{}, set.float32);
     case ScalarType::Double:
-      return body(double{}, table.float64);
+      return body(double{}, set.float64);
     case ScalarType::BFloat16:
-      return body(BFloat16{}, table.bfloat16);
+      return body(BFloat16{}, set.bfloat16);
     case ScalarType::Half:
-      return body(Float16{}, table.float16);
+      return body(Float16{}, set.float16);
     default:
       STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ",
                       torch::headeronly::toString(maps.scalar_type()));

@@ -8,6 +8,6 @@ namespace densenet_ext {
 // "baseline", "avx2", "avx512" or "amx".
 const char* cpu_capability();
 
-const KernelTable& cpu_kernels();
+const KernelSet& cpu_kernels();
 
 }  // namespace densenet_ext
