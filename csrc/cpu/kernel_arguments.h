@@ -34,24 +34,6 @@ struct Cpu {
   using Gradient = Arithmetic<S>;
 };
 
-// X(function, Arguments): a kernel, and the structure in kernel_ops/kernel_arguments.h that it
-// gets.
-#define DENSENET_EXT_KERNELS(X)                     \
-  X(append, Append)                                 \
-  X(finish_gradient, FinishGradient)                \
-  X(bottleneck_forward, BottleneckForward)          \
-  X(bottleneck_backward, BottleneckBackward)        \
-  X(conv3x3_forward, Conv3x3Forward)                \
-  X(conv3x3_backward, Conv3x3Backward)              \
-  X(squeeze_excite_forward, SqueezeExciteForward)   \
-  X(squeeze_excite_backward, SqueezeExciteBackward) \
-  X(transition_forward, TransitionForward)          \
-  X(transition_backward, TransitionBackward)        \
-  X(head_forward, HeadForward)                      \
-  X(head_backward, HeadBackward)                    \
-  X(stem_forward, StemForward)                      \
-  X(stem_backward, StemBackward)
-
 #define DENSENET_EXT_ALIAS(function, Arguments) \
   template <class S>                            \
   using Arguments = arguments::Arguments<Cpu, S>;

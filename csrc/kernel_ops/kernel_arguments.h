@@ -228,3 +228,21 @@ struct StemBackward {
 };
 
 }  // namespace densenet_ext::arguments
+
+// The kernels that both backends have: X(function, Arguments) for each, with the structure it gets.
+// (fold_norm is not among them: it has no maps.)
+#define DENSENET_EXT_KERNELS(X)                     \
+  X(append, Append)                                 \
+  X(finish_gradient, FinishGradient)                \
+  X(bottleneck_forward, BottleneckForward)          \
+  X(bottleneck_backward, BottleneckBackward)        \
+  X(conv3x3_forward, Conv3x3Forward)                \
+  X(conv3x3_backward, Conv3x3Backward)              \
+  X(squeeze_excite_forward, SqueezeExciteForward)   \
+  X(squeeze_excite_backward, SqueezeExciteBackward) \
+  X(transition_forward, TransitionForward)          \
+  X(transition_backward, TransitionBackward)        \
+  X(head_forward, HeadForward)                      \
+  X(head_backward, HeadBackward)                    \
+  X(stem_forward, StemForward)                      \
+  X(stem_backward, StemBackward)
