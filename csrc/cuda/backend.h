@@ -91,10 +91,10 @@ void dispatch_storage(const char* name, const Tensor& maps, const F& body) {
 
 // Channels-last maps; those of `aligned` rows start at multiples of 16 bytes.
 template <class E>
-Rows<E> rows(const char* name, const Tensor& t, bool aligned = true) {
+Maps<E> rows(const char* name, const Tensor& t, bool aligned = true) {
   check_type(name, t, scalar_type_of<std::remove_const_t<E>>());
   STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, got ", t.dim());
-  Rows<E> m;
+  Maps<E> m;
   m.data = static_cast<E*>(t.data_ptr());
   m.samples = t.size(0), m.channels = t.size(1), m.height = t.size(2), m.width = t.size(3);
   // The distance of two pixels, from whichever dimension has two of them.
@@ -116,25 +116,25 @@ Rows<E> rows(const char* name, const Tensor& t, bool aligned = true) {
   return m;
 }
 template <class E, class F>
-Rows<E> rows_like(const char* name, const Tensor& t, const Rows<F>& other) {
+Maps<E> rows_like(const char* name, const Tensor& t, const Maps<F>& other) {
   check_shape(name, t, {other.samples, other.channels, other.height, other.width});
   return rows<E>(name, t);
 }
 
 // Maps with any strides.
 template <class E>
-Strided<E> strided(const char* name, const Tensor& t) {
+StridedMaps<E> strided(const char* name, const Tensor& t) {
   check_type(name, t, scalar_type_of<std::remove_const_t<E>>());
   STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, got ", t.dim());
-  Strided<E> m = {static_cast<E*>(t.data_ptr()),
-                  t.size(0),
-                  t.size(1),
-                  t.size(2),
-                  t.size(3),
-                  t.stride(0),
-                  t.stride(1),
-                  t.stride(2),
-                  t.stride(3)};
+  StridedMaps<E> m = {static_cast<E*>(t.data_ptr()),
+                      t.size(0),
+                      t.size(1),
+                      t.size(2),
+                      t.size(3),
+                      t.stride(0),
+                      t.stride(1),
+                      t.stride(2),
+                      t.stride(3)};
   if (t.numel() > 0) {
     int64_t last = 0;
     for (int64_t d = 0; d < 4; ++d) last += (t.size(d) - 1) * t.stride(d);

@@ -44,28 +44,38 @@ void bottleneck_backward_cuda(const Tensor& features, const Tensor& scale, const
     check_range("features", f, 0, channels);
     STD_TORCH_CHECK(!earlier_weight || (earlier_scale && earlier_shift),
                     "earlier_weight is given without earlier_scale or earlier_shift");
-    S* const b = pointer<S>("bottleneck", bottleneck, {f.count(), pitch});
-    bottleneck_backward<S>(
-        {f, norm_table<T>(scale, shift, f.samples, channels),
-         per_channel<T>("pre_mask", pre_mask, f.samples, channels),
-         per_channel<T>("post_mask", post_mask, f.samples, channels),
-         matrix<const T>("weight", weight, width, channels), channels, width,
-         pointer<const S>("dv", dv, {f.count(), pitch}), b,
-         pointer<const T>("table", table, {3, width}),
-         norm<T>(norm_weight, batch_mean, batch_var, eps, training, channels),
-         grad_in.has_value() ? rows_like<const S>("grad_in", *grad_in, f) : Rows<const S>{},
-         rows_like<S>("grad", grad, f), coefficients<T>(coef, f),
-         matrix<T>("dweight", dweight, width, channels),
-         pointer<T>("dnorm_weight", dnorm_weight, {channels}),
-         pointer<T>("dnorm_bias", dnorm_bias, {channels})},
-        context);
-    if (!earlier_weight.has_value()) return;
-    const int64_t c = earlier_weight->size(1);
-    check_range("features", f, 0, c);
-    bottleneck_forward<S>({f, norm_table<T>(*earlier_scale, *earlier_shift, f.samples, c),
-                           matrix<const T>("earlier_weight", *earlier_weight, width, c), c, width,
-                           b, nullptr, nullptr},
-                          context);
+    BottleneckBackward<S> a = {
+        f,
+        norm_table<T>(scale, shift, f.samples, channels),
+        per_channel<T>("pre_mask", pre_mask, f.samples, channels),
+        per_channel<T>("post_mask", post_mask, f.samples, channels),
+        matrix<const T>("weight", weight, width, channels),
+        channels,
+        width,
+        pointer<const S>("dv", dv, {f.count(), pitch}),
+        pointer<S>("bottleneck", bottleneck, {f.count(), pitch}),
+        pointer<const T>("table", table, {3, width}),
+        norm<T>(norm_weight, batch_mean, batch_var, eps, training, channels),
+        grad_in.has_value() ? rows_like<const S>("grad_in", *grad_in, f) : Maps<const S>{},
+        rows_like<S>("grad", grad, f),
+        coefficients<T>(coef, f),
+        matrix<T>("dweight", dweight, width, channels),
+        pointer<T>("dnorm_weight", dnorm_weight, {channels}),
+        pointer<T>("dnorm_bias", dnorm_bias, {channels}),
+        {}};
+    if (earlier_weight.has_value()) {
+      const int64_t c = earlier_weight->size(1);
+      check_range("features", f, 0, c);
+      a.previous = {f,
+                    norm_table<T>(*earlier_scale, *earlier_shift, f.samples, c),
+                    matrix<const T>("earlier_weight", *earlier_weight, width, c),
+                    c,
+                    width,
+                    a.bottleneck,
+                    nullptr,
+                    nullptr};
+    }
+    bottleneck_backward<S>(a, context);
   });
 }
 

@@ -87,12 +87,12 @@ Gradients convolution_backward(const Tensor& dy, const Tensor& h, const Tensor& 
 template <class S>
 void forward_by_library(const Conv3x3Forward<S>& f, const Tensor& features, const Tensor& weight,
                         Context& context) {
-  const Rows<S>& maps = f.features;
+  const Maps<S>& maps = f.features;
   if (maps.count() == 0) return;
   const Tensor h =
       packed_maps(features, maps.samples, f.width, maps.height, maps.width, features.scalar_type());
-  conv3x3_input<S>(f.bottleneck, f.norm, maps.samples, maps.pixels(), f.width, elements<S>("h", h),
-                   context);
+  conv3x3_input<S>(f.bottleneck, f.scale_shift, maps.samples, maps.pixels(), f.width,
+                   elements<S>("h", h), context);
   const Tensor y = convolution(h, library_weight(weight, features.scalar_type()));
   conv3x3_output<S>(f, elements<const S>("y", y), context);
 }
@@ -100,15 +100,15 @@ void forward_by_library(const Conv3x3Forward<S>& f, const Tensor& features, cons
 template <class S>
 void backward_by_library(const Conv3x3Backward<S>& f, const Tensor& features, const Tensor& weight,
                          Context& context) {
-  const Rows<const S>& maps = f.features;
-  Strided<const S> dw = {nullptr, f.growth, f.width, 3, 3};
+  const Maps<const S>& maps = f.features;
+  StridedMaps<const S> dw = {nullptr, f.growth, f.width, 3, 3};
   if (maps.count() == 0) return conv3x3_input_gradient<S>(f, nullptr, dw, context);
   const ScalarType type = features.scalar_type();
   const Tensor dy = packed_maps(features, maps.samples, f.growth, maps.height, maps.width, type);
   const Tensor h = packed_maps(features, maps.samples, f.width, maps.height, maps.width, type);
   conv3x3_output_gradient<S>(f, elements<S>("dy", dy), context);
-  conv3x3_input<S>(f.bottleneck, f.norm, maps.samples, maps.pixels(), f.width, elements<S>("h", h),
-                   context);
+  conv3x3_input<S>(f.bottleneck, f.scale_shift, maps.samples, maps.pixels(), f.width,
+                   elements<S>("h", h), context);
   const Gradients gradients = convolution_backward(dy, h, library_weight(weight, type));
   conv3x3_input_gradient<S>(f, elements<const S>("dh", gradients.h),
                             strided<const S>("dw", gradients.weight), context);
@@ -134,15 +134,14 @@ void conv3x3_forward_cuda(const Tensor& bottleneck, const Tensor& scale, const T
         pointer<const bool>("dropout_mask", dropout_mask, {f.samples, growth, f.height, f.width}),
         dropout_scale,
         f,
-        offset};
-    const Moments<T> wanted = moments<T>(mean, m2, f);
+        offset,
+        moments<T>(mean, m2, f)};
     if (conv3x3_forward_fits(arguments, context)) {
       conv3x3_forward(arguments, context);
     } else {
       forward_by_library(arguments, features, weight, context);
     }
-    slice_moments<S>({f.data, f.samples, f.channels, f.height, f.width, f.pitch}, offset, growth,
-                     wanted, context);
+    slice_moments<S>(f.read_only(), offset, growth, arguments.moments, context);
   });
 }
 
@@ -172,7 +171,7 @@ void conv3x3_backward_cuda(const Tensor& bottleneck, const Tensor& scale, const 
         dropout_scale,
         f,
         rows_like<const S>("grad", grad, f),
-        {pointer<const T>("coef", coef, {3, f.samples, f.channels}), f.samples, f.channels},
+        coefficients<T>(coef, f),
         offset,
         norm<T>(norm_weight, batch_mean, batch_var, eps, training, width),
         pointer<S>("dv", dv, {f.count(), pitch}),

@@ -12,7 +12,7 @@ void fold_norm_of(const Tensor& mean, const Tensor& m2, int64_t pixels,
   DeviceContext context(weight);
   const int64_t channels = weight.numel(), samples = scale.size(0);
   FoldNorm<T> a = {};
-  a.pixels = pixels, a.channels = channels, a.eps = eps, a.use_given = use_given;
+  a.pixels = pixels, a.channels = channels, a.eps = eps, a.has_statistics = use_given;
   a.pre_mask = per_channel<T>("pre_mask", pre_mask, samples, channels);
   a.post_mask = per_channel<T>("post_mask", post_mask, samples, channels);
   a.weight = pointer<const T>("weight", weight, {channels});
