@@ -63,63 +63,19 @@ struct Cuda {
   using Gradient = S;
 };
 
-template <class S>
-using Append = arguments::Append<Cuda, S>;
-template <class S>
-using FinishGradient = arguments::FinishGradient<Cuda, S>;
-template <class S>
-using BottleneckForward = arguments::BottleneckForward<Cuda, S>;
-template <class S>
-using BottleneckBackward = arguments::BottleneckBackward<Cuda, S>;
-template <class S>
-using Conv3x3Forward = arguments::Conv3x3Forward<Cuda, S>;
-template <class S>
-using Conv3x3Backward = arguments::Conv3x3Backward<Cuda, S>;
-template <class S>
-using SqueezeExciteForward = arguments::SqueezeExciteForward<Cuda, S>;
-template <class S>
-using SqueezeExciteBackward = arguments::SqueezeExciteBackward<Cuda, S>;
-template <class S>
-using TransitionForward = arguments::TransitionForward<Cuda, S>;
-template <class S>
-using TransitionBackward = arguments::TransitionBackward<Cuda, S>;
-template <class S>
-using HeadForward = arguments::HeadForward<Cuda, S>;
-template <class S>
-using HeadBackward = arguments::HeadBackward<Cuda, S>;
-template <class S>
-using StemForward = arguments::StemForward<Cuda, S>;
-template <class S>
-using StemBackward = arguments::StemBackward<Cuda, S>;
-using arguments::FoldNorm;
+// The name of a launch function is that of its kernel op. bottleneck_backward ends with the forward
+// of arguments.previous, if there is one.
+#define DENSENET_EXT_DECLARE(function, Arguments)  \
+  template <class S>                               \
+  using Arguments = arguments::Arguments<Cuda, S>; \
+  template <class S>                               \
+  void function(const Arguments<S>& arguments, Context& context);
+DENSENET_EXT_KERNELS(DENSENET_EXT_DECLARE)
+#undef DENSENET_EXT_DECLARE
 
-template <class S>
-void append(const Append<S>& arguments, Context& context);
-template <class S>
-void finish_gradient(const FinishGradient<S>& arguments, Context& context);
+using arguments::FoldNorm;
 template <class T>
 void fold_norm(const FoldNorm<T>& arguments, Context& context);
-template <class S>
-void bottleneck_forward(const BottleneckForward<S>& arguments, Context& context);
-// Ends with the forward of arguments.previous, if there is one.
-template <class S>
-void bottleneck_backward(const BottleneckBackward<S>& arguments, Context& context);
-template <class S>
-void squeeze_excite_forward(const SqueezeExciteForward<S>& arguments, Context& context);
-template <class S>
-void squeeze_excite_backward(const SqueezeExciteBackward<S>& arguments, Context& context);
-template <class S>
-void transition_forward(const TransitionForward<S>& arguments, Context& context);
-template <class S>
-void transition_backward(const TransitionBackward<S>& arguments, Context& context);
-template <class S>
-void head_forward(const HeadForward<S>& arguments, Context& context);
-template <class S>
-void head_backward(const HeadBackward<S>& arguments, Context& context);
-template <class S>
-void stem_forward(const StemForward<S>& arguments, Context& context);
-template <class S>
-void stem_backward(const StemBackward<S>& arguments, Context& context);
 
 // Moments of channels [offset, offset + channels) as they stand in the maps; nothing where they are
 // not wanted.
@@ -127,18 +83,14 @@ template <class S>
 void slice_moments(const Maps<const S>& features, int64_t offset, int64_t channels,
                    const Moments<Arithmetic<S>>& moments, Context& context);
 
-// True if the two kernels below can do it on the current device: narrow layers only, and forward
-// some wider ones of 16-bit types. Others go through a convolution of a library, and the functions
-// after them do what is around it. Whoever calls takes the moments of the slice, with
-// slice_moments.
+// True if conv3x3_forward or conv3x3_backward can do it on the current device: narrow layers only,
+// and forward some wider ones of 16-bit types. Others go through a convolution of a library, and
+// the functions after these two do what is around it. Whoever calls takes the moments of the slice,
+// with slice_moments.
 template <class S>
 bool conv3x3_forward_fits(const Conv3x3Forward<S>& arguments, const Context& context);
 template <class S>
 bool conv3x3_backward_fits(const Conv3x3Backward<S>& arguments, const Context& context);
-template <class S>
-void conv3x3_forward(const Conv3x3Forward<S>& arguments, Context& context);
-template <class S>
-void conv3x3_backward(const Conv3x3Backward<S>& arguments, Context& context);
 
 // h [M, width] = relu(scale * b + shift)
 template <class S>

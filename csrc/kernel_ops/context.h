@@ -1,6 +1,7 @@
 // A kernel op is a function template of this folder: it checks its tensors, fills the argument
-// structure of its kernel and runs it. Its parameter B is the backend, Cpu or cuda::Cuda, which
-// specializes Context. An object of that class lives as long as the op runs:
+// structure of its kernel and runs it. Its formula is in the docstring of its twin in
+// densenet_ext/reference. Its parameter B is the backend, Cpu or cuda::Cuda, which specializes
+// Context. An object of that class lives as long as the op runs:
 //
 //   Context(like, allow_tf32)  enters the device of tensor `like`
 //   run(arguments)             calls the kernel of these arguments
@@ -9,9 +10,9 @@
 // Its static functions check how maps lie, which is what backends differ in:
 //
 //   buffer<E>(name, t)              a feature or gradient buffer
-//   maps<E>(name, t)                the same without demands on alignment
-//   channels_last_maps<E>(name, t)  maps that are known to be dense channels last
-//   outer_maps<E>(name, t)          a stage's output and its gradient
+//   maps<E>(name, t)                the stem's output and its gradient: aligned or not
+//   channels_last_maps<E>(name, t)  maps that are channels last without gaps, which is not checked
+//   outer_maps<E>(name, t)          the transition's output and its gradient
 //   copied_maps<E>(name, t)         maps that are only copied into a buffer or out of it
 #pragma once
 

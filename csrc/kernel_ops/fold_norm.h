@@ -16,8 +16,6 @@ void fold_norm(const Tensor& mean, const Tensor& m2, int64_t pixels,
     const int64_t channels = weight.numel(), samples = scale.size(0);
     arguments::FoldNorm<T> a = {};
     a.pixels = pixels, a.channels = channels, a.eps = eps, a.has_statistics = has_statistics;
-    a.pre_mask = per_channel<T>("pre_mask", pre_mask, samples, channels);
-    a.post_mask = per_channel<T>("post_mask", post_mask, samples, channels);
     a.weight = pointer<const T>("weight", weight, {channels});
     a.bias = pointer<const T>("bias", bias, {channels});
     a.batch_mean = pointer<T>("batch_mean", batch_mean, {channels});
@@ -25,6 +23,8 @@ void fold_norm(const Tensor& mean, const Tensor& m2, int64_t pixels,
     a.scale_rows = samples, a.shift_rows = shift.size(0);
     a.scale = pointer<T>("scale", scale, {a.scale_rows, channels});
     a.shift = pointer<T>("shift", shift, {a.shift_rows, channels});
+    a.pre_mask = per_channel<T>("pre_mask", pre_mask, samples, channels);
+    a.post_mask = per_channel<T>("post_mask", post_mask, samples, channels);
     STD_TORCH_CHECK(a.shift_rows == samples || (a.shift_rows == 1 && !a.post_mask.data),
                     "shift must have as many rows as scale, ", samples,
                     ", or a single one where post_mask is None, got ", a.shift_rows);
