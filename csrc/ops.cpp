@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
       "append(Tensor x, Tensor(a!) features, int offset, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def(
       "fold_norm(Tensor mean, Tensor m2, int pixels, Tensor? pre_mask, Tensor? post_mask, Tensor "
-      "weight, Tensor bias, float eps, bool use_given, "
+      "weight, Tensor bias, float eps, bool has_statistics, "
       "Tensor(a!) batch_mean, Tensor(b!) batch_var, Tensor(c!) scale, Tensor(d!) shift) -> ()");
   m.def(
       "bottleneck_forward(Tensor features, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) "
@@ -19,10 +19,11 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
   m.def(
       "bottleneck_backward(Tensor features, Tensor scale, Tensor shift, Tensor? pre_mask, Tensor? "
       "post_mask, Tensor weight, Tensor dv, Tensor(a!) bottleneck, "
-      "Tensor table, Tensor norm_weight, Tensor batch_mean, Tensor batch_var, float eps, bool "
+      "Tensor db_affine, Tensor norm_weight, Tensor batch_mean, Tensor batch_var, float eps, bool "
       "training, Tensor? grad_in, Tensor(b!) grad, Tensor(c!) coef, "
       "Tensor(d!) dweight, Tensor(e!) dnorm_weight, Tensor(f!) dnorm_bias, Tensor? "
-      "earlier_scale, Tensor? earlier_shift, Tensor? earlier_weight, bool allow_tf32=False) -> ()");
+      "previous_scale, Tensor? previous_shift, Tensor? previous_weight, bool allow_tf32=False) -> "
+      "()");
   m.def(
       "conv3x3_forward(Tensor bottleneck, Tensor scale, Tensor shift, Tensor weight, Tensor? "
       "dropout_mask, float dropout_scale, Tensor(a!) features, "
@@ -33,7 +34,7 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
       "Tensor features, Tensor grad, Tensor coef, int offset, Tensor norm_weight, Tensor "
       "batch_mean, Tensor batch_var, float eps, bool training, "
       "Tensor(a!) dv, Tensor(b!) dweight, Tensor(c!) dnorm_weight, Tensor(d!) dnorm_bias, "
-      "Tensor(e!) table, bool allow_tf32=False) -> ()");
+      "Tensor(e!) db_affine, bool allow_tf32=False) -> ()");
   m.def(
       "squeeze_excite_forward(Tensor(a!) features, int offset, Tensor(b!) mean, Tensor(c!) m2, "
       "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
@@ -58,7 +59,8 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
       "Tensor grad_out, Tensor(a!) grad, Tensor(b!) coef, Tensor(c!) dnorm_weight, Tensor(d!) "
       "dnorm_bias) -> ()");
   m.def(
-      "stem_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool use_given, "
+      "stem_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool "
+      "has_statistics, "
       "Tensor(a!) batch_mean, Tensor(b!) batch_var, Tensor(c!) out) -> ()");
   m.def(
       "stem_backward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor batch_mean, Tensor "

@@ -94,17 +94,17 @@ def conv3x3_backward(
     dweight: Tensor,
     dnorm_weight: Tensor,
     dnorm_bias: Tensor,
-    table: Tensor,
+    db_affine: Tensor,
     allow_tf32: bool = False,
 ) -> None:
     """From the k channels' true gradient dy back to before the rectifier, and the affine map that takes it through norm2.
 
     dy = dropout(coef[0] grad + coef[1] + coef[2] x), dv = conv3x3^T(dy) * r * [scale * b + shift > 0], r = post_mask;
-    the gradient of b is table[0] dv + table[1] + table[2] b, where training makes table[1] and table[2] non-zero.
+    the gradient of b is t[0] dv + t[1] + t[2] b with t = db_affine, where training makes t[1] and t[2] non-zero.
     bottleneck b [M, K2p] S; scale, shift [1 or N, K2], post_mask [N, K2], weight [k, K2, 3, 3] A; dropout_mask bool
     [N, k, H, W]; features [N, C, H, W] S; grad [N, C, H, W], coef [3, N, C], norm_weight, batch_mean,
     batch_var [K2] A. Written, all A: dv [M, K2p], zero from column K2 on; dweight like weight; dnorm_weight, dnorm_bias [K2];
-    table [3, K2].
+    db_affine [3, K2].
     """
     out_channels, width = weight.shape[:2]
     b = planes(bottleneck, features, width)
@@ -123,8 +123,8 @@ def conv3x3_backward(
     sum1, sum2 = _norm_sums(b, dvalue, batch_mean, rstd)
     dnorm_bias.copy_(sum1)
     dnorm_weight.copy_(sum2)
-    table[0] = slope
-    table[1], table[2] = _statistics_terms(slope, batch_mean, rstd, sum1, sum2, b.numel() // width, training)
+    db_affine[0] = slope
+    db_affine[1], db_affine[2] = _statistics_terms(slope, batch_mean, rstd, sum1, sum2, b.numel() // width, training)
 
 
 def bottleneck_backward(
@@ -136,7 +136,7 @@ def bottleneck_backward(
     weight: Tensor,
     dv: Tensor,
     bottleneck: Tensor,
-    table: Tensor,
+    db_affine: Tensor,
     norm_weight: Tensor,
     batch_mean: Tensor,
     batch_var: Tensor,
@@ -148,28 +148,28 @@ def bottleneck_backward(
     dweight: Tensor,
     dnorm_weight: Tensor,
     dnorm_bias: Tensor,
-    earlier_scale: Tensor | None,
-    earlier_shift: Tensor | None,
-    earlier_weight: Tensor | None,
+    previous_scale: Tensor | None,
+    previous_shift: Tensor | None,
+    previous_weight: Tensor | None,
     allow_tf32: bool = False,
 ) -> None:
     """Joint backward of norm1, ReLU and the 1x1 convolution, accumulating into the first c channels of grad and coef.
 
-    db = table[0] dv + table[1] + table[2] b, dweight = db^T z, dz = db weight; with masks q = pre_mask, r = post_mask
-    and xhat = (q x - mean) rstd: dv1 = dz r [z > 0], S1 = sum dv1, S2 = sum dv1 xhat,
+    db = t[0] dv + t[1] + t[2] b with t = db_affine, dweight = db^T z, dz = db weight; with masks q = pre_mask,
+    r = post_mask and xhat = (q x - mean) rstd: dv1 = dz r [z > 0], S1 = sum dv1, S2 = sum dv1 xhat,
         grad    = grad_in (0 where None) + q norm_weight rstd dv1
         coef[1] -= q norm_weight rstd (S1 - mean rstd S2) / M          (where training)
         coef[2] -= q^2 norm_weight rstd^2 S2 / M                       (where training)
     features [N, C, H, W] S; scale, shift [1 or N, c], masks [N, c], weight [K2, c] or [K2, c, 1, 1], dv [M, K2p] A;
-    bottleneck b [M, K2p] S; table [3, K2], norm_weight, batch_mean, batch_var [c] A; grad_in [N, C, H, W] A, which
+    bottleneck b [M, K2p] S; db_affine [3, K2], norm_weight, batch_mean, batch_var [c] A; grad_in [N, C, H, W] A, which
     may be grad itself. Written, all A: grad [N, C, H, W] and coef [3, N, C] at the first c channels, dweight like
     weight, dnorm_weight, dnorm_bias [c].
-    With the table and the weight [K2, c'] of the earlier layer, which backward comes to next, its b is computed again and
-    takes this one's place in `bottleneck`.
+    With scale, shift and weight [K2, c'] of the previous layer, which backward comes to next, its b is computed again
+    and takes this one's place in `bottleneck`.
     """
     width, channels = weight.shape[:2]
     columns = slice(channels)
-    factor, constant, slope = table[:, :, None, None]
+    factor, constant, slope = db_affine[:, :, None, None]
     db = factor * planes(dv, features, width) + constant + slope * planes(bottleneck, features, width)
     x = read(features, columns)
     z = F.relu(spread(scale) * x + spread(shift))
@@ -190,8 +190,8 @@ def bottleneck_backward(
     constant, factor = _statistics_terms(slope, batch_mean, rstd, sum1, sum2, values, training)
     coef[1, :, columns] += q * constant
     coef[2, :, columns] += q.square() * factor
-    if earlier_weight is not None:
-        bottleneck_forward(features, earlier_scale, earlier_shift, earlier_weight, bottleneck, None, None)
+    if previous_weight is not None:
+        bottleneck_forward(features, previous_scale, previous_shift, previous_weight, bottleneck, None, None)
 
 
 def _consumer_backward(

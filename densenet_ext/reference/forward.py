@@ -26,7 +26,7 @@ def fold_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    use_given: bool,
+    has_statistics: bool,
     batch_mean: Tensor,
     batch_var: Tensor,
     scale: Tensor,
@@ -38,10 +38,10 @@ def fold_norm(
         batch_mean = sum_n q mean / R      batch_var = sum_n (q^2 m2 + pixels (q mean - batch_mean)^2) / (R pixels)
         scale = r q weight rstd            shift = r (bias - weight rstd batch_mean)       rstd = 1/sqrt(batch_var + eps)
     mean, m2 [R, >= c] A; pre_mask, post_mask [N, c] A; weight, bias [c] A; batch_mean, batch_var [c] A, written unless
-    use_given; scale, shift [1 or N, c] A, written. The statistics of no values at all are 0.
+    has_statistics; scale, shift [1 or N, c] A, written. The statistics of no values at all are 0.
     """
     channels = weight.numel()
-    if not use_given:
+    if not has_statistics:
         mean, m2 = mean[:, :channels], m2[:, :channels]
         values = max(mean.size(0) * pixels, 1)
         masked = mean if pre_mask is None else pre_mask * mean
@@ -162,18 +162,18 @@ def stem_forward(
     norm_weight: Tensor,
     norm_bias: Tensor,
     eps: float,
-    use_given: bool,
+    has_statistics: bool,
     batch_mean: Tensor,
     batch_var: Tensor,
     out: Tensor,
 ) -> None:
     """out = max_pool2d(relu(norm(x)), 3, stride 2, padding 1), with the batch's own statistics or given ones.
 
-    x [N, C, H, W] S; norm_weight, norm_bias [C] A; batch_mean, batch_var (biased) [C] A, written unless use_given;
+    x [N, C, H, W] S; norm_weight, norm_bias [C] A; batch_mean, batch_var (biased) [C] A, written unless has_statistics;
     out [N, C, (H+1)//2, (W+1)//2] S, written. The statistics of no values at all are 0.
     """
     values = read(x, slice(None))
-    if not use_given:
+    if not has_statistics:
         count = max(values.numel() // values.size(1), 1)
         batch_mean.copy_(values.sum((0, 2, 3)) / count)
         batch_var.copy_((values - batch_mean[:, None, None]).square().sum((0, 2, 3)) / count)

@@ -25,7 +25,7 @@ DTYPES = list(STORAGE)
 
 OPS = {
     "append": [{}, {"channels_last": True}],
-    "fold_norm": [{}, {"use_given": True}],
+    "fold_norm": [{}, {"has_statistics": True}],
     "bottleneck_forward": [{}, {"moments": False}],
     "conv3x3_forward": [{}, {"moments": False}],
     "squeeze_excite_forward": [{}],
@@ -33,14 +33,14 @@ OPS = {
     "conv3x3_backward": [{}, {"training": False}],
     "bottleneck_backward": [
         *({}, {"training": False}, {"grad_in": "same"}, {"grad_in": "other"}),
-        *({"earlier": True}, {"earlier": True, "grad_in": "same"}),
+        *({"previous": True}, {"previous": True, "grad_in": "same"}),
     ],
     "transition_forward": [{}],
     "transition_backward": [{}, {"training": False}],
     "head_forward": [{}],
     "head_backward": [{}, {"training": False}],
     "finish_gradient": [{}, {"channels_last": True}],
-    "stem_forward": [{}, {"use_given": True}],
+    "stem_forward": [{}, {"has_statistics": True}],
     "stem_backward": [{}, {"training": False}, {"need_dx": False}],
 }
 MASKED = ("fold_norm", "bottleneck_forward", "conv3x3_forward", "conv3x3_backward", "bottleneck_backward")
@@ -205,7 +205,7 @@ FORWARD = {"bottleneck_forward": 4, "conv3x3_forward": 6, "transition_forward": 
 @pytest.mark.parametrize("op", FORWARD)
 def test_nan_reaches_what_depends_on_it(op, dtype, device):
     """One NaN among the inputs: relu(NaN) is NaN, as in PyTorch."""
-    options = {"use_given": True} if op == "stem_forward" else {}
+    options = {"has_statistics": True} if op == "stem_forward" else {}
     args = getattr(Problem(Shape("", height=8, width=8), dtype, device=device), op)(**options)
     first = args[0]
     first[(0, 1, 3, 3) if first.dim() == 4 else (9, 1)] = torch.nan
