@@ -22,7 +22,7 @@ struct Capability {
 };
 
 #if defined(DENSENET_EXT_AMX)
-// Whether the processor has AMX and AVX-512 for bfloat16, and the system lets this process use
+// True if the processor has AMX and AVX-512 for bfloat16, and the system lets this process use
 // them: the registers are large, so that Linux wants to be asked. It answers for all threads.
 bool may_use_amx() {
 #if defined(__linux__)

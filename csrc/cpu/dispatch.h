@@ -1,4 +1,4 @@
-// The instruction set in use, chosen once at load.
+// The instruction set in use is chosen once, when it is first asked for.
 #pragma once
 
 #include "kernel_arguments.h"

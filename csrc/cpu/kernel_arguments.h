@@ -1,7 +1,7 @@
 // The CPU kernels as plain C++: their feature maps, and the set of kernels of one instruction set.
 //
-// csrc/cpu/kernels/ is compiled once per instruction set and knows nothing of torch: the host code
-// checks tensors, fills the structures of kernel_ops/kernel_arguments.h and calls the set that
+// csrc/cpu/kernels/ is compiled once per instruction set and knows nothing of torch: the kernel ops
+// check tensors, fill the structures of kernel_ops/kernel_arguments.h and call the set that
 // dispatch.cpp chose. Threads and scratch memory come in through parallel.h.
 #pragma once
 

@@ -11,12 +11,12 @@
 namespace densenet_ext::cuda {
 namespace {
 
-// Maps without gaps, channels last.
+// Allocates channels-last maps without gaps.
 Tensor packed_maps(const Tensor& like, int64_t samples, int64_t channels, int64_t height,
                    int64_t width, ScalarType type) {
   return channels_last_maps(like, samples, channels, height, width, channels, type);
 }
-// Copy maps that have gaps or another layout; what a library returns has not, usually.
+// Copies maps that do not lie so, which is rare: a library usually returns them packed.
 Tensor packed(const Tensor& maps) {
   const int64_t c = maps.size(1), h = maps.size(2), w = maps.size(3);
   const int64_t strides[4] = {h * w * c, 1, w * c, c};
@@ -28,14 +28,14 @@ Tensor packed(const Tensor& maps) {
   torch::stable::copy_(copy, maps);
   return copy;
 }
-// Weights in the maps' type and layout, as a library wants them.
+// A library wants weights in the maps' type and layout.
 Tensor library_weight(const Tensor& weight, ScalarType type) {
   Tensor copy = packed_maps(weight, weight.size(0), weight.size(1), 3, 3, type);
   torch::stable::copy_(copy, weight);
   return copy;
 }
 
-// The elements of a packed tensor.
+// Points to the elements of a packed tensor.
 template <class S>
 S* elements(const char* name, const Tensor& t) {
   check_type(name, t, scalar_type_of<std::remove_const_t<S>>());
@@ -44,7 +44,7 @@ S* elements(const char* name, const Tensor& t) {
 
 const std::vector<int64_t> kOne = {1, 1}, kNone = {0, 0};
 
-// 3x3, padding 1, no bias.
+// Convolves 3x3 with padding 1 and without a bias.
 Tensor convolution(const Tensor& h, const Tensor& weight) {
   std::array<StableIValue, 9> stack = {torch::stable::detail::from(h),
                                        torch::stable::detail::from(weight),

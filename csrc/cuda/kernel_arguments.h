@@ -1,6 +1,6 @@
 // The CUDA kernels as plain C++: the functions that launch them, and how CUDA's maps lie.
 //
-// csrc/cuda/kernels/*.cu know nothing of torch; csrc/cuda/*.cpp check tensors, fill the argument
+// csrc/cuda/kernels/*.cu know nothing of torch; the kernel ops check tensors, fill the argument
 // structures and call the functions. Scratch memory and the stream come in with a Context.
 // Everything is queued on the stream: nothing waits for the device.
 #pragma once

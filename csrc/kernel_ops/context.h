@@ -28,7 +28,7 @@ template <class B, class E>
 auto buffer(const char* name, const Tensor& t) {
   return Context<B>::template buffer<E>(name, t);
 }
-// A buffer of the shape that `other` has.
+// Checks the shape, too, which has to be that of `other`.
 template <class B, class E, class M>
 auto buffer_like(const char* name, const Tensor& t, const M& other) {
   check_shape(name, t, {other.samples, other.channels, other.height, other.width});

@@ -4,7 +4,7 @@
 
 namespace densenet_ext::kernel_ops {
 
-// The stem's input and its gradient, whose sizes the caller checks.
+// The stem's input and its gradient are channels last; the caller checks their sizes.
 template <class B, class E>
 auto stem_maps(const char* name, const Tensor& t) {
   check_dimensions(name, t, 4);
@@ -12,7 +12,7 @@ auto stem_maps(const char* name, const Tensor& t) {
   return Context<B>::template channels_last_maps<E>(name, t);
 }
 
-// The stem's output and its gradient: a 3x3 max pool of stride 2 and padding 1 halves x.
+// The stem's output and its gradient have half the height and width of x, rounded up.
 template <class B, class E, class M>
 auto pooled_maps(const char* name, const Tensor& t, const M& x) {
   check_shape(name, t, {x.samples, x.channels, ceil_div(x.height, 2), ceil_div(x.width, 2)});

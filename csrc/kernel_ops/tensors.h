@@ -36,7 +36,7 @@ constexpr ScalarType scalar_type_of<bool>() {
   return ScalarType::Bool;
 }
 
-// Tell a simulated device what memory its kernels may read or write.
+// Tells a simulated device that its kernels may read, or write, this memory.
 template <class E>
 E* region(const char* name, E* data, int64_t elements) {
 #ifdef DENSENET_EXT_SIMT
@@ -138,7 +138,7 @@ int64_t rows_of(const M& m) {
   return m.samples * m.height * m.width;
 }
 
-// Maps of type M with the tensor's sizes; the strides are left to the backend.
+// Fills in all but the strides, which differ from backend to backend.
 template <class M>
 M sized_maps(const char* name, const Tensor& t) {
   using E = std::remove_pointer_t<decltype(M::data)>;

@@ -4,7 +4,7 @@
 
 namespace densenet_ext::kernel_ops {
 
-// The transition's output and its gradient.
+// The transition's output and its gradient have half the height and width of the features.
 template <class B, class E, class M>
 auto transition_maps(const char* name, const Tensor& t, const M& features, int64_t outputs) {
   check_shape(name, t, {features.samples, outputs, features.height / 2, features.width / 2});
