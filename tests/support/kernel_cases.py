@@ -170,8 +170,9 @@ class Problem:
         weight = self.normal(s.bottleneck, s.channels, 1, 1, scale=0.1)
         out = self.new(self.rows, padded_width(s.bottleneck), dtype=self.dtype)
         mean, m2 = (self.new(1, s.bottleneck), self.new(1, s.bottleneck)) if moments else (None, None)
+        features = self.buffer(s.channels)
         scale_shift = self.scale_shift(s.channels, self.pre_mask, self.post_mask)
-        return self.buffer(s.channels), *scale_shift, weight, out, mean, m2
+        return features, *scale_shift, weight, out, mean, m2
 
     def conv3x3_forward(self, moments=True):
         s = self.shape
