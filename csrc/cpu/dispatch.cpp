@@ -18,11 +18,11 @@ namespace {
 
 struct Capability {
   const char* name;
-  const KernelTable& (*table)();
+  const KernelSet& (*kernels)();
 };
 
 #if defined(DENSENET_EXT_AMX)
-// Whether the processor has AMX and AVX-512 for bfloat16, and the system lets this process use
+// True if the processor has AMX and AVX-512 for bfloat16, and the system lets this process use
 // them: the registers are large, so that Linux wants to be asked. It answers for all threads.
 bool may_use_amx() {
 #if defined(__linux__)
@@ -39,17 +39,17 @@ bool may_use_amx() {
 #endif
 
 std::vector<Capability> available() {
-  std::vector<Capability> list = {{"baseline", &baseline::kernel_table}};
+  std::vector<Capability> list = {{"baseline", &baseline::kernel_set}};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("bmi2");
-  if (avx2) list.push_back({"avx2", &avx2::kernel_table});
+  if (avx2) list.push_back({"avx2", &avx2::kernel_set});
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    list.push_back({"avx512", &avx512::kernel_table});
+    list.push_back({"avx512", &avx512::kernel_set});
 #if defined(DENSENET_EXT_AMX)
-    if (may_use_amx()) list.push_back({"amx", &amx::kernel_table});
+    if (may_use_amx()) list.push_back({"amx", &amx::kernel_set});
 #endif
   }
 #endif
@@ -77,6 +77,6 @@ const Capability& chosen() {
 }  // namespace
 
 const char* cpu_capability() { return chosen().name; }
-const KernelTable& cpu_kernels() { return chosen().table(); }
+const KernelSet& cpu_kernels() { return chosen().kernels(); }
 
 }  // namespace densenet_ext

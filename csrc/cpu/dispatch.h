@@ -1,4 +1,4 @@
-// The instruction set in use, chosen once at load.
+// The instruction set in use is chosen once, when it is first asked for.
 #pragma once
 
 #include "kernel_arguments.h"
@@ -8,6 +8,6 @@ namespace densenet_ext {
 // "baseline", "avx2", "avx512" or "amx".
 const char* cpu_capability();
 
-const KernelTable& cpu_kernels();
+const KernelSet& cpu_kernels();
 
 }  // namespace densenet_ext

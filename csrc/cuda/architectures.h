@@ -1,4 +1,4 @@
-// Which devices the code of a build runs on. Nothing here needs CUDA.
+// Says on which devices the code of a build runs. Nothing in this file needs CUDA.
 #pragma once
 
 #include <cstdio>
@@ -14,7 +14,7 @@ inline bool at_least(Capability a, Capability b) {
   return a.major > b.major || (a.major == b.major && a.minor >= b.minor);
 }
 
-// Of an architecture as in 8.0 or 9.0+PTX; `sign` becomes + where it has PTX.
+// Reads an architecture such as 8.0 or 9.0+PTX; `sign` becomes + if it has PTX.
 inline Capability capability_of(const char* architecture, char* sign) {
   Capability built = {0, 0};
   *sign = 0;
@@ -33,7 +33,7 @@ inline bool serves(const char* architecture, Capability device) {
   return sign == '+' || (device.major == built.major && orin(device) == orin(built));
 }
 
-// Whether one of the architectures, as in 8.0:9.0+PTX, serves the device and is not older than
+// True if one of the architectures, such as 8.0:9.0+PTX, serves the device and is not older than
 // `oldest`.
 inline bool served(const std::string& architectures, Capability device, Capability oldest) {
   for (size_t begin = 0, end; begin < architectures.size(); begin = end + 1) {

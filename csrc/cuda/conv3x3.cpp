@@ -1,7 +1,8 @@
-// Narrow layers, and forward those of up to 128 and 32 channels in 16 bits, have kernels of their
-// own, in one pass over the bottleneck. Others are a convolution of torch (on a GPU, of cuDNN),
-// with kernels for what is around it: it gets packed channels-last tensors and never a slice of a
-// buffer, because cuDNN's plans are cached without output strides.
+// Chooses the kernel of a 3x3 convolution. Narrow layers, and forward those of up to 128 and 32
+// channels in 16 bits, have kernels of their own, in one pass over the bottleneck. Others are a
+// convolution of torch (on a GPU, of cuDNN), with kernels for what is around it: it gets packed
+// channels-last tensors and never a slice of a buffer, because cuDNN's plans are cached without
+// output strides.
 #include <array>
 
 #include "backend.h"
@@ -10,14 +11,12 @@
 namespace densenet_ext::cuda {
 namespace {
 
-using Mask = std::optional<Tensor>;
-
-// Maps without gaps, channels last.
+// Allocates channels-last maps without gaps.
 Tensor packed_maps(const Tensor& like, int64_t samples, int64_t channels, int64_t height,
                    int64_t width, ScalarType type) {
   return channels_last_maps(like, {samples, channels, height, width}, channels, type);
 }
-// The same values like that; what a library returns usually is.
+// Copies maps that do not lie so, which is rare: a library usually returns them packed.
 Tensor packed(const Tensor& maps) {
   const int64_t c = maps.size(1), h = maps.size(2), w = maps.size(3);
   const int64_t strides[4] = {h * w * c, 1, w * c, c};
@@ -29,14 +28,14 @@ Tensor packed(const Tensor& maps) {
   torch::stable::copy_(copy, maps);
   return copy;
 }
-// Weights in the maps' type and layout, as a library wants them.
+// A library wants weights in the maps' type and layout.
 Tensor library_weight(const Tensor& weight, ScalarType type) {
   Tensor copy = packed_maps(weight, weight.size(0), weight.size(1), 3, 3, type);
   torch::stable::copy_(copy, weight);
   return copy;
 }
 
-// The elements of a packed tensor.
+// Points to the elements of a packed tensor.
 template <class S>
 S* elements(const char* name, const Tensor& t) {
   check_type(name, t, scalar_type_of<std::remove_const_t<S>>());
@@ -45,14 +44,17 @@ S* elements(const char* name, const Tensor& t) {
 
 const std::vector<int64_t> kOne = {1, 1}, kNone = {0, 0};
 
-// 3x3, padding 1, no bias.
+// Convolves 3x3 with padding 1 and without a bias.
 Tensor convolution(const Tensor& h, const Tensor& weight) {
-  std::array<StableIValue, 9> stack = {
-      torch::stable::detail::from(h),         torch::stable::detail::from(weight),
-      torch::stable::detail::from(Mask()),    torch::stable::detail::from(kOne),
-      torch::stable::detail::from(kOne),      torch::stable::detail::from(kOne),
-      torch::stable::detail::from(false),     torch::stable::detail::from(kNone),
-      torch::stable::detail::from(int64_t{1})};
+  std::array<StableIValue, 9> stack = {torch::stable::detail::from(h),
+                                       torch::stable::detail::from(weight),
+                                       torch::stable::detail::from(std::optional<Tensor>()),
+                                       torch::stable::detail::from(kOne),
+                                       torch::stable::detail::from(kOne),
+                                       torch::stable::detail::from(kOne),
+                                       torch::stable::detail::from(false),
+                                       torch::stable::detail::from(kNone),
+                                       torch::stable::detail::from(int64_t{1})};
   STD_TORCH_CHECK(
       torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION) == 0,
       "aten::convolution failed");
@@ -85,113 +87,67 @@ Gradients convolution_backward(const Tensor& dy, const Tensor& h, const Tensor& 
 }
 
 template <class S>
-void forward_by_library(const Conv3x3Forward<S>& f, const Tensor& features, const Tensor& weight,
+void forward_by_library(const Conv3x3Forward<S>& a, const Tensor& like, const Tensor& weight,
                         Context& context) {
-  const Rows<S>& maps = f.features;
+  const Maps<S>& maps = a.features;
   if (maps.count() == 0) return;
-  const Tensor h =
-      packed_maps(features, maps.samples, f.width, maps.height, maps.width, features.scalar_type());
-  conv3x3_input<S>(f.bottleneck, f.norm, maps.samples, maps.pixels(), f.width, elements<S>("h", h),
-                   context);
-  const Tensor y = convolution(h, library_weight(weight, features.scalar_type()));
-  conv3x3_output<S>(f, elements<const S>("y", y), context);
+  const ScalarType type = scalar_type_of<S>();
+  const Tensor h = packed_maps(like, maps.samples, a.width, maps.height, maps.width, type);
+  conv3x3_input<S>(a.bottleneck, a.scale_shift, maps.samples, maps.pixels(), a.width,
+                   elements<S>("h", h), context);
+  const Tensor y = convolution(h, library_weight(weight, type));
+  conv3x3_output<S>(a, elements<const S>("y", y), context);
 }
 
 template <class S>
-void backward_by_library(const Conv3x3Backward<S>& f, const Tensor& features, const Tensor& weight,
+void backward_by_library(const Conv3x3Backward<S>& a, const Tensor& like, const Tensor& weight,
                          Context& context) {
-  const Rows<const S>& maps = f.features;
-  Strided<const S> dw = {nullptr, f.growth, f.width, 3, 3};
-  if (maps.count() == 0) return conv3x3_input_gradient<S>(f, nullptr, dw, context);
-  const ScalarType type = features.scalar_type();
-  const Tensor dy = packed_maps(features, maps.samples, f.growth, maps.height, maps.width, type);
-  const Tensor h = packed_maps(features, maps.samples, f.width, maps.height, maps.width, type);
-  conv3x3_output_gradient<S>(f, elements<S>("dy", dy), context);
-  conv3x3_input<S>(f.bottleneck, f.norm, maps.samples, maps.pixels(), f.width, elements<S>("h", h),
-                   context);
+  const Maps<const S>& maps = a.features;
+  StridedMaps<const S> no_dw;
+  no_dw.samples = a.growth, no_dw.channels = a.width, no_dw.height = 3, no_dw.width = 3;
+  if (maps.count() == 0) return conv3x3_input_gradient<S>(a, nullptr, no_dw, context);
+  const ScalarType type = scalar_type_of<S>();
+  const Tensor dy = packed_maps(like, maps.samples, a.growth, maps.height, maps.width, type);
+  const Tensor h = packed_maps(like, maps.samples, a.width, maps.height, maps.width, type);
+  conv3x3_output_gradient<S>(a, elements<S>("dy", dy), context);
+  conv3x3_input<S>(a.bottleneck, a.scale_shift, maps.samples, maps.pixels(), a.width,
+                   elements<S>("h", h), context);
   const Gradients gradients = convolution_backward(dy, h, library_weight(weight, type));
-  conv3x3_input_gradient<S>(f, elements<const S>("dh", gradients.h),
-                            strided<const S>("dw", gradients.weight), context);
-}
-
-void conv3x3_forward_cuda(const Tensor& bottleneck, const Tensor& scale, const Tensor& shift,
-                          const Tensor& weight, const Mask& dropout_mask, double dropout_scale,
-                          const Tensor& features, int64_t offset, const std::optional<Tensor>& mean,
-                          const std::optional<Tensor>& m2, bool allow_tf32) {
-  DeviceContext context(features, allow_tf32);
-  dispatch_storage("features", features, [&](auto storage) {
-    using S = decltype(storage);
-    using T = Arithmetic<S>;
-    const auto f = rows<S>("features", features);
-    const int64_t growth = weight.size(0), width = weight.size(1);
-    check_range("features", f, offset, growth);
-    const Conv3x3Forward<S> arguments = {
-        pointer<const S>("bottleneck", bottleneck, {f.count(), round_up(width, kLanes)}),
-        norm_table<T>(scale, shift, f.samples, width),
-        pointer<const T>("weight", weight, {growth, width, 3, 3}),
-        growth,
-        width,
-        pointer<const bool>("dropout_mask", dropout_mask, {f.samples, growth, f.height, f.width}),
-        dropout_scale,
-        f,
-        offset};
-    const Moments<T> wanted = moments<T>(mean, m2, f);
-    if (conv3x3_forward_fits(arguments, context)) {
-      conv3x3_forward(arguments, context);
-    } else {
-      forward_by_library(arguments, features, weight, context);
-    }
-    slice_moments<S>({f.data, f.samples, f.channels, f.height, f.width, f.pitch}, offset, growth,
-                     wanted, context);
-  });
-}
-
-void conv3x3_backward_cuda(const Tensor& bottleneck, const Tensor& scale, const Tensor& shift,
-                           const Mask& post_mask, const Tensor& weight, const Mask& dropout_mask,
-                           double dropout_scale, const Tensor& features, const Tensor& grad,
-                           const Tensor& coef, int64_t offset, const Tensor& norm_weight,
-                           const Tensor& batch_mean, const Tensor& batch_var, double eps,
-                           bool training, const Tensor& dv, const Tensor& dweight,
-                           const Tensor& dnorm_weight, const Tensor& dnorm_bias,
-                           const Tensor& table, bool allow_tf32) {
-  DeviceContext context(features, allow_tf32);
-  dispatch_storage("features", features, [&](auto storage) {
-    using S = decltype(storage);
-    using T = Arithmetic<S>;
-    const auto f = rows<const S>("features", features);
-    const int64_t growth = weight.size(0), width = weight.size(1), pitch = round_up(width, kLanes);
-    check_range("features", f, offset, growth);
-    const Conv3x3Backward<S> arguments = {
-        pointer<const S>("bottleneck", bottleneck, {f.count(), pitch}),
-        norm_table<T>(scale, shift, f.samples, width),
-        per_channel<T>("post_mask", post_mask, f.samples, width),
-        pointer<const T>("weight", weight, {growth, width, 3, 3}),
-        growth,
-        width,
-        pointer<const bool>("dropout_mask", dropout_mask, {f.samples, growth, f.height, f.width}),
-        dropout_scale,
-        f,
-        rows_like<const S>("grad", grad, f),
-        {pointer<const T>("coef", coef, {3, f.samples, f.channels}), f.samples, f.channels},
-        offset,
-        norm<T>(norm_weight, batch_mean, batch_var, eps, training, width),
-        pointer<S>("dv", dv, {f.count(), pitch}),
-        pointer<T>("dweight", dweight, {growth, width, 3, 3}),
-        pointer<T>("dnorm_weight", dnorm_weight, {width}),
-        pointer<T>("dnorm_bias", dnorm_bias, {width}),
-        pointer<T>("table", table, {3, width})};
-    if (conv3x3_backward_fits(arguments, context)) {
-      conv3x3_backward(arguments, context);
-    } else {
-      backward_by_library(arguments, features, weight, context);
-    }
-  });
+  const auto dw = kernel_ops::Context<Cuda>::outer_maps<const S>("dw", gradients.weight);
+  conv3x3_input_gradient<S>(a, elements<const S>("dh", gradients.h), dw, context);
 }
 
 }  // namespace
 }  // namespace densenet_ext::cuda
 
-DENSENET_EXT_CUDA_OPERATORS(m) {
-  m.impl("conv3x3_forward", TORCH_BOX(&densenet_ext::cuda::conv3x3_forward_cuda));
-  m.impl("conv3x3_backward", TORCH_BOX(&densenet_ext::cuda::conv3x3_backward_cuda));
+namespace densenet_ext::kernel_ops {
+
+template <class S>
+void Context<cuda::Cuda>::run(const cuda::Conv3x3Forward<S>& a, const Tensor& weight) {
+  if (cuda::conv3x3_forward_fits(a, *this)) {
+    cuda::conv3x3_forward(a, *this);
+  } else {
+    cuda::forward_by_library(a, like_, weight, *this);
+  }
+  cuda::slice_moments<S>(a.features.read_only(), a.offset, a.growth, a.moments, *this);
 }
+
+template <class S>
+void Context<cuda::Cuda>::run(const cuda::Conv3x3Backward<S>& a, const Tensor& weight) {
+  if (cuda::conv3x3_backward_fits(a, *this)) {
+    cuda::conv3x3_backward(a, *this);
+  } else {
+    cuda::backward_by_library(a, like_, weight, *this);
+  }
+}
+
+#define DENSENET_EXT_INSTANTIATE(S)                                                         \
+  template void Context<cuda::Cuda>::run<S>(const cuda::Conv3x3Forward<S>&, const Tensor&); \
+  template void Context<cuda::Cuda>::run<S>(const cuda::Conv3x3Backward<S>&, const Tensor&);
+DENSENET_EXT_INSTANTIATE(float)
+DENSENET_EXT_INSTANTIATE(double)
+DENSENET_EXT_INSTANTIATE(BFloat16)
+DENSENET_EXT_INSTANTIATE(Float16)
+#undef DENSENET_EXT_INSTANTIATE
+
+}  // namespace densenet_ext::kernel_ops

@@ -1,9 +1,9 @@
-// What each kernel gets, once for both devices: plain pointers, sizes and strides.
+// Each kernel gets one of these structures, whatever its backend: plain pointers, sizes, strides.
 //
 // A backend B says how its maps lie and what type gradients have inside a stage:
 //   B::Maps<E>      feature maps and buffers
 //   B::OuterMaps<E> maps that come from outside a stage or go there
-//   B::Gradient<S>  of gradients, for feature maps of S
+//   B::Gradient<S>  type of the gradients of feature maps of S
 // S is the storage type of feature maps, T the type of everything else; types.h has the vocabulary.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace densenet_ext::arguments {
 
-// The slice [offset, offset + x.channels) of features = x, with its moments.
+// features[:, offset : offset + x.channels] = x, with the moments of these channels
 template <class B, class S>
 struct Append {
   using T = Arithmetic<S>;
@@ -33,7 +33,7 @@ struct FinishGradient {
   typename B::template OuterMaps<S> out;
 };
 
-// Batch statistics, unless they are there already, and the scale and shift that they give.
+// Batch statistics become a scale and a shift; they are computed first, unless has_statistics.
 template <class T>
 struct FoldNorm {
   const T* mean;  // [rows, >= channels], rows `pitch` apart; not read if has_statistics
@@ -87,8 +87,8 @@ struct BottleneckBackward {
   BottleneckForward<B, S> previous;  // of the layer before this one; weight null: not wanted
 };
 
-// The slice [offset, offset + growth) = dropout(conv3x3(relu(scale * b + shift))), with its
-// moments.
+// features[:, offset : offset + growth] = dropout(conv3x3(relu(scale * b + shift))), with the
+// moments of these channels
 template <class B, class S>
 struct Conv3x3Forward {
   using T = Arithmetic<S>;
@@ -126,7 +126,7 @@ struct Conv3x3Backward {
   T* db_affine;  // [3, width]
 };
 
-// In place in the slice [offset, offset + growth), whose moments become those of the result.
+// Channels [offset, offset + growth) are multiplied by the gate in place, and so are their moments.
 template <class B, class S>
 struct SqueezeExciteForward {
   using T = Arithmetic<S>;
@@ -228,3 +228,21 @@ struct StemBackward {
 };
 
 }  // namespace densenet_ext::arguments
+
+// Calls X(function, Arguments) for each kernel and the structure it gets, but for fold_norm: that
+// one has no maps.
+#define DENSENET_EXT_KERNELS(X)                     \
+  X(append, Append)                                 \
+  X(finish_gradient, FinishGradient)                \
+  X(bottleneck_forward, BottleneckForward)          \
+  X(bottleneck_backward, BottleneckBackward)        \
+  X(conv3x3_forward, Conv3x3Forward)                \
+  X(conv3x3_backward, Conv3x3Backward)              \
+  X(squeeze_excite_forward, SqueezeExciteForward)   \
+  X(squeeze_excite_backward, SqueezeExciteBackward) \
+  X(transition_forward, TransitionForward)          \
+  X(transition_backward, TransitionBackward)        \
+  X(head_forward, HeadForward)                      \
+  X(head_backward, HeadBackward)                    \
+  X(stem_forward, StemForward)                      \
+  X(stem_backward, StemBackward)

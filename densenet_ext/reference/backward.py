@@ -100,7 +100,7 @@ def conv3x3_backward(
     """Backward from the k channels' true gradient dy to before the ReLU, and the affine map that takes it through norm2.
 
     dy = dropout(coef[0] grad + coef[1] + coef[2] x), dv = conv3x3^T(dy) * r * [scale * b + shift > 0], r = post_mask;
-    the gradient of b is db_affine[0] dv + db_affine[1] + db_affine[2] b, where training makes db_affine[1] and db_affine[2] non-zero.
+    the gradient of b is t[0] dv + t[1] + t[2] b with t = db_affine, where training makes t[1] and t[2] non-zero.
     bottleneck b [M, K2p] S; scale, shift [1 or N, K2], post_mask [N, K2], weight [k, K2, 3, 3] A; dropout_mask bool
     [N, k, H, W]; features [N, C, H, W] S; grad [N, C, H, W], coef [3, N, C], norm_weight, batch_mean,
     batch_var [K2] A. Written, all A: dv [M, K2p], zero from column K2 on; dweight like weight; dnorm_weight, dnorm_bias [K2];
@@ -155,8 +155,8 @@ def bottleneck_backward(
 ) -> None:
     """Joint backward of norm1, ReLU and the 1x1 convolution, accumulating into the first c channels of grad and coef.
 
-    db = db_affine[0] dv + db_affine[1] + db_affine[2] b, dweight = db^T z, dz = db weight; with masks q = pre_mask, r = post_mask
-    and xhat = (q x - mean) rstd: dv1 = dz r [z > 0], S1 = sum dv1, S2 = sum dv1 xhat,
+    db = t[0] dv + t[1] + t[2] b with t = db_affine, dweight = db^T z, dz = db weight; with masks q = pre_mask,
+    r = post_mask and xhat = (q x - mean) rstd: dv1 = dz r [z > 0], S1 = sum dv1, S2 = sum dv1 xhat,
         grad    = grad_in (0 where None) + q norm_weight rstd dv1
         coef[1] -= q norm_weight rstd (S1 - mean rstd S2) / M          (where training)
         coef[2] -= q^2 norm_weight rstd^2 S2 / M                       (where training)
@@ -164,8 +164,8 @@ def bottleneck_backward(
     bottleneck b [M, K2p] S; db_affine [3, K2], norm_weight, batch_mean, batch_var [c] A; grad_in [N, C, H, W] A, which
     may be grad itself. Written, all A: grad [N, C, H, W] and coef [3, N, C] at the first c channels, dweight like
     weight, dnorm_weight, dnorm_bias [c].
-    With the scale, the shift and the weight [K2, c'] of the previous layer, which backward comes to next, its b is computed again and
-    takes this one's place in `bottleneck`.
+    With scale, shift and weight [K2, c'] of the previous layer, which backward comes to next, its b is computed again
+    and takes this one's place in `bottleneck`.
     """
     width, channels = weight.shape[:2]
     columns = slice(channels)

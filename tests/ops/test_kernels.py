@@ -25,7 +25,7 @@ DTYPES = list(STORAGE)
 
 OPS = {
     "append": [{}, {"channels_last": True}],
-    "fold_norm": [{}, {"use_given": True}],
+    "fold_norm": [{}, {"has_statistics": True}],
     "bottleneck_forward": [{}, {"moments": False}],
     "conv3x3_forward": [{}, {"moments": False}],
     "squeeze_excite_forward": [{}],
@@ -33,14 +33,14 @@ OPS = {
     "conv3x3_backward": [{}, {"training": False}],
     "bottleneck_backward": [
         *({}, {"training": False}, {"grad_in": "same"}, {"grad_in": "other"}),
-        *({"earlier": True}, {"earlier": True, "grad_in": "same"}),
+        *({"previous": True}, {"previous": True, "grad_in": "same"}),
     ],
     "transition_forward": [{}],
     "transition_backward": [{}, {"training": False}],
     "head_forward": [{}],
     "head_backward": [{}, {"training": False}],
     "finish_gradient": [{}, {"channels_last": True}],
-    "stem_forward": [{}, {"use_given": True}],
+    "stem_forward": [{}, {"has_statistics": True}],
     "stem_backward": [{}, {"training": False}, {"need_dx": False}],
 }
 MASKED = ("fold_norm", "bottleneck_forward", "conv3x3_forward", "conv3x3_backward", "bottleneck_backward")
@@ -205,7 +205,7 @@ FORWARD = {"bottleneck_forward": 4, "conv3x3_forward": 6, "transition_forward": 
 @pytest.mark.parametrize("op", FORWARD)
 def test_nan_reaches_what_depends_on_it(op, dtype, device):
     """One NaN among the inputs: relu(NaN) is NaN, as in PyTorch."""
-    options = {"use_given": True} if op == "stem_forward" else {}
+    options = {"has_statistics": True} if op == "stem_forward" else {}
     args = getattr(Problem(Shape("", height=8, width=8), dtype, device=device), op)(**options)
     first = args[0]
     first[(0, 1, 3, 3) if first.dim() == 4 else (9, 1)] = torch.nan
@@ -223,3 +223,79 @@ def test_gradient_goes_to_the_last_nan_of_a_window(training):
     actual, expected = run_both("stem_backward", args, torch.float32)
     for got, want in zip(actual[8:], expected[8:], strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+def assert_rejected(op, args, message, device):
+    """The op raises that error before it has written anything."""
+    actual = to_device(args, device)
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.densenet_ext, op)(*actual)
+    for argument, got, before in zip(op_arguments(op), to_device(actual, "cpu"), args, strict=False):
+        assert not isinstance(got, torch.Tensor) or bits(got).equal(bits(before)), f"{argument.name} was changed"
+
+
+def op_arguments(op):
+    return getattr(torch.ops.densenet_ext, op).default._schema.arguments
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", OPS)
+def test_each_tensor_has_a_dtype_and_a_shape(op, device):
+    """Each tensor in turn is of integers, or has a further dimension; the error names it."""
+    problem = problems(Shape("", height=6, width=6), torch.float32, op, device)[-1]
+    options = {"previous": True, "grad_in": "other"} if op == "bottleneck_backward" else {}
+    args = list(getattr(problem, op)(**options))
+    for i, (argument, value) in enumerate(zip(op_arguments(op), args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            for other in (value.int(), value[None]):
+                assert_rejected(op, [*args[:i], other, *args[i + 1 :]], f", {argument.name} must (be|have)", device)
+
+
+def more_rows(x):
+    return torch.cat([x, x])
+
+
+def with_gaps(x):
+    """Channels-last maps whose pixels lie apart."""
+    return torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, : x.size(1)]
+
+
+# What is rejected beside that: an argument, what takes its place, and the error.
+REJECTED = [
+    ("append", "m2", lambda _: None, "both be tensors or both be None"),
+    ("append", "offset", lambda _: -1, "channels -1 to 3 of"),
+    ("append", "offset", lambda offset: offset + 3, "channels 19 to 23 of 22"),
+    ("bottleneck_forward", "mean", lambda _: None, "both be tensors or both be None"),
+    ("bottleneck_forward", "weight", lambda x: torch.cat([x, x], 1), "channels 0 to 32 of 18"),
+    ("bottleneck_forward", "scale", lambda x: torch.cat([x, x, x]), "scale must have 1 or 2 rows"),
+    ("bottleneck_backward", "previous_shift", lambda _: None, "previous_weight needs previous_scale"),
+    ("bottleneck_backward", "previous_weight", more_rows, "previous_weight must have shape"),
+    ("bottleneck_backward", "previous_scale", lambda x: torch.cat([x, x, x]), "previous_scale must have 1 or 2 rows"),
+    ("conv3x3_forward", "m2", lambda _: None, "both be tensors or both be None"),
+    ("conv3x3_forward", "weight", lambda x: x[:, :, 0], "weight must have 4 dimensions, got 3"),
+    ("conv3x3_backward", "offset", lambda offset: offset + 3, "channels 19 to 23 of 22"),
+    ("squeeze_excite_forward", "fc2_weight", lambda x: x[0], "fc2_weight must have 2 or 4 dimensions, got 1"),
+    ("squeeze_excite_backward", "offset", lambda offset: offset + 3, "channels 19 to 23 of 22"),
+    ("fold_norm", "mean", lambda x: x[:, :10].contiguous(), "mean must have shape .rows, >= 16"),
+    ("fold_norm", "pre_mask", more_rows, "pre_mask must have shape"),
+    ("fold_norm", "shift", lambda x: x[:1].clone(), "single one where post_mask is None"),
+    # a mask follows no norm of a transition, so all samples share a row of scale and shift
+    ("transition_forward", "scale", more_rows, "scale must have shape .1, 16., got .2, 16."),
+    ("transition_backward", "shift", more_rows, "shift must have shape .1, 16., got .2, 16."),
+    ("transition_backward", "grad_out", more_rows, "grad_out must have shape"),
+    ("head_backward", "grad", more_rows, "grad must have shape"),
+    ("stem_forward", "x", with_gaps, "x must be channels last without gaps"),
+    ("stem_forward", "x", lambda x: x.contiguous(), "x must be channels last without gaps"),
+    ("stem_backward", "dx", with_gaps, "dx must be channels last without gaps"),
+    ("finish_gradient", "offset", lambda _: -1, "channels -1 to 3 of"),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("op", "name", "change", "message"), REJECTED, ids=lambda value: str(value).split()[0])
+def test_rejects(op, name, change, message, device):
+    problem = problems(Shape("", height=6, width=6), torch.float32, op, device)[-1]
+    args = list(getattr(problem, op)(**({"previous": True} if name.startswith("previous") else {})))
+    i = [argument.name for argument in op_arguments(op)].index(name)
+    args[i] = change(args[i])
+    assert_rejected(op, args, message, device)

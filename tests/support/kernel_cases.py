@@ -108,7 +108,7 @@ class Problem:
             return self.new(self.shape.samples, height, width, channels, dtype=self.dtype).permute(0, 3, 1, 2)
         return self.new(self.shape.samples, channels, height, width, dtype=self.dtype)
 
-    def table(self, channels, pre_mask=None, post_mask=None):
+    def scale_shift(self, channels, pre_mask=None, post_mask=None):
         """scale and shift [1 or N, channels]; masks multiply their rows."""
         scale, shift = self.grid(1, channels, limit=16), self.grid(1, channels, step=128, limit=100, odd=True)
         scale, shift = scale.to(self.arithmetic), shift.to(self.arithmetic)
@@ -154,23 +154,25 @@ class Problem:
         columns = (s.samples, s.channels + s.growth + 2)
         return x, self.buffer(s.channels + s.growth, values=False), s.channels, self.new(*columns), self.new(*columns)
 
-    def fold_norm(self, use_given=False):
+    def fold_norm(self, has_statistics=False):
         s = self.shape
         rows = s.samples
         moments = self.normal(rows, s.channels + 2), self.normal(rows, s.channels + 2).square() * 40
         weight, mean, var, eps, _ = self.norm(s.channels)
-        given = (mean, var) if use_given else (self.new(s.channels), self.new(s.channels))
-        tables = [self.new(1 if mask is None else rows, s.channels) for mask in (self.pre_mask, self.post_mask)]
+        statistics = (mean, var) if has_statistics else (self.new(s.channels), self.new(s.channels))
+        scale_shift = [self.new(1 if mask is None else rows, s.channels) for mask in (self.pre_mask, self.post_mask)]
         pixels = s.height * s.width
         masks = (self.pre_mask, self.post_mask)
-        return *moments, pixels, *masks, weight, self.normal(s.channels), eps, use_given, *given, *tables
+        return *moments, pixels, *masks, weight, self.normal(s.channels), eps, has_statistics, *statistics, *scale_shift
 
     def bottleneck_forward(self, moments=True):
         s = self.shape
         weight = self.normal(s.bottleneck, s.channels, 1, 1, scale=0.1)
         out = self.new(self.rows, padded_width(s.bottleneck), dtype=self.dtype)
         mean, m2 = (self.new(1, s.bottleneck), self.new(1, s.bottleneck)) if moments else (None, None)
-        return self.buffer(s.channels), *self.table(s.channels, self.pre_mask, self.post_mask), weight, out, mean, m2
+        features = self.buffer(s.channels)
+        scale_shift = self.scale_shift(s.channels, self.pre_mask, self.post_mask)
+        return features, *scale_shift, weight, out, mean, m2
 
     def conv3x3_forward(self, moments=True):
         s = self.shape
@@ -178,8 +180,9 @@ class Problem:
         features = self.buffer(s.channels + s.growth, values=False)
         columns = (s.samples, s.channels + s.growth + 2)
         mean, m2 = (self.new(*columns), self.new(*columns)) if moments else (None, None)
-        tables = self.table(s.bottleneck, None, self.mask(s.samples, s.bottleneck) if self.masks == "all" else None)
-        return self.bottleneck(), *tables, weight, *self.dropout(), features, s.channels, mean, m2
+        post_mask = self.mask(s.samples, s.bottleneck) if self.masks == "all" else None
+        scale_shift = self.scale_shift(s.bottleneck, None, post_mask)
+        return self.bottleneck(), *scale_shift, weight, *self.dropout(), features, s.channels, mean, m2
 
     def squeeze_excite_forward(self):
         s = self.shape
@@ -210,7 +213,7 @@ class Problem:
         grad = self.buffer(s.growth, self.gradient, offset=s.channels)
         coef = self.normal(3, s.samples, s.channels + s.growth + 2)
         post_mask = self.mask(s.samples, s.bottleneck) if self.masks == "all" else None
-        tables = self.table(s.bottleneck, None, post_mask)
+        scale_shift = self.scale_shift(s.bottleneck, None, post_mask)
         outputs = (
             self.new(self.rows, padded_width(s.bottleneck), dtype=self.gradient),
             torch.full_like(weight, torch.nan),
@@ -218,15 +221,15 @@ class Problem:
             self.new(s.bottleneck),
             self.new(3, s.bottleneck),
         )
-        inputs = (self.bottleneck(), *tables, post_mask, weight, *self.dropout(), features, grad, coef, s.channels)
+        inputs = (self.bottleneck(), *scale_shift, post_mask, weight, *self.dropout(), features, grad, coef, s.channels)
         return *inputs, *self.norm(s.bottleneck, training), *outputs
 
-    def bottleneck_backward(self, training=True, grad_in="none", earlier=False):
-        """grad_in: 'none', the 'same' as grad, or 'other' tensor; earlier: with the layer before."""
+    def bottleneck_backward(self, training=True, grad_in="none", previous=False):
+        """grad_in: 'none', the 'same' as grad, or 'other' tensor; previous: with that of the previous layer."""
         s = self.shape
         weight = self.normal(s.bottleneck, s.channels, 1, 1, scale=0.1)
-        table = self.normal(3, s.bottleneck)
-        scale, shift = self.table(s.channels, self.pre_mask, self.post_mask)
+        db_affine = self.normal(3, s.bottleneck)
+        scale, shift = self.scale_shift(s.channels, self.pre_mask, self.post_mask)
         dv = self.normal(self.rows, padded_width(s.bottleneck)).to(self.gradient)
         dv[:, s.bottleneck :] = 0
         grad = self.buffer(s.channels, self.gradient, values=grad_in == "same")
@@ -234,15 +237,15 @@ class Problem:
         coef = self.normal(3, s.samples, s.channels + 2)
         outputs = (grad, coef, torch.full_like(weight, torch.nan), self.new(s.channels), self.new(s.channels))
         masks = (self.pre_mask, self.post_mask)
-        inputs = (self.buffer(s.channels), scale, shift, *masks, weight, dv, self.bottleneck(), table)
-        before = self._earlier() if earlier else (None, None, None)
-        return *inputs, *self.norm(s.channels, training), incoming, *outputs, *before
+        inputs = (self.buffer(s.channels), scale, shift, *masks, weight, dv, self.bottleneck(), db_affine)
+        previous_layer = self._previous_layer() if previous else (None, None, None)
+        return *inputs, *self.norm(s.channels, training), incoming, *outputs, *previous_layer
 
-    def _earlier(self):
-        """Table and weight of a layer that reads fewer channels."""
+    def _previous_layer(self):
+        """Scale, shift and weight of a layer that reads fewer channels."""
         channels = max(1, self.shape.channels - self.shape.growth)
         masks = [mask if mask is None else mask[:, :channels] for mask in (self.pre_mask, self.post_mask)]
-        return *self.table(channels, *masks), self.normal(self.shape.bottleneck, channels, 1, 1, scale=0.1)
+        return *self.scale_shift(channels, *masks), self.normal(self.shape.bottleneck, channels, 1, 1, scale=0.1)
 
     def _whole(self, values=True, dtype=None):
         """A buffer that is used whole, with gaps between its planes."""
@@ -252,7 +255,7 @@ class Problem:
         s = self.shape
         weight = self.normal(s.outputs, s.channels, 1, 1, scale=0.1)
         out = self.maps(s.outputs, s.height // 2, s.width // 2)
-        return self._whole(), *self.table(s.channels), weight, out
+        return self._whole(), *self.scale_shift(s.channels), weight, out
 
     def transition_backward(self, training=True):
         s = self.shape
@@ -262,7 +265,7 @@ class Problem:
 
     def head_forward(self):
         s = self.shape
-        return self._whole(), *self.table(s.channels), self.new(s.samples, s.channels, dtype=self.dtype)
+        return self._whole(), *self.scale_shift(s.channels), self.new(s.samples, s.channels, dtype=self.dtype)
 
     def head_backward(self, training=True):
         features, scale, shift, out = self.head_forward()
@@ -277,14 +280,14 @@ class Problem:
     def _stem_norm(self):
         """norm weight and bias, mean and variance, eps: so that scale and shift are exact and shift is no multiple of x."""
         c = self.shape.channels
-        weight, bias = (table[0] for table in self.table(c))
+        weight, bias = (row[0] for row in self.scale_shift(c))
         return weight, bias, self.grid(c).to(self.arithmetic), torch.full((c,), 0.75, dtype=self.arithmetic), 0.25
 
-    def stem_forward(self, use_given=False):
+    def stem_forward(self, has_statistics=False):
         s = self.shape
         weight, bias, mean, var, eps = self._stem_norm()
-        given = (mean, var) if use_given else (self.new(s.channels), self.new(s.channels))
-        return self._stem_input(), weight, bias, eps, use_given, *given, self._stem_maps()
+        statistics = (mean, var) if has_statistics else (self.new(s.channels), self.new(s.channels))
+        return self._stem_input(), weight, bias, eps, has_statistics, *statistics, self._stem_maps()
 
     def _stem_input(self, values=True):
         s = self.shape

@@ -48,9 +48,9 @@ struct Job {
       Vec<T> t0[NV], t1[NV], t2[NV];
       for (int v = 0; v < NV; ++v) {
         const int64_t column = (first + v) * kVec<T>, left = std::max<int64_t>(a.width - column, 0);
-        t0[v] = load_first(a.db_table + column, left);
-        t1[v] = load_first(a.db_table + a.width + column, left);
-        t2[v] = load_first(a.db_table + 2 * a.width + column, left);
+        t0[v] = load_first(a.db_affine + column, left);
+        t1[v] = load_first(a.db_affine + a.width + column, left);
+        t2[v] = load_first(a.db_affine + 2 * a.width + column, left);
       }
       const int64_t at = first_row * pitch + first * kVec<T>;
       const auto* dv = a.dv + at;
@@ -170,7 +170,7 @@ struct Job {
     for (int64_t g = first; g < last; ++g) {
       const int64_t c0 = g * kGroup, count = std::min<int64_t>(kGroup, a.channels - c0);
       for (int64_t r = 0; r < count; ++r)
-        norm_relu_tile(a.features, a.table, tile, c0 + r, z + r * kRun);
+        norm_relu_tile(a.features, a.scale_shift, tile, c0 + r, z + r * kRun);
       for (int64_t r = count; r < kGroup; ++r) std::fill_n(z + r * kRun, tile.positions(), T(0));
       weight_gradient(tile, c0,
                       g + 1 == last ? a.features.plane(next.sample, first * kGroup) + next.pixel
@@ -250,7 +250,7 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
       static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
   finish_norm_backward(a.norm, total, a.channels, rows, a.pre_mask, a.coef, true, a.dnorm_weight,
                        a.dnorm_bias);
-  if (a.earlier.weight) bottleneck_forward(a.earlier);
+  if (a.previous.weight) bottleneck_forward(a.previous);
 }
 
 DENSENET_EXT_INSTANTIATE(bottleneck_backward, BottleneckBackward)

@@ -27,7 +27,7 @@ template <class S, class T = Arithmetic<S>>
 void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const Tile& next,
                      const T* weight, int64_t pitch, T* z, int64_t stride) {
   for (int64_t c = 0; c < a.channels; ++c)
-    norm_relu_tile(a.features, a.norm, tile, c, z + c * stride);
+    norm_relu_tile(a.features, a.scale_shift, tile, c, z + c * stride);
   S* const rows = a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch;
   // Where b would round the sums of a chunk, it is the only one.
   const int64_t chunk = std::is_same_v<S, T> ? kChunk : a.channels;

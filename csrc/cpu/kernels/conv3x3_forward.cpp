@@ -185,11 +185,13 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
       }
     }
   });
-  const int64_t scale_rows = a.norm.scale.sample_stride ? samples : 1,
-                shift_rows = a.norm.shift.sample_stride ? samples : 1;
+  const int64_t scale_rows = a.scale_shift.scale.sample_stride ? samples : 1,
+                shift_rows = a.scale_shift.shift.sample_stride ? samples : 1;
   const Scratch scale(sizeof(T) * scale_rows * pitch), shift(sizeof(T) * shift_rows * pitch);
-  pad_rows(a.norm.scale.data, a.norm.scale.sample_stride, scale_rows, a.width, scale.as<T>());
-  pad_rows(a.norm.shift.data, a.norm.shift.sample_stride, shift_rows, a.width, shift.as<T>());
+  pad_rows(a.scale_shift.scale.data, a.scale_shift.scale.sample_stride, scale_rows, a.width,
+           scale.as<T>());
+  pad_rows(a.scale_shift.shift.data, a.scale_shift.shift.sample_stride, shift_rows, a.width,
+           shift.as<T>());
 
   const int64_t row_pitch = round_up(units.width, kLanes), row_values = 2 * a.width * row_pitch,
                 term_values = kTerms * a.width * pairs.plane_size,
@@ -206,8 +208,8 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
                      pitch,
                      scale.as<T>(),
                      shift.as<T>(),
-                     a.norm.scale.sample_stride ? pitch : 0,
-                     a.norm.shift.sample_stride ? pitch : 0,
+                     a.scale_shift.scale.sample_stride ? pitch : 0,
+                     a.scale_shift.shift.sample_stride ? pitch : 0,
                      row_pitch,
                      own,
                      own + row_values,

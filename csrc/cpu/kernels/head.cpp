@@ -32,7 +32,7 @@ void head_forward(const HeadForward<S>& a) {
   parallel(planes, thread_count(planes), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / channels, c = i % channels;
-      const T scale = a.norm.scale.row(n)[c], shift = a.norm.shift.row(n)[c];
+      const T scale = a.scale_shift.scale.row(n)[c], shift = a.scale_shift.shift.row(n)[c];
       const Vec<T> s = broadcast(scale), t = broadcast(shift);
       const S* const x = a.features.plane(n, c);
       Vec<T> sum = {};
@@ -57,8 +57,8 @@ void head_backward(const HeadBackward<S>& a) {
   parallel(planes, thread_count(planes), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / channels, c = i % channels;
-      const Vec<T> s = broadcast(a.table.scale.row(n)[c]), t = broadcast(a.table.shift.row(n)[c]),
-                   mean = broadcast(a.norm.mean[c]);
+      const Vec<T> s = broadcast(a.scale_shift.scale.row(n)[c]),
+                   t = broadcast(a.scale_shift.shift.row(n)[c]), mean = broadcast(a.norm.mean[c]);
       const T each = load_scalar(a.grad_out + i) / static_cast<T>(pixels);
       const Vec<T> dz = broadcast(each),
                    step = broadcast(static_cast<T>(static_cast<double>(a.norm.weight[c]) *

@@ -1,4 +1,4 @@
-// The table of this instruction set's kernels.
+// The set of kernels of this instruction set.
 #include "cpu/kernel_arguments.h"
 
 namespace densenet_ext {
@@ -19,10 +19,10 @@ constexpr Kernels<S> kernels() {
   };
 }
 
-const KernelTable& kernel_table() {
-  static constexpr KernelTable table = {kernels<float>(), kernels<double>(), kernels<BFloat16>(),
-                                        kernels<Float16>()};
-  return table;
+const KernelSet& kernel_set() {
+  static constexpr KernelSet set = {kernels<float>(), kernels<double>(), kernels<BFloat16>(),
+                                    kernels<Float16>()};
+  return set;
 }
 
 }  // namespace DENSENET_EXT_ISA

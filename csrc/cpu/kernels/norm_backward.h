@@ -74,9 +74,9 @@ inline void finish_bottleneck_norm(const Conv3x3Backward<S>& a, const double* su
     a.dnorm_bias[i] = static_cast<T>(s1);
     a.dnorm_weight[i] = static_cast<T>(s2);
     const double constant = -g * (s1 - static_cast<double>(a.norm.mean[i]) * rstd * s2) / rows;
-    a.db_table[i] = static_cast<T>(g);
-    a.db_table[a.width + i] = correct ? static_cast<T>(constant) : T(0);
-    a.db_table[2 * a.width + i] = correct ? static_cast<T>(-g * rstd * s2 / rows) : T(0);
+    a.db_affine[i] = static_cast<T>(g);
+    a.db_affine[a.width + i] = correct ? static_cast<T>(constant) : T(0);
+    a.db_affine[2 * a.width + i] = correct ? static_cast<T>(-g * rstd * s2 / rows) : T(0);
   }
 }
 

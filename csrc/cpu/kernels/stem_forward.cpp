@@ -74,17 +74,18 @@ void pool(const StemForward<S>& a, const Arithmetic<S>* sign, int64_t pitch) {
       pool_row(WindowRow<S>(a.x, n, i), width, pitch, sign, column, pooled);
       copy_transposed(pooled, pitch, width, a.x.channels, a.out.plane(n, 0) + i * width,
                       a.out.plane_stride, width);
-      if (a.use_given) continue;
+      if (a.has_statistics) continue;
       const int64_t pixels = std::min<int64_t>(2, a.x.height - 2 * i) * a.x.width;
       add_row_moments(a.x.pixel(n, 2 * i * a.x.width), pixels, a.x.channels, a.x.channels,
                       counts[thread], mean, mean + pitch);
       counts[thread] += static_cast<double>(pixels);
     }
   });
-  if (a.use_given) return;
-  finish_row_moments(counts, sums, threads, pitch, a.x.channels, a.mean, a.var);
+  if (a.has_statistics) return;
+  finish_row_moments(counts, sums, threads, pitch, a.x.channels, a.batch_mean, a.batch_var);
   const auto values = static_cast<T>(a.x.samples * a.x.pixels());
-  for (int64_t c = 0; c < a.x.channels; ++c) a.var[c] = values > 0 ? a.var[c] / values : T(0);
+  for (int64_t c = 0; c < a.x.channels; ++c)
+    a.batch_var[c] = values > 0 ? a.batch_var[c] / values : T(0);
 }
 
 template <class S>
@@ -94,7 +95,7 @@ void normalize(const StemForward<S>& a, const Arithmetic<S>* sign) {
   parallel_items(a.out.samples * channels, a.out.pixels(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / channels, c = i % channels;
-      const ScaleShift<T> norm(a.weight[c], a.bias[c], a.mean[c], a.var[c], a.eps);
+      const ScaleShift<T> norm(a.weight[c], a.bias[c], a.batch_mean[c], a.batch_var[c], a.eps);
       const Vec<T> scale = broadcast(sign[c] * norm.scale), shift = broadcast(norm.shift);
       S* const plane = a.out.plane(n, c);
       for (int64_t p = 0; p < pixels; p += kVec<T>) {

@@ -107,8 +107,8 @@ struct BackwardJob {
     Vec<T> s1 = {}, s2 = {};
     for (int64_t s = 0; s < tile.samples; ++s) {
       const int64_t n = tile.sample + s;
-      const Vec<T> scale = broadcast(a.table.scale.row(n)[c]),
-                   shift = broadcast(a.table.shift.row(n)[c]);
+      const Vec<T> scale = broadcast(a.scale_shift.scale.row(n)[c]),
+                   shift = broadcast(a.scale_shift.shift.row(n)[c]);
       for (int64_t y = first; y < last; ++y, d += rows.width) {
         const S* const source = a.features.plane(n, c) + 2 * y * width;
         T* const g = a.grad.plane(n, c) + 2 * y * width;
@@ -144,7 +144,7 @@ struct BackwardJob {
     for (int64_t g = first_group; g < last_group; ++g) {
       const int64_t c = g * kChannelRows, valid = std::min<int64_t>(kChannelRows, channels - c);
       for (int64_t r = 0; r < valid; ++r)
-        pool_tile(a.features, a.table, rows, tile, c + r, zp + r * capacity);
+        pool_tile(a.features, a.scale_shift, rows, tile, c + r, zp + r * capacity);
       for (int64_t r = valid; r < kChannelRows; ++r)
         std::fill_n(zp + r * capacity, tile.positions(), T(0));
       weight_gradient(tile, c);

@@ -83,7 +83,7 @@ void transition_forward(const TransitionForward<S>& a) {
       const Tile tile = rows[i];
       const Operand<S> operand(a.features, zp, capacity, tile, rows[std::min(i + 1, end - 1)]);
       for (int64_t c = 0; c < channels; ++c)
-        pool_tile(a.features, a.norm, rows, tile, c, zp + c * capacity);
+        pool_tile(a.features, a.scale_shift, rows, tile, c, zp + c * capacity);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t valid = std::min<int64_t>(kChannelRows, outputs - g * kChannelRows);
         operand.multiply(g, packed.as<T>(), products);

@@ -43,18 +43,18 @@ DEVICE Place along_channels(int step) {
 }
 
 template <class E>
-Grid tile_grid(const Strided<E>& maps) {
+Grid tile_grid(const StridedMaps<E>& maps) {
   return {maps.samples * ceil_div(maps.height * maps.width, kTilePixels),
           ceil_div(maps.channels, kTileChannels)};
 }
 
 template <class E>
-bool channels_are_neighbors(const Strided<E>& maps) {
+bool channels_are_neighbors(const StridedMaps<E>& maps) {
   return maps.stride_c == 1 || maps.channels == 1;
 }
 template <class S>
 struct AppendArgs {
-  Strided<const S> x;
+  StridedMaps<const S> x;
   S* data;  // at the first channel
   int64_t pitch, pixels;
   Items items;  // of append_rows_kernel
@@ -106,7 +106,7 @@ struct FinishArgs {
   const S* grad;
   int64_t x_pitch, grad_pitch, pixels, offset;
   Coefficients<T> coef;
-  Strided<S> out;
+  StridedMaps<S> out;
   Items items;  // of finish_rows_kernel
   ThreadMap map;
 
@@ -192,9 +192,7 @@ void append(const Append<S>& a, Context& context) {
   } else {
     launch(context, append_planes_kernel<S>, tile_grid(a.x), kMaxThreads, kTileBytes<S>, args);
   }
-  const Rows<S>& f = a.features;
-  slice_moments<S>({f.data, f.samples, f.channels, f.height, f.width, f.pitch}, a.offset,
-                   a.x.channels, a.moments, context);
+  slice_moments<S>(a.features.read_only(), a.offset, a.x.channels, a.moments, context);
 }
 
 template <class S>

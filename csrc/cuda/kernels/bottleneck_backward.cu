@@ -86,7 +86,7 @@ struct Arguments {
   int chunk;            // channels of a chunk, a multiple of 16
   const S* dv;          // [M, pitch]
   const S* bottleneck;  // [M, pitch]
-  const T* db_table;    // [3, width]
+  const T* db_affine;   // [3, width]
   const S* weight;      // transposed, [padded channels, padded width]
   int weight_pitch;
   Table<T> table;
@@ -138,7 +138,7 @@ DEVICE void load_pieces(const Arguments<S>& p, int row0, int block, int self, Pi
   }
 }
 
-// db = t0 dv + t1 + t2 b, 0 where there is no row or no column. `table` is db_table in shared
+// db = t0 dv + t1 + t2 b, 0 where there is no row or no column. `table` is db_affine in shared
 // memory, [3, kWidth]; wide ones stay where they are.
 template <class Math, class K, class S, class T>
 DEVICE void form_db(const Arguments<S>& p, int row0, int block, int self, const Pieces<K>& pieces,
@@ -155,7 +155,7 @@ DEVICE void form_db(const Arguments<S>& p, int row0, int block, int self, const 
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
       if constexpr (K::kWide) {
-        load_each<V>(p.db_table + static_cast<int64_t>(k) * p.width + c, valid, t[k]);
+        load_each<V>(p.db_affine + static_cast<int64_t>(k) * p.width + c, valid, t[k]);
       } else {
         load<V>(table + k * K::kWidth + first, t[k]);
       }
@@ -185,7 +185,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
   S* const buffers = maps + K::kStages * 2 * K::kMapSize;
   S* const rest = buffers + K::kBuffers * K::kBottleneckSize;  // of W
   Channel<T>* const channels = reinterpret_cast<Channel<T>*>(rest + K::kRestSize);
-  T* const db_table = reinterpret_cast<T*>(channels + K::kChannels);
+  T* const db_affine = reinterpret_cast<T*>(channels + K::kChannels);
   const int g = lane_id() / 4, t = lane_id() % 4;
   const int channel0 = static_cast<int>(blockIdx.x) * p.chunk;
   const int end = channel0 + p.chunk < p.channels ? channel0 + p.chunk : p.channels;
@@ -214,7 +214,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
   if constexpr (!kWide) {
     for (int i = static_cast<int>(threadIdx.x); i < 3 * K::kWidth; i += K::kThreads) {
       const int64_t c = i % K::kWidth;
-      db_table[i] = c < p.width ? p.db_table[i / K::kWidth * p.width + c] : T(0);
+      db_affine[i] = c < p.width ? p.db_affine[i / K::kWidth * p.width + c] : T(0);
     }
     __syncthreads();
   }
@@ -292,7 +292,7 @@ KERNEL __launch_bounds__(Shape<Math, kUnits, kWide, kMasked>::kThreads,
         __syncthreads();  // the part before has been read
         load_pieces<K>(p, row0, block, self, pieces);
       }
-      form_db<Math, K>(p, row0, block, self, pieces, db_table, db);
+      form_db<Math, K>(p, row0, block, self, pieces, db_affine, db);
       if (is_last) cp_async_wait<K::kStages - 2>();
       __syncthreads();  // db and this tile's maps are there; the maps before have been read
       if (is_last) {
@@ -496,7 +496,7 @@ void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) 
   const int64_t depth = chunks * K::kChannels,
                 chunk = chunks > 0 ? round_up(ceil_div(a.channels, chunks), 16) : 0;
   const auto packed = pack<Math>(a.weight, a.width, a.channels, depth, blocks * K::kWidth, true,
-                                 a.table, a.features.samples, a.channels, depth, context);
+                                 a.scale_shift, a.features.samples, a.channels, depth, context);
   const Arguments<S> p = {a.features.data,
                           a.grad_in.data,
                           a.grad.data,
@@ -511,7 +511,7 @@ void run(const BottleneckBackward<typename Math::Storage>& a, Context& context) 
                           as_int(chunk),
                           a.dv,
                           a.bottleneck,
-                          a.db_table,
+                          a.db_affine,
                           packed.weight,
                           as_int(blocks * K::kWidth),
                           packed.table,
@@ -546,8 +546,9 @@ template <class S>
 void bottleneck_backward(const BottleneckBackward<S>& a, Context& context) {
   dispatch_math<S>(context, [&](auto math) {
     using Math = decltype(math);
-    const bool masked = a.table.scale.sample_stride != 0 || a.table.shift.sample_stride != 0 ||
-                        a.pre_mask.data != nullptr || a.post_mask.data != nullptr;
+    const bool masked = a.scale_shift.scale.sample_stride != 0 ||
+                        a.scale_shift.shift.sample_stride != 0 || a.pre_mask.data != nullptr ||
+                        a.post_mask.data != nullptr;
     if constexpr (!Math::kTensor) {
       run<Math, 3, true, true>(a, context);
     } else if (a.width <= 48) {
@@ -558,6 +559,7 @@ void bottleneck_backward(const BottleneckBackward<S>& a, Context& context) {
       run<Math, 8, true, true>(a, context);
     }
   });
+  if (a.previous.weight != nullptr) bottleneck_forward<S>(a.previous, context);
 }
 
 template void bottleneck_backward(const BottleneckBackward<float>&, Context&);

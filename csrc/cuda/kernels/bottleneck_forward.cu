@@ -326,7 +326,7 @@ void run_as(const BottleneckForward<typename Math::Storage>& a, Context& context
   const int64_t rows = a.features.count(), tiles = ceil_div(rows, kRows),
                 columns = ceil_div(a.width, K::kColumns), depth = round_up(a.channels, K::kChunk);
   const auto packed = pack<Math>(a.weight, a.width, a.channels, columns * K::kColumns, depth, false,
-                                 a.norm, a.features.samples, a.channels, depth, context);
+                                 a.scale_shift, a.features.samples, a.channels, depth, context);
   T* const partial = a.mean ? context.scratch<T>(tiles * 2 * a.width) : nullptr;
   const Arguments<S> p = {a.features.data,
                           as_int(a.features.pitch),
@@ -348,7 +348,8 @@ void run_as(const BottleneckForward<typename Math::Storage>& a, Context& context
 
 template <class Math, int kUnits>
 void run(const BottleneckForward<typename Math::Storage>& a, Context& context) {
-  if (!Math::kTensor || a.norm.scale.sample_stride != 0 || a.norm.shift.sample_stride != 0)
+  if (!Math::kTensor || a.scale_shift.scale.sample_stride != 0 ||
+      a.scale_shift.shift.sample_stride != 0)
     return run_as<Math, kUnits, true>(a, context);
   if constexpr (Math::kTensor) run_as<Math, kUnits, false>(a, context);
 }

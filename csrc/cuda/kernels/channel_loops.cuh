@@ -144,7 +144,7 @@ DEVICE void sum_rows(T (&sums)[A], T* shared, const ThreadMap& map) {
 
 // Offset of pixel p in maps of any strides.
 template <class E>
-DEVICE int64_t pixel_offset(const Strided<E>& m, int64_t n, int64_t p) {
+DEVICE int64_t pixel_offset(const StridedMaps<E>& m, int64_t n, int64_t p) {
   if (m.stride_h == m.width * m.stride_w) return n * m.stride_n + p * m.stride_w;
   return n * m.stride_n + p / m.width * m.stride_h + p % m.width * m.stride_w;
 }

@@ -56,7 +56,7 @@ struct Map {
   int64_t rows;
 };
 template <class E>
-Map map_of(const Rows<E>& maps) {
+Map map_of(const Maps<E>& maps) {
   return {static_cast<int>(maps.height), static_cast<int>(maps.width),
           static_cast<int>(maps.pixels()), maps.count()};
 }
@@ -259,7 +259,7 @@ struct NormSums {
   int64_t rows;
   T* dnorm_weight;
   T* dnorm_bias;
-  T* table;  // [3, width]
+  T* db_affine;  // [3, width]
 };
 // For the channels of one of narrow_blocks(width) blocks of kFinishThreads.
 template <class T>
@@ -285,10 +285,11 @@ DEVICE void finish_norm(const NormSums<T>& a, int64_t block, double* shared) {
         a.norm.training ? slope / static_cast<double>(a.rows > 0 ? a.rows : 1) : 0.0;
     a.dnorm_bias[c] = static_cast<T>(sum1);
     a.dnorm_weight[c] = static_cast<T>(sum2 * rstd);
-    a.table[c] = static_cast<T>(slope);
-    a.table[a.width + c] =
+    a.db_affine[c] = static_cast<T>(slope);
+    a.db_affine[a.width + c] =
         a.norm.training ? static_cast<T>(-each * (sum1 - mean * rstd * rstd * sum2)) : T(0);
-    a.table[2 * a.width + c] = a.norm.training ? static_cast<T>(-each * rstd * rstd * sum2) : T(0);
+    a.db_affine[2 * a.width + c] =
+        a.norm.training ? static_cast<T>(-each * rstd * rstd * sum2) : T(0);
   }
 }
 

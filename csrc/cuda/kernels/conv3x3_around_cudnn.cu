@@ -92,7 +92,7 @@ struct OutputGradientArgs {
   const S* features;  // both at the first channel of the slice
   const S* grad;
   int64_t features_pitch, grad_pitch;
-  Coefficients<const Arithmetic<S>> coef;
+  Coefficients<Arithmetic<S>> coef;
   int64_t offset, growth;
   Dropout<Arithmetic<S>> dropout;
   S* dy;  // [M, growth]
@@ -199,7 +199,7 @@ KERNEL __launch_bounds__(kMaxThreads, 2) conv3x3_input_gradient_kernel(InputGrad
 template <class S>
 struct WideFinishArgs {
   using T = Arithmetic<S>;
-  Strided<const S> dw;  // [growth, width, 3, 3]; data null: there were no samples
+  StridedMaps<const S> dw;  // [growth, width, 3, 3]; data null: there were no samples
   T* dweight;
   int64_t weight_blocks;
   NormSums<T> norm;
@@ -280,13 +280,13 @@ void conv3x3_output_gradient(const Conv3x3Backward<S>& f, S* dy, Context& contex
 }
 
 template <class S>
-void conv3x3_input_gradient(const Conv3x3Backward<S>& f, const S* dh, const Strided<const S>& dw,
-                            Context& context) {
+void conv3x3_input_gradient(const Conv3x3Backward<S>& f, const S* dh,
+                            const StridedMaps<const S>& dw, Context& context) {
   using T = Arithmetic<S>;
   const int64_t pitch = round_up(f.width, kLanes);
   NormSums<T> sums = {
-      nullptr,      0,      2 * f.width, f.width, f.norm2, f.features.count(), f.dnorm_weight,
-      f.dnorm_bias, f.table};
+      nullptr,      0,          2 * f.width, f.width, f.norm, f.features.count(), f.dnorm_weight,
+      f.dnorm_bias, f.db_affine};
   with_vector<S>(spacing(f.bottleneck, bytes_of<S>(pitch)) | spacing(f.dv, 0) |
                      spacing(dh, bytes_of<S>(f.width)),
                  [&](auto vector) {
@@ -298,8 +298,8 @@ void conv3x3_input_gradient(const Conv3x3Backward<S>& f, const S* dh, const Stri
                    launch(
                        context, conv3x3_input_gradient_kernel<S, V>, p.grid(), p.threads,
                        bytes_of<T>(2 * V * p.threads),
-                       InputGradientArgs<S>{f.bottleneck, pitch, f.norm, f.post_mask, f.norm2.mean,
-                                            f.width, dh, f.dv, parts, p.items, p.map});
+                       InputGradientArgs<S>{f.bottleneck, pitch, f.scale_shift, f.post_mask,
+                                            f.norm.mean, f.width, dh, f.dv, parts, p.items, p.map});
                  });
   const int64_t weight_blocks = ceil_div(kTaps * f.growth * f.width, kFinishThreads);
   launch(context, conv3x3_wide_finish_kernel<S>, {weight_blocks + narrow_blocks(f.width)},
@@ -312,7 +312,7 @@ void conv3x3_input_gradient(const Conv3x3Backward<S>& f, const S* dh, const Stri
   template void conv3x3_output(const Conv3x3Forward<S>&, const S*, Context&);                    \
   template void conv3x3_output_gradient(const Conv3x3Backward<S>&, S*, Context&);                \
   template void conv3x3_input_gradient(const Conv3x3Backward<S>&, const S*,                      \
-                                       const Strided<const S>&, Context&);
+                                       const StridedMaps<const S>&, Context&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(BFloat16)

@@ -39,7 +39,7 @@ struct Args {
   int64_t features_pitch, grad_pitch;
   int run, runs;  // channels of features and grad that are loaded at a time; how many times
   int lines;      // rows that all threads do so for
-  Coefficients<const T> coef;
+  Coefficients<T> coef;
   int64_t offset;
   Dropout<T> dropout;
   S* dv;
@@ -372,8 +372,8 @@ void run(const Conv3x3Backward<S>& f, Context& context) {
   T* const parts = context.scratch<T>(blocks * step);
   if (blocks > 0) {
     const PackedTaps<S> taps =
-        pack_taps<Math, kUnits>(f.weight, f.growth, f.width, f.norm, f.norm2.mean, f.post_mask,
-                                f.features.samples, context);
+        pack_taps<Math, kUnits>(f.weight, f.growth, f.width, f.scale_shift, f.norm.mean,
+                                f.post_mask, f.features.samples, context);
     const uint64_t slices = spacing(f.features, f.offset) | spacing(f.grad, f.offset) |
                             static_cast<uint64_t>(f.growth * sizeof(S));
     int run = 1;
@@ -412,8 +412,8 @@ void run(const Conv3x3Backward<S>& f, Context& context) {
                                 K::kColumns,
                                 f.dweight,
                                 weight_blocks,
-                                {parts + K::kSums, blocks, step, f.width, f.norm2, map.rows,
-                                 f.dnorm_weight, f.dnorm_bias, f.table}};
+                                {parts + K::kSums, blocks, step, f.width, f.norm, map.rows,
+                                 f.dnorm_weight, f.dnorm_bias, f.db_affine}};
   launch(context, conv3x3_finish_kernel<T>, {weight_blocks + narrow_blocks(f.width)},
          kFinishThreads, kFinishShared, finish);
 }

@@ -268,7 +268,7 @@ void run(const Conv3x3Forward<S>& f, Context& context) {
   const Map map = map_of(f.features);
   const int rows = tile_rows<K>(map);
   const PackedTaps<S> taps = pack_taps<Math, kUnits, K::kOut>(
-      f.weight, f.growth, f.width, f.norm, nullptr, {}, f.features.samples, context);
+      f.weight, f.growth, f.width, f.scale_shift, nullptr, {}, f.features.samples, context);
   S* const out = f.features.data + f.offset;
   const Args<S> a = {f.bottleneck,
                      static_cast<int>(round_up(f.width, kLanes)),

@@ -28,7 +28,7 @@ KERNEL __launch_bounds__(kMaxThreads) fold_norm_kernel(FoldNorm<T> a) {
   const int64_t c = group.first, step = map.rows;
 
   T mean = 0, var = 0;
-  if (!a.use_given) {
+  if (!a.has_statistics) {
     T own = 0;
     if (group.valid > 0) {
 #pragma unroll 8
@@ -53,7 +53,7 @@ KERNEL __launch_bounds__(kMaxThreads) fold_norm_kernel(FoldNorm<T> a) {
     var = values > 0 ? static_cast<T>(total[0] / values) : T(0);
   }
   if (group.valid == 0) return;
-  if (a.use_given) {
+  if (a.has_statistics) {
     mean = a.batch_mean[c], var = a.batch_var[c];
   } else if (map.row() == 0) {
     a.batch_mean[c] = mean, a.batch_var[c] = var;

@@ -16,8 +16,8 @@ namespace {
 template <class S>
 struct ForwardArgs {
   using T = Arithmetic<S>;
-  Rows<const S> features;
-  ScaleShiftTable<T> norm;
+  Maps<const S> features;
+  ScaleShiftTable<T> scale_shift;
   Items items;
   ThreadMap map;
   T* sums;  // [items, channels], where samples are cut
@@ -33,8 +33,8 @@ KERNEL __launch_bounds__(kMaxThreads, 2) head_forward_kernel(ForwardArgs<S> a) {
   const int64_t channels = a.features.channels;
   const Group group = group_of<V>(a.map, blockIdx.y, channels);
   T scale[V], shift[V], sums[V] = {};
-  load_each<V>(a.norm.scale.row(run.sample) + group.first, group.valid, scale);
-  load_each<V>(a.norm.shift.row(run.sample) + group.first, group.valid, shift);
+  load_each<V>(a.scale_shift.scale.row(run.sample) + group.first, group.valid, scale);
+  load_each<V>(a.scale_shift.shift.row(run.sample) + group.first, group.valid, shift);
   const S* const from[1] = {a.features.row(run.sample * a.items.pixels) + group.first};
   const int64_t pitch[1] = {a.features.pitch};
   for_pixels<V, 1>(run, a.map, group.valid, from, pitch, [&](int64_t, T(&x)[1][V]) {
@@ -77,11 +77,11 @@ KERNEL __launch_bounds__(kMaxThreads) head_mean_kernel(ForwardArgs<S> a) {
 template <class S>
 struct BackwardArgs {
   using T = Arithmetic<S>;
-  Rows<const S> features;
-  ScaleShiftTable<T> table;
+  Maps<const S> features;
+  ScaleShiftTable<T> scale_shift;
   Norm<T> norm;
   const S* grad_out;
-  Rows<S> grad;
+  Maps<S> grad;
   Items items;
   int64_t each;  // items of a block
   ThreadMap map;
@@ -101,8 +101,8 @@ KERNEL __launch_bounds__(kMaxThreads, 2) head_backward_kernel(BackwardArgs<S> a)
   T sums[2][V] = {};
   for (int64_t i = block * a.each; i < (block + 1) * a.each && i < a.items.count(); ++i) {
     const Run run = a.items[i];
-    load_each<V>(a.table.scale.row(run.sample) + group.first, group.valid, norm.scale);
-    load_each<V>(a.table.shift.row(run.sample) + group.first, group.valid, norm.shift);
+    load_each<V>(a.scale_shift.scale.row(run.sample) + group.first, group.valid, norm.scale);
+    load_each<V>(a.scale_shift.shift.row(run.sample) + group.first, group.valid, norm.shift);
     T each[V];
     load_each<V>(a.grad_out + run.sample * channels + group.first, group.valid, each);
 #pragma unroll
@@ -133,7 +133,7 @@ void head_forward(const HeadForward<S>& a, Context& context) {
   const Plan p = plan(channels, V, a.features.samples, a.features.pixels());
   const bool cut = p.items.splits > 1;
   const ForwardArgs<S> args = {a.features,
-                               a.norm,
+                               a.scale_shift,
                                p.items,
                                p.map,
                                cut ? context.scratch<T>(p.items.count() * channels) : nullptr,
@@ -154,9 +154,10 @@ void head_backward(const HeadBackward<S>& a, Context& context) {
   const Plan p = plan(channels, V, samples, pixels);
   const int64_t each = p.each(), blocks = ceil_div(p.items.count(), each);
   T* const sums = context.scratch<T>(blocks * 2 * channels);
-  launch(
-      context, head_backward_kernel<S, V>, {blocks, p.chunks}, p.threads, V * p.threads * sizeof(T),
-      BackwardArgs<S>{a.features, a.table, a.norm, a.grad_out, a.grad, p.items, each, p.map, sums});
+  launch(context, head_backward_kernel<S, V>, {blocks, p.chunks}, p.threads,
+         V * p.threads * sizeof(T),
+         BackwardArgs<S>{a.features, a.scale_shift, a.norm, a.grad_out, a.grad, p.items, each,
+                         p.map, sums});
   norm_backward<T>({a.norm, sums, blocks, channels, static_cast<double>(samples * pixels), a.coef,
                     a.dnorm_weight, a.dnorm_bias},
                    context);

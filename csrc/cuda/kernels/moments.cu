@@ -130,7 +130,7 @@ KERNEL __launch_bounds__(kMaxThreads) merge_moments_kernel(MergeArgs<T> a) {
 }  // namespace
 
 template <class S>
-void slice_moments(const Rows<const S>& features, int64_t offset, int64_t channels,
+void slice_moments(const Maps<const S>& features, int64_t offset, int64_t channels,
                    const Moments<Arithmetic<S>>& moments, Context& context) {
   using T = Arithmetic<S>;
   if (!moments.mean || channels == 0) return;
@@ -157,7 +157,7 @@ void slice_moments(const Rows<const S>& features, int64_t offset, int64_t channe
 }
 
 #define INSTANTIATE(S)                                                   \
-  template void slice_moments<S>(const Rows<const S>&, int64_t, int64_t, \
+  template void slice_moments<S>(const Maps<const S>&, int64_t, int64_t, \
                                  const Moments<Arithmetic<S>>&, Context&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -145,11 +145,11 @@ inline uint64_t spacing(const void* data, int64_t pitch_bytes) {
   return reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(pitch_bytes);
 }
 template <class E>
-uint64_t spacing(const Rows<E>& maps, int64_t offset = 0) {
+uint64_t spacing(const Maps<E>& maps, int64_t offset = 0) {
   return spacing(maps.data + offset, maps.pitch * static_cast<int64_t>(sizeof(E)));
 }
 template <class E>
-uint64_t spacing(const Strided<E>& maps) {
+uint64_t spacing(const StridedMaps<E>& maps) {
   const int64_t pitch = (maps.samples > 1 ? maps.stride_n : 0) |
                         (maps.height > 1 ? maps.stride_h : 0) |
                         (maps.width > 1 ? maps.stride_w : 0);

@@ -57,8 +57,8 @@ struct Window {
 template <class S>
 struct PoolArgs {
   using T = Arithmetic<S>;
-  Rows<const S> x;
-  Rows<S> out;
+  Maps<const S> x;
+  Maps<S> out;
   Windows windows;
   const T* scale;
   const T* shift;
@@ -100,8 +100,8 @@ KERNEL __launch_bounds__(kMaxThreads) stem_pool_kernel(PoolArgs<S> a) {
 template <class S>
 struct MaximaArgs {
   using T = Arithmetic<S>;
-  Rows<const S> x;
-  Rows<const S> grad_out;
+  Maps<const S> x;
+  Maps<const S> grad_out;
   Windows windows;
   const T* scale;
   const T* shift;
@@ -166,9 +166,9 @@ KERNEL __launch_bounds__(kMaxThreads, 2) stem_maxima_kernel(MaximaArgs<S> a) {
 template <class S>
 struct InputArgs {
   using T = Arithmetic<S>;
-  Rows<const S> x;
-  Rows<const S> grad_out;
-  Rows<S> dx;
+  Maps<const S> x;
+  Maps<const S> grad_out;
+  Maps<S> dx;
   Windows windows;
   Norm<T> norm;
   Coefficients<T> coef;  // of one row for all samples
@@ -236,44 +236,44 @@ KERNEL __launch_bounds__(kMaxThreads, 2) stem_input_kernel(InputArgs<S> a) {
 }
 
 template <class S, class E>
-Windows windows_of(const Rows<S>& x, const Rows<E>& pooled) {
+Windows windows_of(const Maps<S>& x, const Maps<E>& pooled) {
   return {static_cast<int>(x.height), static_cast<int>(x.width), static_cast<int>(pooled.height),
           static_cast<int>(pooled.width)};
 }
 
-// scale and shift of all channels, and the batch's statistics where they are not given.
+// Makes scale and shift of all channels, and the statistics unless a has them.
 template <class S>
-ScaleShiftTable<Arithmetic<S>> fold_stem(const Rows<const S>& x,
-                                         const StemNorm<Arithmetic<S>>& norm, bool use_given,
-                                         Context& context) {
+ScaleShiftTable<Arithmetic<S>> fold_stem(const StemForward<S>& a, Context& context) {
   using T = Arithmetic<S>;
-  T* const table = context.scratch<T>(2 * x.channels);
-  FoldNorm<T> a = {};
-  a.rows = x.samples, a.pitch = a.channels = x.channels, a.pixels = x.pixels();
-  if (!use_given) {
-    T* const mean = context.scratch<T>(x.samples * x.channels);
-    T* const m2 = context.scratch<T>(x.samples * x.channels);
-    slice_moments<S>(x, 0, x.channels, {mean, m2, x.channels}, context);
-    a.mean = mean, a.m2 = m2;
+  const int64_t channels = a.x.channels, samples = a.x.samples;
+  FoldNorm<T> fold = {};
+  if (!a.has_statistics) {
+    T* const mean = context.scratch<T>(samples * channels);
+    T* const m2 = context.scratch<T>(samples * channels);
+    slice_moments<S>(a.x, 0, channels, {mean, m2, channels}, context);
+    fold.mean = mean, fold.m2 = m2;
   }
-  a.weight = norm.weight, a.bias = norm.bias, a.eps = norm.eps, a.use_given = use_given;
-  a.batch_mean = norm.mean, a.batch_var = norm.var;
-  a.scale = table, a.shift = table + x.channels, a.scale_rows = a.shift_rows = 1;
-  fold_norm<T>(a, context);
-  return {{table, 0}, {table + x.channels, 0}};
+  fold.rows = samples, fold.pitch = fold.channels = channels, fold.pixels = a.x.pixels();
+  fold.weight = a.weight, fold.bias = a.bias, fold.eps = a.eps;
+  fold.has_statistics = a.has_statistics;
+  fold.batch_mean = a.batch_mean, fold.batch_var = a.batch_var;
+  fold.scale = context.scratch<T>(channels), fold.shift = context.scratch<T>(channels);
+  fold.scale_rows = fold.shift_rows = 1;
+  fold_norm<T>(fold, context);
+  return {{fold.scale, 0}, {fold.shift, 0}};
 }
 
 }  // namespace
 
 template <class S>
 void stem_forward(const StemForward<S>& a, Context& context) {
-  const auto table = fold_stem<S>(a.x, a.norm, a.use_given, context);
+  const auto scale_shift = fold_stem<S>(a, context);
   with_vector<S>(spacing(a.x) | spacing(a.out), [&](auto vector) {
     constexpr int V = decltype(vector)::value;
     const Plan p = plan(a.x.channels, V, a.x.samples, a.out.pixels());
     launch(context, stem_pool_kernel<S, V>, p.grid(), p.threads, 0,
-           PoolArgs<S>{a.x, a.out, windows_of(a.x, a.out), table.scale.data, table.shift.data,
-                       p.items, p.map});
+           PoolArgs<S>{a.x, a.out, windows_of(a.x, a.out), scale_shift.scale.data,
+                       scale_shift.shift.data, p.items, p.map});
   });
 }
 
@@ -281,8 +281,11 @@ template <class S>
 void stem_backward(const StemBackward<S>& a, Context& context) {
   using T = Arithmetic<S>;
   const int64_t channels = a.x.channels, samples = a.x.samples, pixels = a.grad_out.pixels();
-  const auto table = fold_stem<S>(a.x, a.norm, true, context);
-  const Norm<T> norm = {a.norm.weight, a.norm.mean, a.norm.var, a.norm.eps, a.training};
+  StemForward<S> forward = {};
+  forward.x = a.x, forward.weight = a.norm.weight, forward.bias = a.bias, forward.eps = a.norm.eps;
+  forward.has_statistics = true;  // they are only read
+  forward.batch_mean = const_cast<T*>(a.norm.mean), forward.batch_var = const_cast<T*>(a.norm.var);
+  const auto scale_shift = fold_stem<S>(forward, context);
   const Windows windows = windows_of(a.x, a.grad_out);
   const int64_t pitch = round_up(channels, kLanes);
   uint16_t* const places =
@@ -297,9 +300,9 @@ void stem_backward(const StemBackward<S>& a, Context& context) {
     T* const sums = context.scratch<T>(blocks * 2 * channels);
     launch(context, stem_maxima_kernel<S, V>, {blocks, p.chunks}, p.threads,
            V * p.threads * sizeof(T),
-           MaximaArgs<S>{a.x, a.grad_out, windows, table.scale.data, table.shift.data, norm.mean,
-                         p.items, each, p.map, places, pitch, sums});
-    norm_backward<T>({norm,
+           MaximaArgs<S>{a.x, a.grad_out, windows, scale_shift.scale.data, scale_shift.shift.data,
+                         a.norm.mean, p.items, each, p.map, places, pitch, sums});
+    norm_backward<T>({a.norm,
                       sums,
                       blocks,
                       channels,
@@ -314,7 +317,7 @@ void stem_backward(const StemBackward<S>& a, Context& context) {
                         a.grad_out,
                         a.dx,
                         windows,
-                        norm,
+                        a.norm,
                         {coef, 1, channels},
                         p.items,
                         p.map,

@@ -12,7 +12,7 @@ struct Windows {
   int pooled_height, pooled_width;  // height/2, width/2
 
   template <class E>
-  DENSENET_EXT_BOTH static Windows of(const Rows<E>& maps) {
+  DENSENET_EXT_BOTH static Windows of(const Maps<E>& maps) {
     const int height = static_cast<int>(maps.height), width = static_cast<int>(maps.width);
     return {height, width, height / 2, width / 2};
   }

@@ -26,10 +26,10 @@ template <class S>
 struct SpreadArgs {
   using T = Arithmetic<S>;
   Matrix<S> dout, weight;
-  Rows<const S> features;
-  Rows<S> grad;
+  Maps<const S> features;
+  Maps<S> grad;
   Windows windows;
-  ScaleShiftTable<T> table;  // one row for all samples
+  ScaleShiftTable<T> scale_shift;  // one row for all samples
   Norm<T> norm;
   int64_t each;  // tiles of a block
   S* pooled;     // [M', pitch]
@@ -60,8 +60,8 @@ KERNEL __launch_bounds__(PooledProduct<Math>::kThreads, sizeof(typename Math::T)
     product.share(dzp);
 
     NormGroup<T, V> norm;
-    load_each<V>(a.table.scale.data + group.first, group.valid, norm.scale);
-    load_each<V>(a.table.shift.data + group.first, group.valid, norm.shift);
+    load_each<V>(a.scale_shift.scale.data + group.first, group.valid, norm.scale);
+    load_each<V>(a.scale_shift.shift.data + group.first, group.valid, norm.shift);
     load_each<V>(a.norm.mean + group.first, group.valid, norm.mean);
     load_steps<V>(a.norm, group.first, group.valid, norm.step);
     for (int row = map.row(); row < P::kM; row += map.rows) {
@@ -141,7 +141,7 @@ KERNEL __launch_bounds__(kMaxThreads) sum_parts_kernel(SumArgs<T> a) {
 
 template <class S>
 struct EdgeArgs {
-  Rows<S> grad;
+  Maps<S> grad;
   Windows windows;
   Items items;  // of the pixels in no window
   ThreadMap map;
@@ -166,7 +166,7 @@ KERNEL __launch_bounds__(kMaxThreads) clear_edge_kernel(EdgeArgs<S> a) {
 
 // The gradient of the output as rows that start at multiples of 16 bytes: where it lies, or copied.
 template <class S>
-Matrix<S> gradient_rows(const Strided<const S>& m, Context& context) {
+Matrix<S> gradient_rows(const StridedMaps<const S>& m, Context& context) {
   const int64_t rows = m.samples * m.height * m.width;
   const bool dense = (m.channels == 1 || m.stride_c == 1) &&
                      (m.height == 1 || m.stride_h == m.width * m.stride_w) &&
@@ -214,8 +214,8 @@ void transition_backward(const TransitionBackward<S>& a, Context& context) {
       T* const own_sums = context.scratch<T>(parts * 2 * channels);
       sums = own_sums;
       launch(context, spread_kernel<Math>, {chunks, parts}, P::kThreads, P::kBytes,
-             SpreadArgs<S>{dout, weight, a.features, a.grad, windows, a.table, a.norm, each, pooled,
-                           pitch, own_sums});
+             SpreadArgs<S>{dout, weight, a.features, a.grad, windows, a.scale_shift, a.norm, each,
+                           pooled, pitch, own_sums});
 
       // Two blocks for each multiprocessor, none with fewer than 512 pixels.
       const int64_t weight_tiles = ceil_div(outputs, W::kM) * ceil_div(channels, W::kN);

@@ -16,8 +16,8 @@ namespace {
 template <class S>
 struct PoolArgs {
   using T = Arithmetic<S>;
-  Rows<const S> features;
-  ScaleShiftTable<T> norm;
+  Maps<const S> features;
+  ScaleShiftTable<T> scale_shift;
   Windows windows;
   Items items;  // of the pooled map
   ThreadMap map;
@@ -33,8 +33,8 @@ KERNEL __launch_bounds__(kMaxThreads, 2) pool_kernel(PoolArgs<S> a) {
   const Group group = group_of<V>(a.map, blockIdx.y, a.features.channels);
   if (group.valid == 0) return;
   T scale[V], shift[V];
-  load_each<V>(a.norm.scale.row(run.sample) + group.first, group.valid, scale);
-  load_each<V>(a.norm.shift.row(run.sample) + group.first, group.valid, shift);
+  load_each<V>(a.scale_shift.scale.row(run.sample) + group.first, group.valid, scale);
+  load_each<V>(a.scale_shift.shift.row(run.sample) + group.first, group.valid, shift);
   for (int64_t p = run.begin + a.map.row(); p < run.end; p += a.map.rows) {
     const int64_t corner = a.windows.corner(run.sample, static_cast<int>(p));
     T x[4][V], mean[V];
@@ -57,7 +57,7 @@ using Product = TileProduct<Math, false, false>;
 template <class S>
 struct OutArgs {
   Matrix<S> pooled, weight;
-  Strided<S> out;
+  StridedMaps<S> out;
   bool wide;  // whether out's channels are neighbors, their groups of 16 bytes aligned
 };
 
@@ -79,7 +79,7 @@ KERNEL __launch_bounds__(Product<Math>::kThreads, sizeof(typename Math::T) == 8 
   T* const result = reinterpret_cast<T*>(memory);
   product.share(result);
 
-  const Strided<S>& out = a.out;
+  const StridedMaps<S>& out = a.out;
   const int64_t pixels = out.height * out.width;
   if (a.wide) {
     constexpr int groups = P::kN / V;
@@ -119,7 +119,7 @@ void transition_forward(const TransitionForward<S>& a, Context& context) {
   S* const pooled = context.scratch<S>(rows * pitch);
   const Plan p = plan(channels, V, samples, windows.pooled_pixels());
   launch(context, pool_kernel<S, V>, p.grid(), p.threads, 0,
-         PoolArgs<S>{a.features, a.norm, windows, p.items, p.map, pooled, pitch});
+         PoolArgs<S>{a.features, a.scale_shift, windows, p.items, p.map, pooled, pitch});
   dispatch_math<S>(context, [&](auto math) {
     using Math = decltype(math);
     using P = Product<Math>;

@@ -79,8 +79,8 @@ struct Job {
         out.column[i++] = {a.features.plane(n, 0) + pixel,
                            a.grad_in.data ? a.grad_in.plane(n, 0) + pixel : nullptr,
                            a.grad.plane(n, 0) + pixel,
-                           a.table.scale.row(n),
-                           a.table.shift.row(n),
+                           a.scale_shift.scale.row(n),
+                           a.scale_shift.shift.row(n),
                            a.pre_mask.data ? a.pre_mask.row(n) : ones,
                            a.post_mask.data ? a.post_mask.row(n) : ones,
                            n * a.features.pixels() + pixel,
@@ -103,9 +103,9 @@ struct Job {
     alignas(64) float squares[2][2][kTileSums];  // of two columns, at two tiles of outputs
     for (int64_t h = 0; h < 2; ++h) {
       const int64_t o = depth * kDepth + h * kSide, left = std::max<int64_t>(a.width - o, 0);
-      const Vec<float> t0 = load_first(a.db_table + o, left),
-                       t1 = load_first(a.db_table + a.width + o, left),
-                       t2 = load_first(a.db_table + 2 * a.width + o, left);
+      const Vec<float> t0 = load_first(a.db_affine + o, left),
+                       t1 = load_first(a.db_affine + a.width + o, left),
+                       t2 = load_first(a.db_affine + 2 * a.width + o, left);
       const __mmask16 valid = left >= kSide ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
       for (int64_t i = 0; i < 2; ++i) {
         const auto& column = plan.column[2 * k + i];
@@ -497,7 +497,7 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
   const Tiling tiling(a.features.samples, a.features.pixels(), capacity);
   const int64_t threads = thread_count(tiling.count);
 
-  const EarlierBottleneck<S> earlier(a.earlier);
+  const EarlierBottleneck<S> earlier(a.previous);
   const Scratch packed(4 * rows * depths * Work::kChunk);
   parallel(rows, thread_count(rows, kSide * pitch), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
@@ -581,7 +581,7 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
       static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
   finish_norm_backward(a.norm, total, a.channels, all, a.pre_mask, a.coef, true, a.dnorm_weight,
                        a.dnorm_bias);
-  if (a.earlier.weight && !earlier) bottleneck_forward(a.earlier);
+  if (a.previous.weight && !earlier) bottleneck_forward(a.previous);
 }
 
 template void bottleneck_backward<float>(const BottleneckBackward<float>&);

@@ -90,8 +90,8 @@ struct Job {
       const Column then = columns[std::min((index + 1) * width + i, columns.count - 1)];
       group.columns[i] = {a.features.plane(at.sample, 0) + at.pixel,
                           a.features.plane(then.sample, 0) + then.pixel,
-                          a.norm.scale.row(at.sample),
-                          a.norm.shift.row(at.sample),
+                          a.scale_shift.scale.row(at.sample),
+                          a.scale_shift.shift.row(at.sample),
                           a.bottleneck + (at.sample * a.features.pixels() + at.pixel) * pitch,
                           at.count};
     }

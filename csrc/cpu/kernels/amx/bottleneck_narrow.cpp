@@ -83,8 +83,8 @@ class NarrowBottleneck {
       const Column here = columns[c], then = columns[std::min(c + kAhead, columns.count - 1)];
       strip.column[i] = {a.features.plane(here.sample, 0) + here.pixel,
                          a.features.plane(then.sample, 0) + then.pixel,
-                         a.norm.scale.row(here.sample),
-                         a.norm.shift.row(here.sample),
+                         a.scale_shift.scale.row(here.sample),
+                         a.scale_shift.shift.row(here.sample),
                          a.bottleneck + (here.sample * a.features.pixels() + here.pixel) * kPitch,
                          here.count};
     }

@@ -344,8 +344,8 @@ void conv3x3_backward(const Conv3x3Backward<BFloat16>& a) {
            });
 
   // The padding's row follows those of the samples.
-  const int64_t scale_rows = a.table.scale.sample_stride ? samples : 1,
-                shift_rows = a.table.shift.sample_stride ? samples : 1;
+  const int64_t scale_rows = a.scale_shift.scale.sample_stride ? samples : 1,
+                shift_rows = a.scale_shift.shift.sample_stride ? samples : 1;
   const int64_t post_rows = a.post_mask.data ? samples : 0;
   const Scratch tables(sizeof(float) * (scale_rows + shift_rows + post_rows + 2) * pitch);
   float* const scale = tables.as<float>();
@@ -353,8 +353,8 @@ void conv3x3_backward(const Conv3x3Backward<BFloat16>& a) {
   float* const post = shift + shift_rows * pitch;
   float* const mean = post + post_rows * pitch;
   float* const zeros = mean + pitch;
-  pad_rows(a.table.scale.data, a.table.scale.sample_stride, scale_rows, a.width, scale);
-  pad_rows(a.table.shift.data, a.table.shift.sample_stride, shift_rows, a.width, shift);
+  pad_rows(a.scale_shift.scale.data, a.scale_shift.scale.sample_stride, scale_rows, a.width, scale);
+  pad_rows(a.scale_shift.shift.data, a.scale_shift.shift.sample_stride, shift_rows, a.width, shift);
   if (post_rows) pad_rows(a.post_mask.data, a.post_mask.sample_stride, post_rows, a.width, post);
   pad_rows(a.norm.mean, int64_t{0}, 1, a.width, mean);
   std::fill_n(zeros, pitch, 0.f);
@@ -403,8 +403,8 @@ void conv3x3_backward(const Conv3x3Backward<BFloat16>& a) {
             shift,
             post_rows ? post : nullptr,
             mean,
-            a.table.scale.sample_stride ? pitch : 0,
-            a.table.shift.sample_stride ? pitch : 0,
+            a.scale_shift.scale.sample_stride ? pitch : 0,
+            a.scale_shift.shift.sample_stride ? pitch : 0,
             pair_source,
             row_source,
             zeros};

@@ -207,11 +207,13 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
     for (int64_t c = begin; c < end; ++c)
       pack<P>(a.weight, a.growth, a.width, terms, c, packed.as<uint32_t>() + c * column_pairs);
   });
-  const int64_t scale_rows = a.norm.scale.sample_stride ? samples : 1,
-                shift_rows = a.norm.shift.sample_stride ? samples : 1;
+  const int64_t scale_rows = a.scale_shift.scale.sample_stride ? samples : 1,
+                shift_rows = a.scale_shift.shift.sample_stride ? samples : 1;
   const Scratch scale(4 * scale_rows * pitch), shift(4 * shift_rows * pitch);
-  pad_rows(a.norm.scale.data, a.norm.scale.sample_stride, scale_rows, a.width, scale.as<float>());
-  pad_rows(a.norm.shift.data, a.norm.shift.sample_stride, shift_rows, a.width, shift.as<float>());
+  pad_rows(a.scale_shift.scale.data, a.scale_shift.scale.sample_stride, scale_rows, a.width,
+           scale.as<float>());
+  pad_rows(a.scale_shift.shift.data, a.scale_shift.shift.sample_stride, shift_rows, a.width,
+           shift.as<float>());
   const Scratch parts(sizeof(double) * 2 * a.growth * samples * units.blocks_per_map);
 
   const int64_t positions = units.plane_size + kStep;
@@ -236,8 +238,8 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
                packed.as<uint32_t>(),
                scale.as<float>(),
                shift.as<float>(),
-               a.norm.scale.sample_stride ? pitch : 0,
-               a.norm.shift.sample_stride ? pitch : 0,
+               a.scale_shift.scale.sample_stride ? pitch : 0,
+               a.scale_shift.shift.sample_stride ? pitch : 0,
                window_rows,
                reinterpret_cast<const S**>(table),
                reinterpret_cast<const float**>(table + positions),

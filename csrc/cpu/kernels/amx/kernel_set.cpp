@@ -24,13 +24,13 @@ static Kernels<S> kernels(Kernels<S> others) {
   return others;
 }
 
-const KernelTable& kernel_table() {
-  static const KernelTable table = [] {
-    const KernelTable& others = avx512::kernel_table();
-    return KernelTable{kernels(others.float32), others.float64, kernels(others.bfloat16),
-                       kernels(others.float16)};
+const KernelSet& kernel_set() {
+  static const KernelSet set = [] {
+    const KernelSet& others = avx512::kernel_set();
+    return KernelSet{kernels(others.float32), others.float64, kernels(others.bfloat16),
+                     kernels(others.float16)};
   }();
-  return table;
+  return set;
 }
 
 }  // namespace amx

@@ -1,7 +1,6 @@
-// From checked tensors to the kernels' argument structures: what all devices share.
+// The way from tensors to what kernels get: each function checks an argument, names it where it is
+// wrong, and returns pointers and sizes.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
 
 #include <type_traits>
 
@@ -37,7 +36,7 @@ constexpr ScalarType scalar_type_of<bool>() {
   return ScalarType::Bool;
 }
 
-// Where kernels run on a simulated device, it has to know the memory that they may read or write.
+// Tells a simulated device that its kernels may read, or write, this memory.
 template <class E>
 E* region(const char* name, E* data, int64_t elements) {
 #ifdef DENSENET_EXT_SIMT
@@ -48,7 +47,7 @@ E* region(const char* name, E* data, int64_t elements) {
   return data;
 }
 
-// A contiguous tensor of E of this shape.
+// The tensor has to be contiguous, of type E and of this shape.
 template <class E>
 E* pointer(const char* name, const Tensor& t, Shape sizes) {
   check_type(name, t, scalar_type_of<std::remove_const_t<E>>());
@@ -60,7 +59,17 @@ template <class E>
 E* pointer(const char* name, const std::optional<Tensor>& t, Shape sizes) {
   return t.has_value() ? pointer<E>(name, *t, sizes) : nullptr;
 }
-// The same for weights of a 1x1 convolution, which may have two further dimensions of size 1.
+
+inline void check_dimensions(const char* name, const Tensor& t, int64_t dimensions) {
+  STD_TORCH_CHECK(t.dim() == dimensions, name, " must have ", dimensions, " dimensions, got ",
+                  t.dim());
+}
+
+// A matrix may be the weight of a 1x1 convolution, with two further dimensions of size 1.
+inline void check_matrix(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 4, name, " must have 2 or 4 dimensions, got ",
+                  t.dim());
+}
 template <class E>
 E* matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
   return t.dim() == 4 ? pointer<E>(name, t, {rows, columns, 1, 1})
@@ -80,11 +89,18 @@ PerChannel<T> per_channel(const char* name, const std::optional<Tensor>& t, int6
                        : PerChannel<T>{};
 }
 template <class T>
-ScaleShiftTable<T> norm_table(const Tensor& scale, const Tensor& shift, int64_t samples,
-                              int64_t channels) {
+ScaleShiftTable<T> scale_shift_table(const Tensor& scale, const Tensor& shift, int64_t samples,
+                                     int64_t channels) {
   return {per_channel<T>("scale", scale, samples, channels),
           per_channel<T>("shift", shift, samples, channels)};
 }
+// No mask precedes or follows the norm, so all samples share one row.
+template <class T>
+ScaleShiftTable<T> shared_scale_shift(const Tensor& scale, const Tensor& shift, int64_t channels) {
+  return {{pointer<const T>("scale", scale, {1, channels}), 0},
+          {pointer<const T>("shift", shift, {1, channels}), 0}};
+}
+
 template <class T>
 Norm<T> norm(const Tensor& weight, const Tensor& mean, const Tensor& var, double eps, bool training,
              int64_t channels) {
@@ -97,16 +113,41 @@ Coefficients<T> coefficients(const Tensor& coef, const M& features) {
   return {pointer<T>("coef", coef, {3, features.samples, features.channels}), features.samples,
           features.channels};
 }
+
+// Both moments are wanted or neither.
+inline void check_moments(const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
+  STD_TORCH_CHECK(mean.has_value() == m2.has_value(),
+                  "mean and m2 must both be tensors or both be None");
+}
 template <class T, class M>
 Moments<T> moments(const std::optional<Tensor>& mean, const std::optional<Tensor>& m2,
                    const M& features) {
+  check_moments(mean, m2);
   const Sizes sizes = {features.samples, features.channels};
   return {pointer<T>("mean", mean, sizes), pointer<T>("m2", m2, sizes), features.channels};
 }
+
 template <class M>
 void check_range(const char* name, const M& m, int64_t offset, int64_t channels) {
   STD_TORCH_CHECK(offset >= 0 && channels >= 0 && offset + channels <= m.channels, name,
                   ": channels ", offset, " to ", offset + channels, " of ", m.channels);
+}
+
+template <class M>
+int64_t rows_of(const M& m) {
+  return m.samples * m.height * m.width;
+}
+
+// Fills in all but the strides, which differ from backend to backend.
+template <class M>
+M sized_maps(const char* name, const Tensor& t) {
+  using E = std::remove_pointer_t<decltype(M::data)>;
+  check_type(name, t, scalar_type_of<std::remove_const_t<E>>());
+  check_dimensions(name, t, 4);
+  M m;
+  m.data = static_cast<E*>(t.data_ptr());
+  m.samples = t.size(0), m.channels = t.size(1), m.height = t.size(2), m.width = t.size(3);
+  return m;
 }
 
 }  // namespace densenet_ext
