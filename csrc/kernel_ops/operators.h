@@ -12,12 +12,36 @@
 
 namespace densenet_ext::kernel_ops {
 
+inline void check_same_device(const Tensor& t, const Tensor*& first) {
+  if (first == nullptr) first = &t;
+  check_device("every tensor", t, *first);
+}
+inline void check_same_device(const std::optional<Tensor>& t, const Tensor*& first) {
+  if (t.has_value()) check_same_device(*t, first);
+}
+template <class Number>
+void check_same_device(const Number&, const Tensor*&) {}
+
+// A kernel op whose tensors have to be on one device: the dispatcher looks for one that is on a
+// GPU.
+template <auto op>
+struct OnOneDevice;
+template <class... A, void (*op)(A...)>
+struct OnOneDevice<op> {
+  static void run(A... arguments) {
+    const Tensor* first = nullptr;
+    (check_same_device(arguments, first), ...);
+    op(arguments...);
+  }
+};
+
 template <class B, class Library>
 void register_operators(Library& library) {
-#define DENSENET_EXT_REGISTER(function, Arguments) library.impl(#function, TORCH_BOX(&function<B>));
+#define DENSENET_EXT_REGISTER(function, Arguments) \
+  library.impl(#function, TORCH_BOX(&OnOneDevice<&function<B>>::run));
   DENSENET_EXT_KERNELS(DENSENET_EXT_REGISTER)
 #undef DENSENET_EXT_REGISTER
-  library.impl("fold_norm", TORCH_BOX(&fold_norm<B>));
+  library.impl("fold_norm", TORCH_BOX(&OnOneDevice<&fold_norm<B>>::run));
 }
 
 }  // namespace densenet_ext::kernel_ops
