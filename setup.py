@@ -120,8 +120,8 @@ def torch_flags(torch):
 
 
 def cpp_flags(compiler, optimization):
-    known = filter(compiler.accepts, GCC_FLAGS)
-    flags = [*COMMON_FLAGS, optimization, *known, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    accepted = filter(compiler.accepts, GCC_FLAGS)
+    flags = [*COMMON_FLAGS, optimization, *accepted, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     return [*flags, "-O1", "-g1", *sanitizer_flags()] if SANITIZERS else flags
 
 

@@ -46,8 +46,8 @@ class _Saved:
         if self.tensor._version != self.version:
             self.get = _raise_modified
         else:
-            kept = _Kept([self.tensor])
-            self.get = lambda: kept.values()[0]
+            stored = _Kept([self.tensor])
+            self.get = lambda: stored.values()[0]
         self.tensor = None
 
 
@@ -60,8 +60,8 @@ class Remade(saved_tensors_hooks):
 
     def __init__(self, x: Tensor, pieces: Sequence[Tensor], remake: Callable[[Sequence[Tensor]], Tensor]):
         self.x, self.version = x, x._version
-        kept = _Kept(pieces)
-        self.remake = lambda: remake(kept.values())  # not of self, which the graph would hold in a cycle
+        stored = _Kept(pieces)
+        self.remake = lambda: remake(stored.values())  # not of self, which the graph would hold in a cycle
         self.saved: list[_Saved] = []
         self.keeps_x = False  # an op has asked to
         super().__init__(self._pack, _unpack)
@@ -98,7 +98,7 @@ def _normalization(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
 
     def normalize(x: Tensor) -> Tensor:
         values = iter(affine.values())
-        weight, bias = (next(values) if there else None for there in present)
+        weight, bias = (next(values) if exists else None for exists in present)
         return F.relu(F.batch_norm(x, *statistics, weight, bias, statistics[0] is None, 0.0, eps), inplace=True)
 
     return normalize

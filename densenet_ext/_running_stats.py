@@ -41,8 +41,8 @@ def update_running_statistics(
     tracking = [tracks(norm) for norm in norms]
     if not any(tracking):
         return
-    known = not isinstance(values, Tensor)
-    correction = values / (max(values - 1, 1) if known else (values - 1).clamp(min=1))
+    is_number = not isinstance(values, Tensor)
+    correction = values / (max(values - 1, 1) if is_number else (values - 1).clamp(min=1))
     means, variances = stats[0].split(widths), (stats[1] * correction).split(widths)
     batches = [
         batch for batch, tracked in zip(zip(norms, means, variances, strict=True), tracking, strict=True) if tracked
@@ -50,11 +50,11 @@ def update_running_statistics(
     while batches:
         first = {id(norm._buffers.get("running_mean")): index for index, (norm, *_) in reversed([*enumerate(batches)])}
         if len(first) == len(batches):
-            _take_in(batches, stats.dtype, not known or values > 0)
+            _take_in(batches, stats.dtype, not is_number or values > 0)
             return
-        now = set(first.values())
-        _take_in([batches[index] for index in sorted(now)], stats.dtype, not known or values > 0)
-        batches = [batch for index, batch in enumerate(batches) if index not in now]
+        turn = set(first.values())
+        _take_in([batches[index] for index in sorted(turn)], stats.dtype, not is_number or values > 0)
+        batches = [batch for index, batch in enumerate(batches) if index not in turn]
 
 
 def _take_in(batches: list[tuple], dtype: torch.dtype, any_values: bool) -> None:

@@ -18,18 +18,18 @@ extern Shared shared;
 
 // Notes a reader. The one that stays stands for all: a writer that any of them forbids finds it, or
 // its flags.
-inline void remember_read(Cell& cell, const Thread& thread, Stamp now, bool in_shared,
+inline void remember_read(Cell& cell, const Thread& thread, Stamp stamp, bool in_shared,
                           uintptr_t pc) {
   const Stamp r = {cell.read};
-  if (r.tick() != now.tick()) {
+  if (r.tick() != stamp.tick()) {
     const bool other_block = !in_shared && r.tick() >= clock_.launch && r.tick() < clock_.block;
-    const bool kept = r.tick() >= clock_.block && r.has(kManyBlocks);
-    cell.read = now.word | (other_block || kept ? kManyBlocks : kNone);
+    const bool keeps_flag = r.tick() >= clock_.block && r.has(kManyBlocks);
+    cell.read = stamp.word | (other_block || keeps_flag ? kManyBlocks : kNone);
   } else if (r.thread() / kWarp != thread.warp) {
     if (!r.has(kManyWarps)) cell.read = r.word | kManyWarps;
     return;
   } else if (r.step() < thread.ordered) {
-    cell.read = now.word | (r.word & (kManyWarps | kManyBlocks));
+    cell.read = stamp.word | (r.word & (kManyWarps | kManyBlocks));
   } else {
     if (r.thread() != thread.id) cell.read = r.word | kManyLanes;
     return;
@@ -39,17 +39,17 @@ inline void remember_read(Cell& cell, const Thread& thread, Stamp now, bool in_s
 
 // True if nothing speaks against an access after this write: it is the thread's own, or of this
 // block before the last barrier, or of ticks so old (from one on, up to another) that all know.
-inline bool is_settled(Stamp w, Stamp now, uint32_t from, uint32_t to) {
+inline bool is_settled(Stamp w, Stamp stamp, uint32_t from, uint32_t to) {
   constexpr uint64_t kWhoAndWhen = 0xffffffff00007fe0;
   if (w.has(kPending)) return false;
-  return w.tick() - from < to - from || w.tick() - clock_.block < clock_.now - clock_.block ||
-         ((w.word ^ now.word) & kWhoAndWhen) == 0;
+  return w.tick() - from < to - from || w.tick() - clock_.block < clock_.tick - clock_.block ||
+         ((w.word ^ stamp.word) & kWhoAndWhen) == 0;
 }
 // True if nothing speaks against a write after these reads.
-inline bool is_free(Stamp r, Stamp now, bool in_shared) {
+inline bool is_free(Stamp r, Stamp stamp, bool in_shared) {
   constexpr uint64_t kWhoAndWhenAndFlags =
       0xffffffff00007fe0 | kManyLanes | kManyWarps | kManyBlocks;
-  if (r.tick() == now.tick()) return ((r.word ^ now.word) & kWhoAndWhenAndFlags) == 0;
+  if (r.tick() == stamp.tick()) return ((r.word ^ stamp.word) & kWhoAndWhenAndFlags) == 0;
   return in_shared || r.tick() < clock_.launch || (r.tick() >= clock_.block && !r.has(kManyBlocks));
 }
 
@@ -71,15 +71,15 @@ inline bool usual_access(const Thread& thread, uintptr_t address, uintptr_t pc) 
     from = kind == Access::kRead && e->scratch ? e->birth : 0;
     to = clock_.launch;
   }
-  const Stamp now = stamp_of(thread);
+  const Stamp stamp = stamp_of(thread);
   for (int64_t i = 0; i < (bytes + 1) / 2; ++i) {
     Cell& cell = cells[i];
-    if (!is_settled({cell.write}, now, from, to)) return false;
+    if (!is_settled({cell.write}, stamp, from, to)) return false;
     if (kind == Access::kRead) {
-      remember_read(cell, thread, now, in_shared, pc);
+      remember_read(cell, thread, stamp, in_shared, pc);
     } else {
-      if (!is_free({cell.read}, now, in_shared)) return false;
-      cell.write = now.word;
+      if (!is_free({cell.read}, stamp, in_shared)) return false;
+      cell.write = stamp.word;
       cell.write_pc = site(pc);
     }
   }

@@ -33,14 +33,14 @@ void set_seed(uint64_t seed);
 
 // The major compute capability that the device reports: SIMT_CAPABILITY, or 8.
 inline int capability() {
-  const char* const given = std::getenv("SIMT_CAPABILITY");
-  return given != nullptr ? std::atoi(given) : 8;
+  const char* const setting = std::getenv("SIMT_CAPABILITY");
+  return setting != nullptr ? std::atoi(setting) : 8;
 }
 
 // Bytes of shared memory for one block: SIMT_SHARED=most, or the least.
 inline int64_t shared_limit() {
-  const char* const given = std::getenv("SIMT_SHARED");
-  return given != nullptr && std::string_view(given) == "most" ? kMostShared : kLeastShared;
+  const char* const setting = std::getenv("SIMT_SHARED");
+  return setting != nullptr && std::string_view(setting) == "most" ? kMostShared : kLeastShared;
 }
 
 template <class... P, class... A>

@@ -78,7 +78,7 @@ void cp_async16(void* shared, const void* global, int bytes) {
                         bytes,
                         self.copies.group,
                         pc,
-                        simt::clock_now()};
+                        simt::clock_tick()};
   simt::copy_begins(self, c);
   self.copies.pending.push_back(c);
   if (state.copy_at_once) {

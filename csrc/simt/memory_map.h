@@ -46,9 +46,9 @@ inline Extent* find_extent(uintptr_t address) {
 }
 // "28 bytes past the end of 'weight' (6144 bytes)".
 std::string describe_address(uintptr_t address);
-std::string distance_text(int64_t bytes, bool before, const std::string& of);
+std::string distance_text(int64_t bytes, bool is_before, const std::string& of);
 
-uint32_t clock_now();
+uint32_t clock_tick();
 bool clock_is_old();
 void restart_clock();
 

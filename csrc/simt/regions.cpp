@@ -44,7 +44,7 @@ Cell* new_cells(uintptr_t begin, uintptr_t end) {
 Extent* new_extent(uintptr_t begin, uintptr_t end, bool writable, bool scratch) {
   auto* const e = new Extent;
   e->begin = begin, e->end = end, e->writable = writable, e->scratch = scratch;
-  e->birth = clock_now();
+  e->birth = clock_tick();
   if (writable && kHooked) e->cells = new_cells(begin, end);
   return e;
 }
@@ -132,8 +132,8 @@ Extent* search_extent(uintptr_t address) {
   return recent_extents[address >> 12 & (kRecent - 1)] = *it;
 }
 
-std::string distance_text(int64_t bytes, bool before, const std::string& of) {
-  const char* const where = before ? "before the start of " : "past the end of ";
+std::string distance_text(int64_t bytes, bool is_before, const std::string& of) {
+  const char* const where = is_before ? "before the start of " : "past the end of ";
   return (bytes == 0 ? "right" : std::to_string(bytes) + " bytes") + " " + where + of;
 }
 
@@ -152,8 +152,8 @@ std::string describe_address(uintptr_t address) {
   const std::string of =
       "'" + best->name + "' (" + std::to_string(best->end - best->begin) + " bytes)";
   if (distance == 0) return "byte " + std::to_string(address - best->begin) + " of " + of;
-  const bool before = address < best->begin;
-  return distance_text(before ? distance : distance - 1, before, of);
+  const bool is_before = address < best->begin;
+  return distance_text(is_before ? distance : distance - 1, is_before, of);
 }
 
 }  // namespace simt

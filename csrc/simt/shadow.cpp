@@ -72,7 +72,7 @@ struct Check {
                subject(at) + " before its cp.async has been waited for: " +
                    other(w, "issued it", cell.write_pc),
                pc, cell.write_pc);
-      } else if (tick == clock_.now && !before(w, thread) && !both_atomic) {
+      } else if (tick == clock_.tick && !precedes(w, thread) && !both_atomic) {
         race(at, w, "wrote it", cell.write_pc, false);
       }
     } else if (in_shared) {
@@ -88,9 +88,9 @@ struct Check {
     const Stamp r = {cell.read};
     const uint32_t tick = r.tick();
     if (tick >= clock_.block) {
-      const bool conflict = r.has(kManyWarps) || !before(r, thread) ||
+      const bool conflict = r.has(kManyWarps) || !precedes(r, thread) ||
                             (r.has(kManyLanes) && r.step() >= thread.ordered);
-      if (tick == clock_.now && conflict)
+      if (tick == clock_.tick && conflict)
         race(at, r, r.thread() == thread.id ? "and others read it" : "read it", cell.read_pc,
              false);
       if (r.has(kManyBlocks)) race(at, r, "and others read it", cell.read_pc, true);
@@ -104,17 +104,17 @@ struct Check {
   }
 
   void run(Cell* cell) const {
-    const Stamp now = stamp_of(thread);
+    const Stamp stamp = stamp_of(thread);
     const uintptr_t first = granule_of(address);
     const uintptr_t last = granule_of(address + static_cast<uintptr_t>(bytes) - 1);
     for (uintptr_t g = first; g <= last; ++g, ++cell) {
       const uintptr_t at = g == first ? address : g * 2;
       against_write(*cell, at);
       if (kind == Access::kRead) {
-        remember_read(*cell, thread, now, in_shared, pc);
+        remember_read(*cell, thread, stamp, in_shared, pc);
       } else {
         against_read(*cell, at);
-        cell->write = now.word | (kind == Access::kAtomic ? kAtomic : kNone);
+        cell->write = stamp.word | (kind == Access::kAtomic ? kAtomic : kNone);
         cell->write_pc = site(pc);
       }
     }
@@ -239,14 +239,14 @@ void copy_ends(Thread& thread, const Copy& copy, uintptr_t wait_pc) {
 
 unsigned char* dynamic_shared() { return shared_memory; }
 
-void next_barrier() { ++clock_.now; }
+void next_barrier() { ++clock_.tick; }
 void next_block() {
-  clock_.block = ++clock_.now;
+  clock_.block = ++clock_.tick;
   record_block();
   std::memset(shared_memory, 0xff, static_cast<size_t>(state.launch->shared_bytes));
 }
 void begin_launch() {
-  clock_.launch = ++clock_.now;
+  clock_.launch = ++clock_.tick;
   forget_blocks();
   shared = {reinterpret_cast<uintptr_t>(shared_memory),
             static_cast<uintptr_t>(state.launch->shared_bytes), shared_cells};
@@ -256,8 +256,8 @@ void begin_launch() {
 #endif
 }
 
-uint32_t clock_now() { return clock_.now; }
-bool clock_is_old() { return clock_.now > 0xf0000000; }
+uint32_t clock_tick() { return clock_.tick; }
+bool clock_is_old() { return clock_.tick > 0xf0000000; }
 void restart_clock() {
   clock_ = {};
   std::memset(shared_cells, 0, sizeof shared_cells);

@@ -14,7 +14,7 @@ enum Flag : uint64_t {
   kAtomic = 2,
   kManyLanes = 4,    // other lanes of that warp have read it, too
   kManyWarps = 8,    // other warps have
-  kManyBlocks = 16,  // other blocks of this launch have, before
+  kManyBlocks = 16,  // other blocks of this launch have, earlier
 };
 
 struct Stamp {
@@ -28,13 +28,13 @@ struct Stamp {
 constexpr uint32_t kLastStep = 0x1ffff;
 
 struct Clock {
-  uint32_t now = 1;
+  uint32_t tick = 1;
   uint32_t block = 1, launch = 1;  // when they began
 };
 extern Clock clock_;
 
 inline Stamp stamp_of(const Thread& t) {
-  return {static_cast<uint64_t>(clock_.now) << 32 | static_cast<uint64_t>(t.step) << 15 |
+  return {static_cast<uint64_t>(clock_.tick) << 32 | static_cast<uint64_t>(t.step) << 15 |
           static_cast<uint64_t>(t.id) << 5};
 }
 // The place of an instruction, as an offset in this library, for which a cell has room: of the
@@ -43,7 +43,7 @@ extern uintptr_t library_begin;
 inline uint32_t site(uintptr_t pc) { return static_cast<uint32_t>(pc - library_begin - 1); }
 
 // True if something of the current tick came before what t does now.
-inline bool before(Stamp s, const Thread& t) {
+inline bool precedes(Stamp s, const Thread& t) {
   return s.thread() == t.id || (s.thread() / kWarp == t.warp && s.step() < t.ordered);
 }
 

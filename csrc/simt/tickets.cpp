@@ -29,9 +29,9 @@ std::map<const void*, std::vector<Atomic>> atomics;
 std::vector<Seen> seen_by_block;
 
 size_t block_number(uint32_t tick) {
-  const auto after = std::upper_bound(blocks.begin(), blocks.end(), tick,
-                                      [](uint32_t t, const Block& b) { return t < b.first; });
-  return static_cast<size_t>(after - blocks.begin()) - 1;
+  const auto next = std::upper_bound(blocks.begin(), blocks.end(), tick,
+                                     [](uint32_t t, const Block& b) { return t < b.first; });
+  return static_cast<size_t>(next - blocks.begin()) - 1;
 }
 
 // In one block: by the same thread, across a barrier, or across a __syncwarp.
@@ -77,7 +77,7 @@ bool published(Stamp stamp, const Thread& thread) {
 Index block_of(uint32_t tick) { return blocks[block_number(tick)].index; }
 
 void record_block() {
-  blocks.push_back({clock_.now, state.block, {}});
+  blocks.push_back({clock_.tick, state.block, {}});
   seen_by_block.clear();
 }
 void forget_blocks() {

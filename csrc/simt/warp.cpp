@@ -31,7 +31,7 @@ struct ShuffleDeposit {
   int operand, width;
 };
 
-// The lane whose value `lane` gets: its own where that would lie outside of its group.
+// The lane whose value `lane` gets: its part where that would lie outside of its group.
 int source_lane(int lane, const ShuffleDeposit& d) {
   const int first = lane / d.width * d.width, in_group = lane - first;
   int source = in_group;
@@ -85,8 +85,8 @@ template <int K>
 void accumulate(const float (&a)[16][K], const float (&b)[K][8]) {
   float c[16][8];
   for (int lane = 0; lane < kWarp; ++lane) {
-    const float* const own = deposit_of<MmaDeposit>(lane).c;
-    for (int i = 0; i < 4; ++i) c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = own[i];
+    const float* const part = deposit_of<MmaDeposit>(lane).c;
+    for (int i = 0; i < 4; ++i) c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = part[i];
   }
   for (int m = 0; m < 16; ++m) {
     for (int k = 0; k < K; ++k) {
@@ -94,8 +94,8 @@ void accumulate(const float (&a)[16][K], const float (&b)[K][8]) {
     }
   }
   for (int lane = 0; lane < kWarp; ++lane) {
-    float* const own = deposit_of<MmaDeposit>(lane).c;
-    for (int i = 0; i < 4; ++i) own[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    float* const part = deposit_of<MmaDeposit>(lane).c;
+    for (int i = 0; i < 4; ++i) part[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
   }
 }
 

@@ -24,9 +24,9 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
                          const Tensors& dparams) {
   const auto& [grad, coef] = gradient;
   const int64_t group = stage.options.group;
-  const bool allow_tf32 = stage.options.allow_tf32, kept = stage.keeps_bottlenecks();
+  const bool allow_tf32 = stage.options.allow_tf32, has_bottlenecks = stage.keeps_bottlenecks();
   const Sizes sizes = stage.bottleneck_sizes();
-  const Tensor shared = kept ? bottlenecks : workspace(features, sizes, stage.storage);
+  const Tensor shared = has_bottlenecks ? bottlenecks : workspace(features, sizes, stage.storage);
   const Tensor dv = workspace(features, sizes, gradient_type(features, stage.storage));
   const Tensor db_affine = empty(features, {3, stage.bottleneck_width}, stage.arithmetic),
                db_coef = piece(db_affine, 0, {3, 1, stage.bottleneck_width});
@@ -36,14 +36,14 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
   };
   Layer layer = stage.layer(stage.layers - 1);
   FoldedNorm folded1 = fold_first(layer);
-  if (!kept) {
+  if (!has_bottlenecks) {
     call("densenet_ext::bottleneck_forward", features, folded1.scale, folded1.shift, layer.conv1,
          shared, Optional(), Optional(), allow_tf32);
   }
   for (int64_t l = stage.layers - 1; l >= 0; --l) {
     const Tensor* const d = stage.of_layer(dparams, l);
     const FoldedNorm folded2 = stage.fold_again(layer.norm2, std::nullopt, layer.pre_conv2);
-    const Tensor bottleneck = kept ? stage.bottleneck(bottlenecks, l) : shared;
+    const Tensor bottleneck = has_bottlenecks ? stage.bottleneck(bottlenecks, l) : shared;
     if (const auto& se = layer.se) {
       call("densenet_ext::squeeze_excite_backward", features, source, layer.channels,
            se->fc1_weight, se->fc2_weight, se->pooled, se->hidden, se->gate, coef, d[kFc1Weight],
@@ -63,7 +63,7 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
     if (l > 0) {
       previous = stage.layer(l - 1);
       previous_folded = fold_first(*previous);
-      if (!kept) {
+      if (!has_bottlenecks) {
         scale = previous_folded.scale;
         shift = previous_folded.shift;
         weight = previous->conv1;

@@ -38,7 +38,7 @@ def _wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
-def _kept(ctx) -> tuple[Tensor, ...]:
+def _saved_tensors(ctx) -> tuple[Tensor, ...]:
     """ctx.saved_tensors; where the output is among them and somebody has written to it, the error says what to do."""
     try:
         return ctx.saved_tensors
@@ -85,20 +85,20 @@ class DenseStage(torch.autograd.Function):
     @staticmethod
     def forward(ctx, below, inputs, *_):
         x, params, masks, _, *ctx.numbers = inputs
-        output, skip, features, *kept = outputs = below(*inputs)
-        ctx.mark_non_differentiable(skip, features, *kept)
+        output, skip, features, *state = outputs = below(*inputs)
+        ctx.mark_non_differentiable(skip, features, *state)
         ctx.set_materialize_grads(False)
         ctx.in_channels, ctx.params = x.shape[1], len(params)
         ctx.layout = _gradient_layout(x)
         has_tail = Options(*ctx.numbers[-1]).tail != Tail.NONE
-        ctx.save_for_backward(features if has_tail else output, *kept, *params, *masks)
+        ctx.save_for_backward(features if has_tail else output, *state, *params, *masks)
         return outputs
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * (3 + ctx.params)
-        features, stats, gates, bottlenecks, *rest = _kept(ctx)
+        features, stats, gates, bottlenecks, *rest = _saved_tensors(ctx)
         params, masks = rest[: ctx.params], rest[ctx.params :]
         need_x, *need_params = ctx.needs_input_grad[2:]
         layout = ctx.layout if need_x else GradientLayout.NONE
@@ -119,10 +119,10 @@ class DenseBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs, outputs, anchor, _, *params):
         x, _, masks, _, *ctx.numbers = inputs
-        _, _, features, *kept = outputs
+        _, _, features, *state = outputs
         ctx.set_materialize_grads(False)
         ctx.in_channels, ctx.layout = x.shape[1], _gradient_layout(x)
-        ctx.save_for_backward(*kept, anchor, *params, *masks)
+        ctx.save_for_backward(*state, anchor, *params, *masks)
         coef = (3, *features.shape[:2])
         return (
             features.new_empty_strided(features.shape, (0,) * 4),
@@ -205,14 +205,14 @@ def _stage_autograd(keyset, *inputs):
 
 def _layer_setup(ctx, inputs, output):
     xs, params, masks, frozen_stats, *ctx.numbers = inputs
-    result, *kept = output
-    ctx.mark_non_differentiable(*kept)
+    result, *state = output
+    ctx.mark_non_differentiable(*state)
     ctx.set_materialize_grads(False)
     ctx.counts = (len(xs), len(params), len(masks), len(frozen_stats))
     # Only squeeze-and-excitation's gradient needs the output; without it the output may be written to.
     needs_output = Options(*ctx.numbers[-1]).squeeze_excite
     output = result if needs_output else result.new_zeros(()).expand(result.shape)
-    ctx.save_for_backward(output, *kept, *xs, *params, *masks)
+    ctx.save_for_backward(output, *state, *xs, *params, *masks)
 
 
 def _layer_backward(ctx, grad, *_):
@@ -221,7 +221,7 @@ def _layer_backward(ctx, grad, *_):
     if grad is None:
         dxs, dparams = [None] * xs, [None] * params
     else:
-        output, stats, gates, bottlenecks, *rest = _kept(ctx)
+        output, stats, gates, bottlenecks, *rest = _saved_tensors(ctx)
         inputs, rest = rest[:xs], rest[xs:]
         rest = (output, inputs, rest[:params], rest[params:], stats, gates, bottlenecks, *ctx.numbers)
 

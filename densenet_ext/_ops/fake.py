@@ -26,15 +26,15 @@ def _kept_for_backward(x: Tensor, sizes: StageSizes) -> tuple[Tensor, Tensor, Te
 def _(x, params, masks, frozen_stats, eps, frozen, dropout_scale, options):
     sizes = StageSizes(params, Options(*options), x.shape[1])
     tail, skip = sizes.options.tail, x.new_empty((0,))
-    kept = _kept_for_backward(x, sizes)
+    state = _kept_for_backward(x, sizes)
     features = new_features(x, sizes.channels, gaps=tail != Tail.NONE)
     if tail == Tail.NONE:
-        return features, skip, x.new_empty((0,)), *kept
+        return features, skip, x.new_empty((0,)), *state
     if tail == Tail.TRANSITION:
         output = new_maps(x, sizes.tail.conv_weight.shape[0], [size // 2 for size in x.shape[2:]])
     else:
         output = x.new_empty((x.shape[0], sizes.channels))
-    return output, skip, features, *kept
+    return output, skip, features, *state
 
 
 def _like(tensors: list[Tensor]) -> list[Tensor]:

@@ -23,8 +23,8 @@ def group_of(norm: nn.Module) -> int:
 
 
 def _number(group: dist.ProcessGroup) -> int:
-    for number, known in enumerate(_groups):
-        if known() is group:
+    for number, reference in enumerate(_groups):
+        if reference() is group:
             return number
     _groups.append(weakref.ref(group))
     return len(_groups) - 1
@@ -44,9 +44,9 @@ def synchronize_statistics(mean: Tensor, var: Tensor, count: int, group: int, to
     mean, var [C], changed; count M_i: values a channel of this process, 0 allowed; total [1]: becomes M.
     """
     processes = _group(group)
-    own = torch.cat([mean, var, torch.full_like(total, count)])
-    every = own.new_empty(dist.get_world_size(processes), own.numel())
-    dist.all_gather_into_tensor(every.view(-1), own, group=processes)
+    local = torch.cat([mean, var, torch.full_like(total, count)])
+    every = local.new_empty(dist.get_world_size(processes), local.numel())
+    dist.all_gather_into_tensor(every.view(-1), local, group=processes)
     means, variances, counts = every.split([mean.numel(), var.numel(), 1], 1)
     torch.sum(counts, 0, out=total)
     shares = counts / total.clamp(min=1)

@@ -184,8 +184,8 @@ def bottleneck_backward(
     sum1, sum2 = _norm_sums(spread(q) * x, dvalue, batch_mean, rstd)
     dnorm_bias.copy_(sum1)
     dnorm_weight.copy_(sum2)
-    before = 0 if grad_in is None else grad_in[:, columns]
-    grad[:, columns] = before + spread(q * slope) * dvalue
+    start = 0 if grad_in is None else grad_in[:, columns]
+    grad[:, columns] = start + spread(q * slope) * dvalue
     values = x.numel() // channels
     constant, factor = _statistics_terms(slope, batch_mean, rstd, sum1, sum2, values, training)
     coef[1, :, columns] += q * constant

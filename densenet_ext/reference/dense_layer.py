@@ -23,8 +23,8 @@ def dense_layer(
     x, in_channels = inputs[0], sum(part.size(1) for part in inputs)
     s = Stage(x, in_channels, params, masks, eps, frozen, dropout_scale, options, kernels)
     features = new_features(x, s.channels)
-    _, *kept = run_layers(s, inputs, features, frozen_stats)
-    return new_maps(features, s.growth, features.shape[2:]).copy_(features[:, in_channels:]), *kept
+    _, *state = run_layers(s, inputs, features, frozen_stats)
+    return new_maps(features, s.growth, features.shape[2:]).copy_(features[:, in_channels:]), *state
 
 
 def dense_layer_backward(

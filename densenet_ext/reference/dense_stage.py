@@ -40,11 +40,11 @@ def dense_stage(
     tail = s.options.tail
     # With no consumer the buffer is the output, which the caller gets without gaps between its planes.
     features = new_features(x, s.channels, gaps=tail != Tail.NONE)
-    moments, *kept = run_layers(s, [x], features, frozen_stats)
+    moments, *state = run_layers(s, [x], features, frozen_stats)
     skip = s.empty(0, dtype=x.dtype)
     if tail == Tail.NONE:
-        return features, skip, s.empty(0, dtype=x.dtype), *kept
-    norm = (2 * len(s.layers), s.tail.norm_weight, s.tail.norm_bias, kept[0])
+        return features, skip, s.empty(0, dtype=x.dtype), *state
+    norm = (2 * len(s.layers), s.tail.norm_weight, s.tail.norm_bias, state[0])
     scale, shift = s.fold(*norm, moments, s.pixels)
     if tail == Tail.TRANSITION:
         output = new_maps(x, s.tail.conv_weight.size(0), [size // 2 for size in x.shape[2:]])
@@ -52,7 +52,7 @@ def dense_stage(
     else:
         output = s.empty(s.samples, s.channels, dtype=x.dtype)
         s.kernels.head_forward(features, scale, shift, output)
-    return output, skip, features, *kept
+    return output, skip, features, *state
 
 
 def dense_stage_backward(

@@ -116,8 +116,8 @@ def run_layers(stage: Stage, inputs: list[Tensor], features: Tensor, frozen_stat
             for row in s.statistics(stats, norm):
                 row.copy_(next(statistics))
     gates = s.empty(*s.gates_shape(s.samples))
-    kept = s.options.kept_bottlenecks
-    bottlenecks = [s.new_bottleneck() for _ in s.layers] if kept else [s.new_bottleneck()] * len(s.layers)
+    keep = s.options.kept_bottlenecks
+    bottlenecks = [s.new_bottleneck() for _ in s.layers] if keep else [s.new_bottleneck()] * len(s.layers)
     for i, (layer, b) in enumerate(zip(s.layers, bottlenecks, strict=True)):
         masks, offset = s.masks[i], s.layer_channels(i)
         norm1 = (2 * i, layer.norm1_weight, layer.norm1_bias, stats)
@@ -130,7 +130,7 @@ def run_layers(stage: Stage, inputs: list[Tensor], features: Tensor, frozen_stat
         kernels.conv3x3_forward(b, scale, shift, layer.conv2_weight, *dropout, features, offset, mean, m2)
         if s.hidden:
             kernels.squeeze_excite_forward(features, offset, mean, m2, *layer.squeeze_excite, *s.gates(gates[i]))
-    return moments, stats, gates, torch.stack(bottlenecks) if kept else s.empty(0, dtype=s.x.dtype)
+    return moments, stats, gates, torch.stack(bottlenecks) if keep else s.empty(0, dtype=s.x.dtype)
 
 
 def run_layers_backward(stage: Stage, features, source, grad, coef, stats, gates, bottlenecks, dparams):

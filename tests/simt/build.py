@@ -84,12 +84,12 @@ def _add(library: native.Library, directory: Path, paths, flags: list[str]):
 
 @contextlib.contextmanager
 def _in_root():
-    before = os.getcwd()
+    directory = os.getcwd()
     os.chdir(ROOT)
     try:
         yield
     finally:
-        os.chdir(before)
+        os.chdir(directory)
 
 
 @contextlib.contextmanager
