@@ -110,7 +110,7 @@ def _measure_variant(specs, rounds, main, args, deadline, progress):
 def print_rows(specs, args, began):
     """Check, measure and print each row as soon as there is one; returns the results."""
     try:
-        agreed = [asdict(result) for result in agreement.check(specs)]
+        agreed = agreement.check(specs)
     except agreement.DisagreementError as error:
         sys.exit(f"The implementations disagree: nothing was measured.\n{error}")
     table = memory_report.Table(args.device, [spec.implementation for spec in specs])

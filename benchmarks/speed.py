@@ -94,14 +94,12 @@ def _sweep_arguments(parser, args):
 
 def sweep(args):
     description = environment.begin(max(args.threads))
-    rows = batches.measure(
-        lambda size: workloads.find(args.workloads[0], args.dtype, size, args.quick),
-        args.implementations,
-        args.batch_sizes,
-        args.threads,
-        args.rounds,
-        time.monotonic() + args.time_limit,
-    )
+    deadline = time.monotonic() + args.time_limit
+
+    def workload_of(size):
+        return workloads.find(args.workloads[0], args.dtype, size, args.quick)
+
+    rows = batches.measure(workload_of, args.implementations, args.batch_sizes, args.threads, args.rounds, deadline)
     title = workloads.find(args.workloads[0], args.dtype, tiny=args.quick).title
     return {"benchmark": "batches", "machine": description, "title": title, "rows": rows}
 

@@ -1,4 +1,4 @@
-"""What PyTorch users would write in place of each kernel op: compositions of its operators, on random tensors.
+"""Compositions of PyTorch's operators that users would write in place of each kernel op, on random tensors.
 
 Forward compositions run without gradients; a backward one is what autograd does for the forward one, all gradients of it.
 Concatenations are of a layer's real parts. A fused op does a little more than its composition here (it also takes moments
@@ -68,7 +68,7 @@ class Composition:
         return lambda: (slot.copy_(x), torch.var_mean(x, (0, 2, 3)))
 
     def bottleneck(self):
-        """Of the parts that a layer really has: the block's input and each earlier layer's output."""
+        """It reads the parts that a layer really has: the block's input and each earlier layer's output."""
         c, k = self.size.channels, self.size.growth
         layers = max(0, (c - 1) // k - 1)
         parts = [self.maps(c - layers * k), *(self.maps(k) for _ in range(layers))]

@@ -41,7 +41,7 @@ def add_device(parser):
 
 
 def add_threads(parser):
-    parser.add_argument("--threads", type=int, default=ALL_THREADS)
+    parser.add_argument("--threads", type=int, default=ALL_THREADS, help="default: all")
 
 
 def begin(threads, device="cpu", **more):

@@ -66,4 +66,7 @@ IMPLEMENTATIONS = {
 
 EAGER = tuple(name for name, i in IMPLEMENTATIONS.items() if i.runner == "eager" and i.dtype is None)
 ON_CPU = tuple(name for name, i in IMPLEMENTATIONS.items() if i.runner != "graph" and i.dtype is None)
-ON_GPU = tuple(name for name in IMPLEMENTATIONS if name.startswith(("plain", "checkpoint", "fused", "compile")))
+ON_GPU = (
+    *("plain", "plain-channels-last", "plain-graph", "checkpoint", "checkpoint-channels-last", "compile-channels-last"),
+    *("fused", "fused-channels-last", "fused-graph", "fused-kept-channels-last"),
+)

@@ -6,13 +6,13 @@ not give back or reuse: glibc serves tensors under its threshold (at most 32 MB)
 figure may lie above the peak that the profiler sees, and below it where a buffer was allocated but not touched.
 """
 
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor
 
-from bench import BENCHMARKS
+import torch
+
+from bench.steps import TrainingStep
 
 STATUS = "/proc/self/status"
 
@@ -21,29 +21,13 @@ def resident_growth(spec, threads):
     """Bytes, measured in a new process; None where the system has no /proc."""
     if not os.path.exists(STATUS):
         return None
-    request = json.dumps({"spec": asdict(spec), "threads": threads})
-    path = os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "bench.resident", request]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
-    if done.returncode:
-        raise RuntimeError(f"the resident set of {spec} could not be measured:\n{done.stderr}")
-    return json.loads(done.stdout)
-
-
-def _read(field):
-    # VmHWM and not getrusage's ru_maxrss, which a child inherits from its parent
-    with open(STATUS) as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_measure, spec, threads).result()
 
 
 def _measure(spec, threads):
-    import torch
-
-    from bench.networks import Spec
-    from bench.steps import TrainingStep
-
     torch.set_num_threads(threads)
-    step = TrainingStep(Spec(**spec))
+    step = TrainingStep(spec)
     try:
         with open("/proc/self/clear_refs", "w") as clear:
             clear.write("5")  # resets VmHWM; where it may not be written, VmHWM still is at least the warm-up's
@@ -54,5 +38,7 @@ def _measure(spec, threads):
     return _read("VmHWM") - start
 
 
-if __name__ == "__main__":
-    print(json.dumps(_measure(**json.loads(sys.argv[1]))))
+def _read(field):
+    # VmHWM and not getrusage's ru_maxrss, which a child inherits from its parent
+    with open(STATUS) as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))

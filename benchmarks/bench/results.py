@@ -16,7 +16,7 @@ REPORTS = {
     "scaling": "bench.scaling",
     "speed": "bench.cpu.speed_report",
     "batches": "bench.cpu.batches",
-    "kernels": "bench.cpu.kernels_report",
+    "kernels": "bench.cpu.kernels",
     "phases": "bench.cpu.phases",
     "largest_batch": "bench.largest",
     "gpu": "bench.gpu.report",

@@ -9,6 +9,7 @@ import torch
 from bench import results
 from bench.gpu import gradients, groups, kernels, report, steps, targets
 from bench.gpu.groups import Request
+from bench.implementations import ON_GPU
 from bench.kernel_cases import tiny_cases
 from bench.networks import build_batch, build_model
 from bench.roofline import STORAGE_BYTES, op_bytes, step_bytes
@@ -67,6 +68,7 @@ def test_shares_add_up(device):
     chosen = Request(device, words=("densenet121",)).groups()
     assert [g.net for g in chosen] == ["densenet121"] * 2
     assert sum(g.share for g in chosen) == pytest.approx(1)
+    assert {name for g in groups.GROUPS for name in g.implementations} == set(ON_GPU)
 
 
 @pytest.mark.parametrize(("net", "variant", "parameters"), [("densenet121", "A+B", 7978856), ("cifar", "", 800032)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bench.compositions import COMPOSITIONS, Composition
-from bench.cpu.kernels_report import REASONS
+from bench.cpu.kernels import REASONS
 from bench.kernel_arguments import EPS
 from bench.roofline import FORMULAS, Size, step_ops
 from bench.workloads import find

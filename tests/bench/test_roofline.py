@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench import machine_rates, roofline
-from bench.cpu.steps import new_step
 from bench.kernel_cases import PAIRS, cpu_cases, gpu_cases, tiny_cases
 from bench.networks import Spec, build_batch, build_model
 from bench.workloads import find
@@ -138,13 +137,6 @@ def test_rates_are_the_best_samples():
     assert text.endswith("bfloat16 product on AMX 2000 GFLOP/s at best, 1000 in the median")
     assert (machine_rates.AMX in machine.samples()) == machine.amx
     assert all(sample() > 0 for sample in machine.samples().values())
-
-
-def test_counted_step_is_the_plain_networks():
-    step = new_step(find("cifar", tiny=True), "plain")
-    with FlopCounterMode(display=False) as counter:
-        step.forward().backward()
-    assert roofline.step_flops(step.spec.architecture(), step.spec.batch_size) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("cases", [tiny_cases(), gpu_cases(), cpu_cases(), cpu_cases(tiny=True)])

@@ -5,12 +5,13 @@ import time
 
 import pytest
 import torch
-from bench import results
-from bench.cpu import speed_report, speed_run, steps
+from bench import results, steps
+from bench.cpu import speed_report, speed_run
 from bench.implementations import EAGER, IMPLEMENTATIONS
 from bench.networks import Spec
 from bench.runner.journal import Findings, Journal
 from bench.workloads import find
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def measure(journal, name, implementations, rounds=1, seconds=300.0, dtype="float32"):
@@ -41,10 +42,14 @@ def test_eager_implementations_are_right_and_timed(journal, name):
 
 
 def test_limits_in_the_rows(journal):
-    """The ratios are time over time."""
+    """Operations are those that torch counts for the plain network; the ratios are time over time."""
     rows = measure(journal, "cifar", ["plain", "fused"], rounds=2)
+    step = steps.new_step(find("cifar", tiny=True), "plain")
+    with FlopCounterMode(display=False) as counter:
+        step.forward().backward()
     rates = Findings(journal.path).facts["rates cifar"]
     for row in rows.values():
+        assert row["flops"] == counter.get_total_flops()
         assert row["of_arithmetic"] == pytest.approx(row["seconds"] / (row["flops"] / rates["flops"]))
         assert row["of_bytes"] == pytest.approx(row["seconds"] / (row["bytes"] / rates["bytes"]))
 
@@ -92,7 +97,7 @@ def test_running_statistics_taken_in_twice_are_a_remark(journal):
 
 
 def test_implementation_that_fails_has_a_row(journal, monkeypatch):
-    """Whatever it raises, and wherever; the others are measured."""
+    """It may raise anything anywhere; the others are measured."""
 
     class Failing(steps.TimedStep):
         def forward(self):

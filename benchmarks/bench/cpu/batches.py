@@ -7,7 +7,7 @@ half the time with twice the threads. All sizes and numbers of threads are timed
 import torch
 from tqdm import tqdm
 
-from bench.cpu.steps import new_step
+from bench.steps import new_step
 from bench.tables import Column, paragraphs, quantiles_column, table_of
 from bench.timing import interleave, quantile_row, self_timed
 

@@ -11,9 +11,9 @@ from collections import defaultdict
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import roofline
-from bench.cpu.steps import new_step
 from bench.machine_rates import RateSamples
 from bench.roofline import STORAGE_BYTES, floor_seconds, op_bytes, op_flops, rates_text, step_ops
+from bench.steps import new_step
 from bench.tables import Column, paragraphs, table_of
 from bench.timing import interleave, quantiles, self_timed
 

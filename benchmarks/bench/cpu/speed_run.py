@@ -12,18 +12,34 @@ from dataclasses import replace
 import torch
 
 from bench import agreement, environment, roofline, workloads
-from bench.cpu.steps import left_out, new_step
 from bench.implementations import IMPLEMENTATIONS
 from bench.machine_rates import RateSamples
 from bench.memory_meter import measure_memory
 from bench.networks import build_model
 from bench.runner.journal import Journal
+from bench.steps import new_step
 from bench.tables import first_line
 from bench.timing import interleave, quantile_row, quantiles, self_timed
 
 PREPARING = 0.6  # of a workload's time: no implementation is begun later
 COMPILING, RUNNING = 1500, 300  # seconds that a cell may take before its process is taken for hanging
 COMPARED = ("outputs", "gradients")
+RECOMPUTING = ("checkpoint", "selective", "torchvision-efficient", "compile-budget", "fused-kept")
+
+
+def left_out(name, workload):
+    """The reason why an implementation has no place in a workload, or None."""
+    if name == "saved-on-cpu":
+        return "moves saved tensors from a GPU to the CPU, and here they are there"
+    if not workload.training and name.startswith(RECOMPUTING):
+        return "differs in what is kept for backward, and inference has none"
+    if workload.training and IMPLEMENTATIONS[name].freeze:
+        return "makes weights constant, for inference only"
+    if name.startswith("torchvision") and workload.spec.variant:
+        return "has neither Drop-Channel nor squeeze-and-excitation"
+    if workload.masked and name.startswith("compile-budget"):
+        return "recomputes masks wrongly (pytorch#190758): the others are what is left to compare with"
+    return None
 
 
 def work(args):
@@ -33,16 +49,8 @@ def work(args):
     description = environment.describe("cpu")
     del description["command"]  # that of a worker, in whatever folder
     journal.fact("machine", description)
-    measure(
-        journal,
-        args.workloads,
-        args.implementations,
-        time.monotonic() + args.seconds,
-        dtype=args.dtype,
-        rounds=args.rounds,
-        batch_size=args.batch_size,
-        tiny=args.quick,
-    )
+    settings = {"dtype": args.dtype, "rounds": args.rounds, "batch_size": args.batch_size, "tiny": args.quick}
+    measure(journal, args.workloads, args.implementations, time.monotonic() + args.seconds, **settings)
 
 
 def choose_implementations(names, workload, dtype):

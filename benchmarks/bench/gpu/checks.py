@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 # Small shapes, every kernel op, two types: racecheck is the slower tool.
@@ -33,10 +32,13 @@ def build_summary(process):
 
 # ---- the test suite ----------------------------------------------------------------------------------------------------
 
+TESTS_ENVIRONMENT = {"COLUMNS": "400"}  # pytest cuts the lines of its summary
+OUTCOMES = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
 
-def tests_command(junit, expression, workers=1, paths=()):
+
+def tests_command(expression, workers=1, paths=()):
     """pytest on what `expression` selects; spread over that many processes where pytest-xdist is installed."""
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={junit}", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "--tb=short"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(workers if workers > 1 else 0)]
     if expression:
@@ -44,52 +46,32 @@ def tests_command(junit, expression, workers=1, paths=()):
     return [*command, *paths]
 
 
-def tests_summary(process, junit):
-    """Counts and the names of what failed: from pytest's summary, or from its output where there is none."""
+def tests_summary(process):
+    """Counts and what failed, from pytest's output: there are some of a run that was ended, too."""
     found = process.summary()
-    counts = read_junit(junit) if Path(junit).exists() else None
-    if counts is None:
-        counts = read_verbose(process.text())
-        found["note"] = "pytest wrote no summary: counted from its output"
     if found["status"] == 5:
         found["note"] = "no test was selected"
     elif found["status"] not in (0, 1):
         found["output"] = process.tail()
-    return found | counts
-
-
-def read_junit(path):
-    """Counts of a junit file, None where it cannot be read; the first line of what each failed test says."""
-    try:
-        cases = ElementTree.parse(path).getroot().iter("testcase")
-    except (ElementTree.ParseError, OSError):
-        return None
-    counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, []
-    for case in cases:
-        problem = case.find("failure") if case.find("failure") is not None else case.find("error")
-        if problem is not None:
-            counts["failed"] += 1
-            message = (problem.get("message") or "").strip().splitlines()
-            failures.append(f"{case.get('classname')}::{case.get('name')}: {message[0][:200] if message else ''}")
-        else:
-            counts["skipped" if case.find("skipped") is not None else "passed"] += 1
-    return counts | {"failures": failures[:100]}
+    return found | read_verbose(process.text())
 
 
 def read_verbose(text):
-    """Counts of the lines that `pytest -v` printed, with or without pytest-xdist."""
-    counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, []
-    names = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
+    """Counts of the lines that `pytest -v` printed, with or without pytest-xdist, and the first line of each failure: from
+    the summary, which a killed run lacks."""
+    counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, {}
+    names = "|".join(OUTCOMES)
+    spread, alone = rf"\[gw\d+\] \[\s*\d+%\] ({names}) (\S+::.+)", rf"(\S+::.+) ({names})\b"
     for line in text.splitlines():
-        spread = re.match(r"\[gw\d+\] \[\s*\d+%\] (PASSED|FAILED|ERROR|SKIPPED) (\S+)", line)
-        alone = re.match(r"(\S+::\S+) (PASSED|FAILED|ERROR|SKIPPED)", line)
-        if not spread and not alone:
-            continue
-        outcome, name = spread.groups() if spread else alone.groups()[::-1]
-        counts[names[outcome]] += 1
-        if names[outcome] == "failed":
-            failures.append(name)
-    return counts | {"failures": failures[:100]}
+        if match := re.match(r"(FAILED|ERROR) (\S+::.+)", line):
+            test, _, message = match[2].partition(" - ")
+            failures[test] = f"{test}: {message[:200]}"
+        elif match := re.match(spread, line) or re.match(alone, line):
+            outcome, test = sorted(match.groups(), key=lambda word: word not in OUTCOMES)
+            counts[OUTCOMES[outcome]] += 1
+            if OUTCOMES[outcome] == "failed":
+                failures[test.strip()] = test.strip()
+    return counts | {"failures": list(failures.values())[:100]}
 
 
 # ---- compute-sanitizer -------------------------------------------------------------------------------------------------

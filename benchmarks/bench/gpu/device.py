@@ -21,7 +21,6 @@ def open_device(simulated):
 
 class CudaDevice:
     name = "cuda"
-    simulated = False
     # matrix products and copies that measure the ceilings; the flush between runs is several times the L2 cache
     product_size = 8192
     copy_bytes = 2 << 30
@@ -65,14 +64,14 @@ class CudaDevice:
     def lost(self):
         """True if an error has made the device useless to this process, as an illegal access does."""
         try:
-            torch.cuda.synchronize()
+            self.synchronize()
         except RuntimeError:
             return True
         return False
 
     def seconds(self, function):
         """Device time of one call, from an idle device: what the host takes to queue it counts where the device waits."""
-        torch.cuda.synchronize()
+        self.synchronize()
         return self._between_events(function)
 
     def seconds_after_flush(self, function, host_seconds):
@@ -167,7 +166,6 @@ class SimulatedDevice(CudaDevice):
     """The CPU in a GPU's place: what is measured means nothing, but every line that measures is run."""
 
     name = "cpu"
-    simulated = True
     product_size = 64
     copy_bytes = 1 << 16
     flush_bytes = 1 << 16
@@ -184,12 +182,6 @@ class SimulatedDevice(CudaDevice):
 
     def synchronize(self):
         pass
-
-    def lost(self):
-        return False
-
-    def seconds(self, function):
-        return self._between_events(function)
 
     def seconds_after_flush(self, function, host_seconds):
         return self._between_events(function)

@@ -49,7 +49,6 @@ GROUPS = (
     Group("densenet121", "float32", 256, 0.17, DENSENET121),
     Group("cifar", "float32", 256, 0.06, CIFAR),
 )
-IMPLEMENTATIONS = tuple(dict.fromkeys(CIFAR + DENSENET121))
 
 # DenseNet-121 ends with 2x2 pixels: the gradient of a norm over two values is all rounding.
 TINY = {"growth_rate": 4, "batch_size": 2}

@@ -129,13 +129,12 @@ def check(run):
 
 
 def _start_tests(run):
-    junit = run.folder / "junit.xml"
     if run.args.simulate:
-        command = checks.tests_command(junit, checks.REHEARSED, 1, (checks.KERNEL_TESTS,))
+        command = checks.tests_command(checks.REHEARSED, 1, (checks.KERNEL_TESTS,))
     else:
-        command = checks.tests_command(junit, run.args.tests, max(1, min(12, len(os.sched_getaffinity(0)) - 4)))
-    process = Process(command, run.folder / "tests.log", run.limit("tests"))
-    return process, lambda p: run.results.update(tests=checks.tests_summary(p, junit))
+        command = checks.tests_command(run.args.tests, max(1, min(12, len(os.sched_getaffinity(0)) - 4)))
+    process = Process(command, run.folder / "tests.log", run.limit("tests"), checks.TESTS_ENVIRONMENT)
+    return process, lambda p: run.results.update(tests=checks.tests_summary(p))
 
 
 def _start_sanitizers(run):

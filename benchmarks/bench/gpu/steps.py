@@ -12,8 +12,8 @@ import time
 import torch
 
 from bench.gpu.gradients import check_gradients
-from bench.gpu.step import GpuStep, Sample
 from bench.implementations import IMPLEMENTATIONS
+from bench.steps import GpuStep, Sample
 from bench.tables import first_line
 from bench.timing import interleave, quantile_row
 
