@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from bench.implementations import IMPLEMENTATIONS
-from bench.roofline import Architecture
 from bench.selective_checkpoint import checkpoint_selectively
 from densenet_ext import DenseNetBC, set_fallback
 
@@ -67,17 +66,13 @@ class Spec:
         """Dense layers of each block."""
         return tuple(self.blocks) or ((self.depth - 4) // 6,) * 3
 
-    def architecture(self):
-        """The numbers that roofline.py counts with."""
-        return Architecture(
-            self.layers,
-            self.growth_rate,
-            self.size,
-            2 * self.growth_rate,
-            self.small_inputs,
-            squeeze_excite="B" in self.variant,
-            classes=self.num_classes,
-        )
+    @property
+    def stem_channels(self):
+        return 2 * self.growth_rate
+
+    @property
+    def squeeze_excite(self):
+        return "B" in self.variant
 
     def new_network(self):
         """The network as its constructor leaves it."""
@@ -116,17 +111,16 @@ def _torchvision_network(spec):
         raise ValueError(
             f"variant is {spec.variant!r}; torchvision has neither Drop-Channel nor squeeze-and-excitation"
         )
-    stem = 2 * spec.growth_rate
     model = torchvision.models.DenseNet(
         spec.growth_rate,
         spec.layers,
-        stem,
+        spec.stem_channels,
         drop_rate=0.2 if spec.variant == "vanilla" and spec.random else 0.0,
         num_classes=spec.num_classes,
         memory_efficient=spec.traits.network == "torchvision-efficient",
     )
     if spec.small_inputs:
-        model.features.conv0 = torch.nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        model.features.conv0 = torch.nn.Conv2d(3, spec.stem_channels, 3, padding=1, bias=False)
         for name in ("norm0", "relu0", "pool0"):
             delattr(model.features, name)
     return model

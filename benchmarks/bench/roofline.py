@@ -102,45 +102,31 @@ def rates_text(rates):
     return text
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A DenseNet by its numbers, enough to count a training step's bytes."""
-
-    blocks: tuple
-    growth: int
-    size: int  # height and width of the images
-    stem_channels: int
-    small_inputs: bool = True
-    bottleneck: int = 4  # width of a bottleneck in units of growth
-    squeeze_excite: bool = False
-    classes: int = 100
-
-
-def step_ops(net, samples, keep_bottleneck=False, training=True):
-    """(op, Size) of every kernel op in a fused step, block for block; of inference where not training."""
-    size, channels, width = net.size, net.stem_channels, net.bottleneck * net.growth
-    if not net.small_inputs:
+def step_ops(spec, keep_bottleneck=False, training=True):
+    """(op, Size) of every kernel op in a fused step of a `Spec`, block for block; of inference where not training."""
+    samples, size, channels, growth = spec.batch_size, spec.size, spec.stem_channels, spec.growth_rate
+    if not spec.small_inputs:
         stem = Size(samples, size // 2, size // 2, channels)
         yield from ((f"stem_{direction}", stem) for direction in ("forward", "backward")[: 1 + training])
         size //= 4
-    ops = ["bottleneck_forward", "conv3x3_forward"] + ["squeeze_excite_forward"] * net.squeeze_excite
+    ops = ["bottleneck_forward", "conv3x3_forward"] + ["squeeze_excite_forward"] * spec.squeeze_excite
     if training:
-        ops += ["conv3x3_backward"] + ["squeeze_excite_backward"] * net.squeeze_excite
-    for i, layers in enumerate(net.blocks):
+        ops += ["conv3x3_backward"] + ["squeeze_excite_backward"] * spec.squeeze_excite
+    for i, layers in enumerate(spec.layers):
         entering = Size(samples, size, size, channels)
         yield "append", entering
         if training:
             yield "finish_gradient", entering
         for layer in range(layers):
-            s = Size(samples, size, size, channels, width, net.growth)
+            s = Size(samples, size, size, channels, 4 * growth, growth)
             yield from ((op, s) for op in ops)
             if training:
-                earlier = channels - net.growth if layer and not keep_bottleneck else 0
+                earlier = channels - growth if layer and not keep_bottleneck else 0
                 yield "bottleneck_backward", replace(s, earlier=earlier)
                 if layer + 1 == layers and not keep_bottleneck:
                     yield "bottleneck_forward", s
-            channels += net.growth
-        last = i + 1 == len(net.blocks)
+            channels += growth
+        last = i + 1 == len(spec.layers)
         s = Size(samples, size, size, channels, outputs=0 if last else channels // 2)
         for direction in ("forward", "backward")[: 1 + training]:
             yield f"{'head' if last else 'transition'}_{direction}", s
@@ -148,55 +134,56 @@ def step_ops(net, samples, keep_bottleneck=False, training=True):
             size, channels = size // 2, s.outputs
 
 
-def step_bytes(net, samples, e, keep_bottleneck=False, training=True):
+def step_bytes(spec, keep_bottleneck=False, training=True):
     """Bytes of a fused training step (forward, backward with the bottlenecks computed again unless kept, optimizer), or of
     inference.
 
     The first convolution is counted as PyTorch computes it; everything else by the formulas above.
     """
-    ops = list(step_ops(net, samples, keep_bottleneck, training))
-    total = stem_bytes(net, samples, e, training) + sum(op_bytes(op, s, e) for op, s in ops)
+    e = STORAGE_BYTES[spec.dtype]
+    total = stem_bytes(spec, training) + sum(op_bytes(op, s, e) for op, s in step_ops(spec, keep_bottleneck, training))
     # SGD: weight, gradient and momentum read, two of them written
-    return total + (5 * parameters(net) * ARITHMETIC_BYTES if training else 0)
+    return total + (5 * parameters(spec) * ARITHMETIC_BYTES if training else 0)
 
 
-def parameters(net):
+def parameters(spec):
     """Weights of the convolutions after the stem and of the classifier: all but a few."""
-    counts = {
-        "bottleneck_forward": lambda s: s.bottleneck * s.channels,
-        "conv3x3_forward": lambda s: 9 * s.bottleneck * s.growth,
-        "transition_forward": lambda s: s.outputs * s.channels,
-        "head_forward": lambda s: s.channels * net.classes,
-    }
-    return sum(counts[op](s) for op, s in step_ops(net, 1, training=False) if op in counts)
+    total = 0
+    for op, s in step_ops(spec, training=False):
+        if op == "conv3x3_forward":
+            total += 9 * s.bottleneck * s.growth
+        elif op in ("bottleneck_forward", "transition_forward", "head_forward"):
+            total += s.channels * (s.bottleneck or s.outputs or spec.num_classes)
+    return total
 
 
-def step_flops(net, samples, training=True):
+def step_flops(spec, training=True):
     """Operations of the plain network's convolutions and classifier, computed directly: forward and both gradients.
 
     torch.utils.flop_counter counts as many. A transition's convolution comes before its pooling here; the images need no
     gradient.
     """
     times, total = 3 if training else 1, 0
-    for op, s in step_ops(net, samples, True, training=False):
+    for op, s in step_ops(spec, True, training=False):
         if op == "transition_forward":
             total += 2 * s.rows * s.channels * s.outputs
         elif op == "squeeze_excite_forward":
-            total += 2 * samples * 2 * s.growth * max(1, s.growth // 16)
+            total += 2 * s.samples * 2 * s.growth * max(1, s.growth // 16)
         elif op == "head_forward":
-            total += 2 * samples * s.channels * net.classes
+            total += 2 * s.samples * s.channels * spec.num_classes
         else:
             total += op_flops(op, s)
-    return times * total + (times - training) * stem_flops(net, samples)
+    return times * total + (times - training) * stem_flops(spec)
 
 
-def stem_flops(net, samples):
+def stem_flops(spec):
     """Operations of the first convolution in one direction."""
-    side, kernel = (net.size, 3) if net.small_inputs else (net.size // 2, 7)
-    return 2 * samples * side**2 * kernel**2 * 3 * net.stem_channels
+    side, kernel = (spec.size, 3) if spec.small_inputs else (spec.size // 2, 7)
+    return 2 * spec.batch_size * side**2 * kernel**2 * 3 * spec.stem_channels
 
 
-def stem_bytes(net, samples, e, training=True):
+def stem_bytes(spec, training=True):
     """Bytes of the first convolution: forward, and the gradient of the weight."""
-    side = net.size if net.small_inputs else net.size // 2
-    return samples * (net.size**2 * 3 + side**2 * net.stem_channels) * e * (1 + training)
+    side = spec.size if spec.small_inputs else spec.size // 2
+    values = spec.batch_size * (spec.size**2 * 3 + side**2 * spec.stem_channels)
+    return values * STORAGE_BYTES[spec.dtype] * (1 + training)

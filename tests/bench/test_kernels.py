@@ -56,7 +56,7 @@ def test_phases(run, workload):
         assert sum(r["milliseconds"] for r in rows) == pytest.approx(facts["profiled_milliseconds"], rel=0.5)
         spec = find(workload, tiny=True).spec
         calls, found = {}, {}
-        for op, size in step_ops(spec.architecture(), spec.batch_size, name == "fused-kept"):
+        for op, size in step_ops(spec, name == "fused-kept"):
             calls[op, size.height] = calls.get((op, size.height), 0) + 1
         for r in rows:
             if r["phase"] in FORMULAS and r["phase"] != "fold_norm":

@@ -11,7 +11,7 @@ from bench.networks import Spec, build_batch, build_model
 from bench.workloads import find
 from torch.utils.flop_counter import FlopCounterMode
 
-IMAGENET = find("densenet121").spec.architecture()
+IMAGENET = find("densenet121", "bfloat16", 256).spec
 NETWORKS = [
     Spec("plain", "", depth=22, growth_rate=8, size=16, batch_size=3),
     Spec("plain", "A+B", depth=16, size=8, batch_size=2),
@@ -27,7 +27,7 @@ def test_operations_are_those_that_torch_counts(spec, training):
         loss = F.cross_entropy(model(images), labels)
         if training:
             loss.backward()
-    assert roofline.step_flops(spec.architecture(), spec.batch_size, training) == counter.get_total_flops()
+    assert roofline.step_flops(spec, training) == counter.get_total_flops()
 
 
 # M = 48 pixels, 12 after pooling, N = 2, C = 24, K2 = 32, k = 8, O = 12; e = 2, a = 4
@@ -85,28 +85,28 @@ def test_additions_of_computing_an_earlier_bottleneck_again():
 def test_bytes_of_a_step_are_near_what_was_designed_for():
     """DenseNet-121, batch 256, bfloat16: 51 to 60 GB with a stem of PyTorch's operators, of which the fused one avoids a
     part, and with x read again for every recomputed convolution; without those less."""
-    whole = roofline.step_bytes(IMAGENET, 256, 2)
+    whole = roofline.step_bytes(IMAGENET)
     assert 40e9 < whole < 50e9
-    assert roofline.step_bytes(IMAGENET, 256, 2, keep_bottleneck=True) < whole
-    assert roofline.step_bytes(IMAGENET, 128, 2) < 0.51 * whole
-    assert 1.9 * whole < roofline.step_bytes(IMAGENET, 256, 4) < 2 * whole
+    assert roofline.step_bytes(IMAGENET, keep_bottleneck=True) < whole
+    assert roofline.step_bytes(replace(IMAGENET, batch_size=128)) < 0.51 * whole
+    assert 1.9 * whole < roofline.step_bytes(replace(IMAGENET, dtype="float32")) < 2 * whole
 
 
 def test_bytes_of_inference():
     """Forward's share: each op once, no optimizer, so less than half of training."""
-    net = Spec(variant="").architecture()
-    assert roofline.step_bytes(net, 64, 4, training=False) < 0.4 * roofline.step_bytes(net, 64, 4)
-    ops = [op for op, _ in roofline.step_ops(net, 64, training=False)]
+    spec = Spec(variant="")
+    assert roofline.step_bytes(spec, training=False) < 0.4 * roofline.step_bytes(spec)
+    ops = [op for op, _ in roofline.step_ops(spec, training=False)]
     assert ops.count("bottleneck_forward") == ops.count("conv3x3_forward") == 48
     assert ops.count("append") == 3 and ops.count("transition_forward") == 2 and ops.count("head_forward") == 1
 
 
 def test_bytes_of_the_stem():
     """DenseNet-121, batch 8, float32: x of 8x64x112x112, read three times and its gradient written, and the pooled maps."""
-    x = 8 * 64 * 112**2 * 4
-    parts = [roofline.op_bytes(op, s, 4) for op, s in roofline.step_ops(IMAGENET, 8) if "stem" in op]
+    spec, x = find("densenet121").spec, 8 * 64 * 112**2 * 4
+    parts = [roofline.op_bytes(op, s, 4) for op, s in roofline.step_ops(spec) if "stem" in op]
     assert parts == [1.25 * x, 2.25 * x]
-    assert roofline.stem_bytes(IMAGENET, 8, 4) == 2 * (x + 8 * 3 * 224**2 * 4)
+    assert roofline.stem_bytes(spec) == 2 * (x + 8 * 3 * 224**2 * 4)
 
 
 def test_parameters_are_the_networks():
@@ -114,7 +114,7 @@ def test_parameters_are_the_networks():
     spec = Spec("plain", "", depth=22)
     model = build_model(spec)
     counted = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "conv0" not in name)
-    assert roofline.parameters(spec.architecture()) == counted
+    assert roofline.parameters(spec) == counted
 
 
 def test_floor_is_the_longer_of_bytes_and_operations():

@@ -93,19 +93,18 @@ def _phase(part, name):
 
 def floors(spec, keep_bottleneck, rates):
     """{(part, phase, size): seconds} that no version takes less than."""
-    net, n, e = spec.architecture(), spec.batch_size, STORAGE_BYTES[spec.dtype]
-    found = defaultdict(float)
-    forward = list(step_ops(net, n, keep_bottleneck, training=False))
-    both = list(step_ops(net, n, keep_bottleneck))
+    found, e = defaultdict(float), STORAGE_BYTES[spec.dtype]
+    forward = list(step_ops(spec, keep_bottleneck, training=False))
+    both = list(step_ops(spec, keep_bottleneck))
     for op, size in forward:
         both.remove((op, size))
     for part, ops in (("forward", forward), ("backward", both)):
         for op, size in ops:
             found[part, op, size.height] += floor_seconds(op_bytes(op, size, e), op_flops(op, size), rates)
-        moved = roofline.stem_bytes(net, n, e, training=False)
-        moved = moved if part == "forward" else roofline.stem_bytes(net, n, e) - moved
-        found[part, "stem", 0] = floor_seconds(moved, roofline.stem_flops(net, n), rates)
-    parameters = roofline.parameters(net)
+        # forward and backward of the first convolution move as much
+        moved = roofline.stem_bytes(spec, training=False)
+        found[part, "stem", 0] = floor_seconds(moved, roofline.stem_flops(spec), rates)
+    parameters = roofline.parameters(spec)
     found["optimizer", "optimizer", 0] = 5 * parameters * roofline.ARITHMETIC_BYTES / rates["bytes"]
     return found
 
@@ -128,7 +127,7 @@ def measure(workload, implementation, rounds, tiny=False):
         row = {"workload": workload.name, "implementation": implementation, "part": part, "phase": phase, "size": size}
         row |= {"calls": profiles[0].get(key, (0, 0))[1], "milliseconds": ms, "floor_milliseconds": floor}
         rows.append(row | {"gap_milliseconds": ms - floor})
-    flops = roofline.step_flops(spec.architecture(), spec.batch_size)
+    flops = roofline.step_flops(spec)
     facts = {
         "workload": workload.name,
         "title": workload.title,

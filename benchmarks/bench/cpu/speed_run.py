@@ -187,9 +187,8 @@ class WorkloadRun:
 
     def against_rates(self, spec, seconds, rates):
         """Operations and bytes of the step, and how many times its time is what the machine needs for them."""
-        net, training, e = spec.architecture(), self.workload.training, roofline.STORAGE_BYTES[spec.dtype]
-        flops = roofline.step_flops(net, spec.batch_size, training)
-        moved = roofline.step_bytes(net, spec.batch_size, e, training=training)
+        flops = roofline.step_flops(spec, self.workload.training)
+        moved = roofline.step_bytes(spec, training=self.workload.training)
         return {
             "flops": flops,
             "bytes": moved,

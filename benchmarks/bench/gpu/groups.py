@@ -83,7 +83,3 @@ class Request:
             sizes |= TINY | {"size": TINY_SIZE[group.net]}
         spec = replace(spec_of_network(group.net, self.tiny), **sizes)
         return replace(spec, implementation=implementation, dtype=group.dtype, device=self.device.name)
-
-    def architectures(self):
-        """{net: Architecture} of all networks."""
-        return {group.net: self.spec(group, "fused").architecture() for group in GROUPS}

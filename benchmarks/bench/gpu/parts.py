@@ -4,7 +4,8 @@ import time
 
 from bench.gpu import kernels, steps
 from bench.gpu.device import open_device
-from bench.gpu.groups import Request
+from bench.gpu.groups import GROUPS, Request
+from bench.roofline import step_bytes
 from bench.runner.journal import Findings, Journal
 
 
@@ -23,6 +24,6 @@ def work(args):
     elif args.worker == "profile":
         steps.count_kernels(request, journal, deadline)
     else:
-        journal.fact("architectures", {net: vars(a) for net, a in request.architectures().items()})
+        journal.fact("bytes of DenseNet-121", step_bytes(request.spec(GROUPS[0], "fused")))
         compiled = args.folder / "compile.jsonl"
         steps.measure(request, journal, deadline, Findings(compiled).rows if compiled.exists() else None)

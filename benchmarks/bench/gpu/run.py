@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from bench import ROOT, results
-from bench.gpu import checks, report
+from bench.gpu import checks, report, targets
 from bench.implementations import IMPLEMENTATIONS
 from bench.runner.journal import Findings
 from bench.runner.process import Process
@@ -196,15 +196,11 @@ def read_kernels(run, found):
 
 
 def read_steps(run, found):
-    from bench.gpu import targets
-    from bench.roofline import Architecture
-
     rows = run.results["steps"] = found.rows_with("implementation")
     run.results["agreement"] = {k: v for k, v in found.rows.items() if k.endswith(" agreement")}
-    facts = found.facts.get("architectures", {})
-    nets = {net: Architecture(**a | {"blocks": tuple(a["blocks"])}) for net, a in facts.items()}
     bandwidth = (run.results.get("ceilings") or {}).get("bandwidth")
-    run.results["targets"] = [target.row() for target in targets.evaluate(rows, bandwidth, nets)]
+    reached = targets.evaluate(rows, bandwidth, found.facts.get("bytes of DenseNet-121"))
+    run.results["targets"] = [target.row() for target in reached]
 
 
 def read_profile(run, found):

@@ -1,6 +1,5 @@
 """The figures that the CUDA kernels are to reach."""
 
-from bench.roofline import STORAGE_BYTES, step_bytes
 from bench.targets import Target
 
 PLAIN = ("plain", "plain-channels-last")
@@ -9,8 +8,8 @@ COMPILED = ("compile-channels-last",)
 FUSED = ("fused", "fused-channels-last")
 
 
-def evaluate(rows, bandwidth=None, architectures=None):
-    """All targets. `rows` of steps.py; `architectures` {net: Architecture} for the roofline, with a copy's bandwidth."""
+def evaluate(rows, bandwidth=None, moved=None):
+    """All targets. `rows` of steps.py; `moved`: bytes of DenseNet-121's step for the roofline, with a copy's bandwidth."""
 
     def least(figure, cell, names):
         chosen = [r for r in rows if (r["net"], r["dtype"], r["batch_size"]) == cell and r["implementation"] in names]
@@ -21,9 +20,7 @@ def evaluate(rows, bandwidth=None, architectures=None):
         return above / below if above and below else None
 
     imagenet, small = ("densenet121", "bfloat16", 256), ("cifar", "float32", 64)
-    fused, floor = least("seconds", imagenet, FUSED), None
-    if bandwidth and architectures and "densenet121" in architectures:
-        floor = step_bytes(architectures["densenet121"], 256, STORAGE_BYTES["bfloat16"]) / bandwidth
+    fused, floor = least("seconds", imagenet, FUSED), moved / bandwidth if moved and bandwidth else None
     faster, compiled = (ratio("seconds", imagenet, names, FUSED) for names in (PLAIN, COMPILED))
     captured = {t: ratio("seconds", ("cifar", t, 64), PLAIN, ("fused-graph",)) for t in ("float32", "bfloat16")}
     less, less_than_checkpoint = (ratio("peak_bytes", small, names, FUSED) for names in (PLAIN, CHECKPOINT))
