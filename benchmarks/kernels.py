@@ -23,11 +23,10 @@ def parse_arguments(arguments=None):
     add = parser.add_argument
     add("--ops", type=options.names(FORMULAS), default=tuple(FORMULAS), help="some of " + ",".join(FORMULAS))
     add("--nets", type=options.names(NETS), default=NETS, help=",".join(NETS))
-    add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--rounds", type=int, default=9)
     add("--time-limit", type=float, default=900, help="seconds after which no size is begun")
-    add("--quick", action="store_true", help="tiny sizes: no figure means anything")
     environment.add_threads(parser)
+    options.add_quick(parser)
     options.add_outputs(parser)
     return parser.parse_args(arguments)
 

@@ -19,11 +19,10 @@ def parse_arguments(arguments=None):
     fused = [name for name in EAGER if name.startswith("fused")]
     add("--workloads", type=options.names(workloads.TRAINING), default=("cifar",), help=",".join(workloads.TRAINING))
     add("--implementations", type=options.names(fused), default=("fused", "fused-kept"), help=",".join(fused))
-    add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--batch-size", type=int)
     add("--rounds", type=int, default=7)
-    add("--quick", action="store_true", help="tiny networks: no figure means anything")
     environment.add_threads(parser)
+    options.add_quick(parser)
     options.add_outputs(parser)
     return parser.parse_args(arguments)
 

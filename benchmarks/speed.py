@@ -52,7 +52,6 @@ def parse_arguments(arguments=None):
     add("--workloads", type=options.names(workloads.NAMES), help=",".join(workloads.NAMES))
     add("--implementations", type=options.names(ON_CPU), help="some of " + ",".join(ON_CPU))
     add("--no-compile", action="store_true", help="leave out what torch.compile has to compile")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: autocast")
     add("--batch-size", type=int, help="in place of the workloads'")
     add("--rounds", type=int, default=5, help="interleaved steps of each implementation")
     add("--time-limit", type=float, help="seconds after which nothing is begun (default 14400; 600 with --sweep)")
@@ -60,36 +59,33 @@ def parse_arguments(arguments=None):
     add("--keep-pages", action=argparse.BooleanOptionalAction, help="with a malloc that keeps its pages; default: both")
     add("--capability", choices=CAPABILITIES, help="as on a lesser processor: torch and our kernels; with -all, oneDNN and "
         "MKL too")  # fmt: skip
-    add("--quick", action="store_true", help="tiny networks and nothing compiled: no figure means anything")
     add("--compiled", metavar="FOLDER", type=Path, help="where compilers keep and find their results; first steps are "
         "then no measure of compiling")  # fmt: skip
     add("--sweep", action="store_true", help="eager steps of the first workload at several batch sizes and threads")
     add("--batch-sizes", type=options.numbers, default=batches.SIZES, help="of the sweep, default %(default)s")
+    options.add_quick(parser)
     options.add_outputs(parser, "time against peak memory of the first training workload")
     worker.add_options(parser, ALLOCATORS)
     args = parser.parse_args(arguments)
-    if args.sweep:
-        return _sweep_arguments(parser, args)
-    if args.threads and len(args.threads) > 1:
+    if args.sweep and (args.plot or set(args.implementations or ()) - set(EAGER)):
+        parser.error("--sweep takes eager implementations and has no picture")
+    if not args.sweep and len(args.threads or ()) > 1:
         parser.error("several numbers of --threads go with --sweep")
-    args.workloads = args.workloads or workloads.NAMES
-    args.implementations = args.implementations or (EAGER_DEFAULT if args.quick or args.no_compile else DEFAULT)
+    for name, value in (_defaults_of_sweep() if args.sweep else _defaults(args)).items():
+        setattr(args, name, getattr(args, name) or value)
     args.rounds = min(args.rounds, 2) if args.quick else args.rounds
-    args.threads = args.threads or (environment.ALL_THREADS,)
-    args.time_limit = args.time_limit or 14400
     return args
 
 
-def _sweep_arguments(parser, args):
-    args.workloads = args.workloads or ("cifar",)
-    args.implementations = args.implementations or ("fused",)
-    if set(args.implementations) - set(EAGER):
-        parser.error("--sweep takes eager implementations")
-    if args.plot:
-        parser.error("--sweep has no picture")
-    args.threads = args.threads or (1, environment.ALL_THREADS)
-    args.time_limit = args.time_limit or 600
-    return args
+def _defaults(args):
+    implementations = EAGER_DEFAULT if args.quick or args.no_compile else DEFAULT
+    every = {"workloads": workloads.NAMES, "implementations": implementations}
+    return every | {"threads": (environment.ALL_THREADS,), "time_limit": 14400}
+
+
+def _defaults_of_sweep():
+    one = {"workloads": ("cifar",), "implementations": ("fused",)}
+    return one | {"threads": (1, environment.ALL_THREADS), "time_limit": 600}
 
 
 def sweep(args):

@@ -21,46 +21,35 @@ class Implementation:
         return self.network.startswith("fused")
 
 
-_LAST = {"channels_last": True}
-_COMPILE, _GRAPH = {"runner": "compile"}, {"runner": "graph"}
-_EFFICIENT = "torchvision-efficient"
+def _both_layouts(name, label, network=None, last=None, **traits):
+    """An implementation, and the one that computes it in channels last, whose label is `last` where it is another."""
+    network, last = network or name, last or f"{label}, channels last"
+    return {
+        name: Implementation(label, network, **traits),
+        f"{name}-channels-last": Implementation(last, network, channels_last=True, **traits),
+    }
+
+
+_COMPILED = {"network": "plain", "runner": "compile"}
+_GRAPH = {"channels_last": True, "runner": "graph"}
 
 # The order is that of the tables.
 IMPLEMENTATIONS = {
-    "plain": Implementation("plain", "plain"),
-    "plain-channels-last": Implementation("plain, channels last", "plain", **_LAST),
-    "plain-graph": Implementation("plain, channels last, CUDA graph", "plain", **_LAST, **_GRAPH),
-    "torchvision": Implementation("torchvision", "torchvision"),
-    "torchvision-channels-last": Implementation("torchvision, channels last", "torchvision", **_LAST),
-    "torchvision-efficient": Implementation("torchvision, memory_efficient", _EFFICIENT),
-    "torchvision-efficient-channels-last": Implementation(
-        "torchvision, memory_efficient, channels last", _EFFICIENT, **_LAST
-    ),
-    "checkpoint": Implementation("torch.utils.checkpoint", "checkpoint"),
-    "checkpoint-channels-last": Implementation("checkpoint, channels last", "checkpoint", **_LAST),
-    "selective": Implementation("selective checkpoint", "selective"),
-    "selective-channels-last": Implementation("selective checkpoint, channels last", "selective", **_LAST),
-    "saved-on-cpu": Implementation("saved tensors on the CPU", "saved-on-cpu", **_LAST),
-    "compile": Implementation("torch.compile", "plain", **_COMPILE),
-    "compile-channels-last": Implementation("torch.compile, channels last", "plain", **_LAST, **_COMPILE),
-    "compile-budget-0.5": Implementation("torch.compile, budget 0.5", "plain", **_COMPILE, budget=0.5),
-    "compile-budget-0.5-channels-last": Implementation(
-        "torch.compile, budget 0.5, channels last", "plain", **_LAST, **_COMPILE, budget=0.5
-    ),
-    "compile-budget-0.1": Implementation("torch.compile, budget 0.1", "plain", **_COMPILE, budget=0.1),
-    "compile-budget-0.1-channels-last": Implementation(
-        "torch.compile, budget 0.1, channels last", "plain", **_LAST, **_COMPILE, budget=0.1
-    ),
-    "compile-frozen": Implementation("torch.compile, frozen", "plain", **_COMPILE, freeze=True),
-    "compile-frozen-channels-last": Implementation(
-        "torch.compile, frozen, channels last", "plain", **_LAST, **_COMPILE, freeze=True
-    ),
-    "fused": Implementation("fused", "fused"),
-    "fused-channels-last": Implementation("fused, images channels last", "fused", **_LAST),
-    "fused-graph": Implementation("fused, images channels last, CUDA graph", "fused", **_LAST, **_GRAPH),
-    "fused-kept": Implementation("fused, bottlenecks kept", "fused-kept"),
-    "fused-kept-channels-last": Implementation("fused, bottlenecks kept, images channels last", "fused-kept", **_LAST),
-    "fused-compile": Implementation("fused under torch.compile", "fused", **_COMPILE),
+    **_both_layouts("plain", "plain"),
+    "plain-graph": Implementation("plain, channels last, CUDA graph", "plain", **_GRAPH),
+    **_both_layouts("torchvision", "torchvision"),
+    **_both_layouts("torchvision-efficient", "torchvision, memory_efficient"),
+    **_both_layouts("checkpoint", "torch.utils.checkpoint", last="checkpoint, channels last"),
+    **_both_layouts("selective", "selective checkpoint"),
+    "saved-on-cpu": Implementation("saved tensors on the CPU", "saved-on-cpu", channels_last=True),
+    **_both_layouts("compile", "torch.compile", **_COMPILED),
+    **_both_layouts("compile-budget-0.5", "torch.compile, budget 0.5", **_COMPILED, budget=0.5),
+    **_both_layouts("compile-budget-0.1", "torch.compile, budget 0.1", **_COMPILED, budget=0.1),
+    **_both_layouts("compile-frozen", "torch.compile, frozen", **_COMPILED, freeze=True),
+    **_both_layouts("fused", "fused", last="fused, images channels last"),
+    "fused-graph": Implementation("fused, images channels last, CUDA graph", "fused", **_GRAPH),
+    **_both_layouts("fused-kept", "fused, bottlenecks kept", last="fused, bottlenecks kept, images channels last"),
+    "fused-compile": Implementation("fused under torch.compile", "fused", runner="compile"),
     "fused-float32": Implementation("fused, float32", "fused", dtype="float32"),  # beside a half type
 }
 

@@ -32,6 +32,12 @@ def numbers(text):
     return tuple(int(word) for word in text.split(","))
 
 
+def add_quick(parser):
+    """The options of the commands that measure eager steps or ops on a CPU."""
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: autocast")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing compiled: no figure means anything")
+
+
 def add_outputs(parser, plot=None):
     """The files of a result, which report.py writes again from the first of them."""
     parser.add_argument("--json", metavar="FILE", type=Path, help="results, and their tables beside them as FILE.md")
