@@ -11,23 +11,21 @@ import torch.nn.functional as F
 from bench.kernel_arguments import Arguments
 from densenet_ext import reference
 
-# what is written under the table
+_FORWARD = {
+    "bottleneck": "cat, batch_norm, relu_, conv2d 1x1",
+    "conv3x3": "batch_norm, relu_, conv2d 3x3",
+    "squeeze_excite": "adaptive_avg_pool2d, conv2d, relu, conv2d, sigmoid, mul",
+    "transition": "batch_norm, relu_, conv2d 1x1, avg_pool2d",
+    "head": "batch_norm, relu_, adaptive_avg_pool2d",
+    "stem": "batch_norm, relu_, max_pool2d 3x3",
+}
+# The operators of each composition, for the notes under the table.
 COMPOSITIONS = {
     "append": "copy_ into a slice, var_mean",
     "fold_norm": "the formulas on tables, a dozen small operators",
-    "bottleneck_forward": "cat, batch_norm, relu_, conv2d 1x1",
-    "bottleneck_backward": "autograd of cat, batch_norm, relu_, conv2d 1x1",
-    "conv3x3_forward": "batch_norm, relu_, conv2d 3x3",
-    "conv3x3_backward": "autograd of batch_norm, relu_, conv2d 3x3",
-    "squeeze_excite_forward": "adaptive_avg_pool2d, conv2d, relu, conv2d, sigmoid, mul",
-    "squeeze_excite_backward": "autograd of the same",
-    "transition_forward": "batch_norm, relu_, conv2d 1x1, avg_pool2d",
-    "transition_backward": "autograd of batch_norm, relu_, conv2d 1x1, avg_pool2d",
-    "head_forward": "batch_norm, relu_, adaptive_avg_pool2d",
-    "head_backward": "autograd of batch_norm, relu_, adaptive_avg_pool2d",
     "finish_gradient": "mul, add, mul, add, copy_",
-    "stem_forward": "batch_norm, relu_, max_pool2d 3x3",
-    "stem_backward": "autograd of batch_norm, relu_, max_pool2d 3x3",
+    **{f"{name}_forward": operators for name, operators in _FORWARD.items()},
+    **{f"{name}_backward": f"autograd of {operators}" for name, operators in _FORWARD.items()},
 }
 
 

@@ -171,5 +171,5 @@ def body(results):
         ]
     if below := sorted({row["op"] for row in measured if row["of_limit"] < HALF}):
         parts += ["Why an op is below half of its limit:", listed(f"{op}: {REASONS[op]}" for op in below)]
-    formulas = listed(f"{op}: {text}; {FORMULAS[op]}" for op, text in COMPOSITIONS.items())
+    formulas = listed(f"{op}: {COMPOSITIONS[op]}; {formula}" for op, formula in FORMULAS.items())
     return paragraphs(*parts, "PyTorch's composition, the faster of two memory formats; bytes:", formulas)
