@@ -109,25 +109,18 @@ class WorkloadRun:
 
     def examine(self):
         """The errors of eager implementations in float64, by name: on two images, to the last digits."""
-        self.float64_errors = {}
-        if not self.workload.training:
-            return {}
-        specs = {}
-        for name in self.chosen:
+        self.float64_errors, wrong, reference = {}, {}, agreement.Reference(COMPARED)
+        for name in self.chosen if self.workload.training else ():
             traits = IMPLEMENTATIONS[name]
-            if traits.runner == "eager" and traits.dtype is None and name != "plain":
-                specs[replace(self.workload.spec_of(name), dtype="float64")] = name
-        wrong, rest = {}, list(specs)
-        while rest:
+            if traits.runner != "eager" or traits.dtype is not None or name == "plain":
+                continue
             try:
-                for spec, found in agreement.examine(list(rest), COMPARED):
-                    rest.remove(spec)
-                    if isinstance(found, agreement.DisagreementError):
-                        wrong[specs[spec]] = f"wrong: {found}"
-                    else:
-                        self.float64_errors[specs[spec]] = found
-            except Exception as error:  # of the implementation that was next; whatever it raises is its result
-                wrong[specs[rest.pop(0)]] = first_line(error)
+                spec = replace(self.workload.spec_of(name), dtype="float64")
+                self.float64_errors[name] = reference.errors(spec)
+            except agreement.DisagreementError as error:
+                wrong[name] = f"wrong: {error}"
+            except Exception as error:  # whatever an implementation raises is its result
+                wrong[name] = first_line(error)
         return wrong
 
     def prepare(self, name, state, expected, wrong):
