@@ -1,6 +1,6 @@
 """The sizes at which each kernel op is timed: layers of the networks, and odd sizes beside even ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.roofline import Size
 
@@ -14,14 +14,19 @@ STEM = ("stem_forward", "stem_backward")
 NETS = ("cifar", "densenet121", "bc190", "odd")
 CIFAR, IMAGENET, WIDE = ({"width": 4 * growth, "growth": growth} for growth in (12, 32, 40))
 
-# (odd, even, samples, height and width of each, channels, growth of each): pairs that are held against each other
-PAIRS = (
-    ("33x31", "32x32", 16, (33, 31), (32, 32), 120, 12, 12),
-    ("14x14", "16x16", 64, (14, 14), (16, 16), 120, 12, 12),
-    ("7x7", "8x8", 64, (7, 7), (8, 8), 120, 12, 12),
-    ("growth 5", "growth 8", 16, (32, 32), (32, 32), 120, 5, 8),
-    ("growth 40", "growth 32", 16, (32, 32), (32, 32), 120, 40, 32),
-)
+
+def _layer(samples, height, width, growth):
+    return Size(samples, height, width, 120, 4 * growth, growth, total=120 + growth)
+
+
+# Pairs of layers that are held against each other: an odd size and an even one.
+PAIRS = {
+    "33x31 against 32x32": (_layer(16, 33, 31, 12), _layer(16, 32, 32, 12)),
+    "14x14 against 16x16": (_layer(64, 14, 14, 12), _layer(64, 16, 16, 12)),
+    "7x7 against 8x8": (_layer(64, 7, 7, 12), _layer(64, 8, 8, 12)),
+    "growth 5 against growth 8": (_layer(16, 32, 32, 5), _layer(16, 32, 32, 8)),
+    "growth 40 against growth 32": (_layer(16, 32, 32, 40), _layer(16, 32, 32, 32)),
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def gpu_cases():
 def cpu_cases(tiny=False):
     """The layers of three networks, and those of PAIRS."""
     if tiny:
-        return [*tiny_cases(), *_odd_cases(PAIRS[2:3], samples=2)]
+        return [*tiny_cases(), *(Case("odd", replace(size, samples=2), LAYER) for size in PAIRS["7x7 against 8x8"])]
     return [
         *layer_cases("cifar", 64, 32, 216, (24, 120, 204), **CIFAR, excite=EXCITE, consumer=TRANSITION, outputs=108),
         *layer_cases("cifar", 64, 16, 300, (204,), **CIFAR, consumer=TRANSITION, outputs=150),
@@ -88,15 +93,5 @@ def cpu_cases(tiny=False):
         *layer_cases("bc190", 8, 32, 1320, (80, 680, 1280), **WIDE, consumer=TRANSITION, outputs=660),
         *layer_cases("bc190", 8, 16, 1900, (1260,), **WIDE, consumer=TRANSITION, outputs=950),
         *layer_cases("bc190", 8, 8, 2190, (1550,), **WIDE, consumer=HEAD),
-        *_odd_cases(PAIRS),
+        *dict.fromkeys(Case("odd", size, LAYER) for pair in PAIRS.values() for size in pair),
     ]
-
-
-def _odd_cases(pairs, samples=None):
-    """The layers of the pairs, each size once."""
-    cases = {}
-    for _, _, usual, odd, even, channels, *growths in pairs:
-        for (height, width), growth in zip((odd, even), growths, strict=True):
-            size = Size(samples or usual, height, width, channels, 4 * growth, growth, total=channels + growth)
-            cases[size] = Case("odd", size, LAYER)
-    return list(cases.values())

@@ -38,10 +38,11 @@ def _cuda_memory(step):
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
     loss = step.forward()
-    kept = torch.cuda.memory_allocated() - start
+    after_forward = torch.cuda.memory_allocated() - start
     step.finish(loss)
     torch.cuda.synchronize()
-    return Memory(torch.cuda.max_memory_allocated() - start, kept, reserved_bytes=torch.cuda.max_memory_reserved())
+    peak, reserved = torch.cuda.max_memory_allocated() - start, torch.cuda.max_memory_reserved()
+    return Memory(peak, after_forward, reserved_bytes=reserved)
 
 
 def _cpu_memory(step):
@@ -60,16 +61,16 @@ def _cpu_memory(step):
     events = recorded.profiler.kineto_results.events()
     forward_end = next(e.start_ns() + e.duration_ns() for e in events if e.name() == "benchmark: forward")
     levels = allocated_levels(events)
-    kept = [level for when, level in levels if when <= forward_end]
-    peak = max((level for _, level in levels), default=0)
-    return Memory(max(peak, 0) + workspaces, (kept[-1] if kept else 0) + held, workspaces)
+    after_forward = [0, *(level for instant, level in levels if instant <= forward_end)][-1]
+    peak = max([0, *(level for _, level in levels)])
+    return Memory(peak + workspaces, after_forward + held, workspaces)
 
 
 def allocated_levels(events):
     """(nanosecond, bytes allocated in all) after each allocation and free that the profiler recorded, in time order."""
     changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
     levels, level = [], 0
-    for when, _, nbytes in changes:
+    for instant, _, nbytes in changes:
         level += nbytes
-        levels.append((when, level))
+        levels.append((instant, level))
     return levels

@@ -8,6 +8,7 @@ Drop-Channel and squeeze-and-excitation, which is what this package is for; torc
 
 from dataclasses import dataclass, replace
 
+from bench import TITLES
 from bench.networks import Spec
 
 
@@ -30,10 +31,10 @@ class Workload:
 
 _IMAGENET = {"growth_rate": 32, "num_classes": 1000, "size": 224, "small_inputs": False}
 NETWORKS = {
-    "cifar": ("DenseNet-BC(100, k=12)", Spec(variant="")),
-    "cifar-ab": ("DenseNet-BC(100, k=12) A+B", Spec(variant="A+B")),
-    "densenet121": ("DenseNet-121", Spec(variant="", blocks=(6, 12, 24, 16), batch_size=8, **_IMAGENET)),
-    "bc190": ("DenseNet-BC(190, k=40)", Spec(variant="", depth=190, growth_rate=40, batch_size=8)),
+    "cifar": Spec(variant=""),
+    "cifar-ab": Spec(variant="A+B"),
+    "densenet121": Spec(variant="", blocks=(6, 12, 24, 16), batch_size=8, **_IMAGENET),
+    "bc190": Spec(variant="", depth=190, growth_rate=40, batch_size=8),
 }
 TINY = {"growth_rate": 8, "batch_size": 4}
 TINY_BLOCKS = {"densenet121": {"blocks": (1, 2, 1, 1), "size": 64}, "bc190": {"depth": 16, "size": 8}}
@@ -43,7 +44,7 @@ NAMES = (*TRAINING, *(f"{name}-inference" for name in TRAINING))
 
 def spec_of_network(name, tiny=False):
     """The `Spec` of a network, or one of the same kind but tiny to try things out."""
-    _, spec = NETWORKS[name]
+    spec = NETWORKS[name]
     return replace(spec, **TINY, **TINY_BLOCKS.get(name, {"depth": 10, "size": 16})) if tiny else spec
 
 
@@ -53,6 +54,6 @@ def find(name, dtype="float32", batch_size=None, tiny=False):
     spec = spec_of_network(network, tiny)
     spec = replace(spec, dtype=dtype, batch_size=batch_size or spec.batch_size)
     training = network == name
-    title = f"{NETWORKS[network][0]}, batch {spec.batch_size} of {spec.size}x{spec.size}, {dtype}, "
+    title = f"{TITLES[network]}, batch {spec.batch_size} of {spec.size}x{spec.size}, {dtype}, "
     title += "training" if training else "inference"
     return Workload(name, f"Tiny: {title}" if tiny else title, spec, training)

@@ -117,20 +117,17 @@ def _figures(op, size, dtype, times, rates):
 def odd_ratios(rows):
     """For each of PAIRS that was measured: times the even size's seconds an operation, layer by layer."""
     found = []
-    for odd, even, _, odd_size, even_size, channels, *growths in PAIRS:
-        sizes = [(*size, channels, growth) for size, growth in zip((odd_size, even_size), growths, strict=True)]
-        rates, limits = (
-            [_seconds_an_operation(rows, size, key) for size in sizes] for key in ("seconds", "limit_seconds")
-        )
-        if all(rates):
-            ratios = {"ratio": rates[0] / rates[1], "ratio_of_limits": limits[0] / limits[1]}
-            found.append({"pair": f"{odd} against {even}", **ratios, "limit": ODD_LIMIT})
+    for pair, sizes in PAIRS.items():
+        odd, even = ([_an_operation(rows, size, key) for key in ("seconds", "limit_seconds")] for size in sizes)
+        if all(odd) and all(even):
+            ratios = {"ratio": odd[0] / even[0], "ratio_of_limits": odd[1] / even[1]}
+            found.append({"pair": pair, **ratios, "limit": ODD_LIMIT})
     return found
 
 
-def _seconds_an_operation(rows, size, key):
+def _an_operation(rows, size, key):
     names = ("height", "width", "channels", "growth")
-    chosen = [row for row in rows if row["net"] == "odd" and tuple(row[name] for name in names) == size]
+    chosen = [r for r in rows if r["net"] == "odd" and all(r[name] == getattr(size, name) for name in names)]
     flops = sum(row.get("flops", 0) for row in chosen)
     return sum(row.get(key, 0) for row in chosen) / flops if flops else None
 

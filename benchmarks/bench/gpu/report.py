@@ -3,7 +3,7 @@
 Where the build failed there still are results to write, so nothing here needs the library.
 """
 
-from bench import MB, results
+from bench import MB, TITLES, results
 from bench.implementations import IMPLEMENTATIONS
 from bench.roofline import FORMULAS
 from bench.tables import Column, listed, paragraphs, quantiles_column, quantiles_text, table_of
@@ -16,7 +16,6 @@ AGREEMENT = {
     "fused-kept": "fused with bottlenecks kept",
     "masked": "fused with masks",
 }
-NETS = {"cifar": "DenseNet-BC(100, k=12)", "densenet121": "DenseNet-121"}
 STEP_NOTES = (
     "ms a step: median and 20-80 % quantiles of interleaved steps, device time from an idle device. Peak: over "
     "parameters, gradients and momentum; reserved: what the allocator took for it; kept: what lives from forward to "
@@ -68,7 +67,7 @@ def steps_text(rows, agreement):
     for (net, dtype, batch), chosen in groups.items():
         first = chosen[0]
         parts += [
-            f"### {NETS[net]} {first['variant']}, batch {batch}, {first['size']}x{first['size']}, {dtype}",
+            f"### {TITLES[net]} {first['variant']}, batch {batch}, {first['size']}x{first['size']}, {dtype}",
             agreement_text(agreement.get(f"{net} {dtype} {batch} agreement")),
             steps_table(chosen),
         ]
