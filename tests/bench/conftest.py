@@ -8,23 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench import BENCHMARKS
+from bench.environment import HUGE_PAGES
+from bench.gpu.device import open_device
+from bench.runner.journal import Journal
 
 import densenet_ext
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def journal(tmp_path):
-    from bench.runner.journal import Journal
-
     return Journal(tmp_path / "default.jsonl")
 
 
 @pytest.fixture
 def device():
-    from bench.gpu.device import open_device
-
     return open_device(simulated=True)
 
 
@@ -34,7 +32,6 @@ def run(monkeypatch, capsys, tmp_path):
 
     No command may start over: that would be the end of the tests.
     """
-    from bench.environment import HUGE_PAGES
 
     def restarted(*_):
         raise AssertionError("the command replaced the process")
