@@ -1,15 +1,18 @@
 """Speed and memory of training steps and of inference on a CPU: this package and all that it can be compared with.
 
-    python benchmarks/speed.py                  all networks and peers under two allocators: hours, most of them compiling
-    python benchmarks/speed.py --no-compile     without the compiled peers: about three quarters of an hour
+    python benchmarks/speed.py                  all networks under two allocators: hours, most of them compiling
+    python benchmarks/speed.py --no-compile     without the compiled implementations: about three quarters of an hour
     python benchmarks/speed.py --quick          tiny networks without a compiler, to see it work
+    python benchmarks/speed.py --sweep --workloads cifar --implementations fused
+                                                cost of an image by batch size and number of threads
 
-Peers (speed_steps.py) are set up as they are fastest, and their gradients are compared before anything is timed: those of
-eager peers in float64 on two images, those of every peer in the very step that is timed, under the same masks. What fails
-is a row that says so. Then all peers are timed in turn, in interleaved rounds, with a large matrix product and a copy
-between them, which measure what the machine reaches meanwhile. All of it happens twice: with the allocator as the system
-has it, and with one that keeps its pages (`--keep-pages`, `--no-keep-pages`: only one of them), because plain networks on
-many systems spend much of a step on fresh pages. Workloads: workloads.py, which also says why dropout is left out.
+Implementations (bench/implementations.py) are set up as they are fastest, and their gradients are compared before anything
+is timed: those of eager ones in float64 on two images, those of every one in the very step that is timed, under the same
+masks. What fails is a row that says so. Then all are timed in turn, in interleaved rounds, with a large matrix product and a
+copy between them, which measure what the machine reaches meanwhile. All of it happens twice: with the allocator as the
+system has it, and with one that keeps its pages (`--keep-pages`, `--no-keep-pages`: only one of them), because plain
+networks on many systems spend much of a step on fresh pages. Workloads: bench/workloads.py, which also says why dropout is
+left out.
 """
 
 import argparse
@@ -18,20 +21,18 @@ import tempfile
 import time
 from pathlib import Path
 
-import machine
-import speed_report
-import torch
-import workloads
-from gpu_worker import Worker
-from journal import Findings, Journal
-from speed_steps import PEERS
-from tqdm import tqdm
+from bench import environment, options, results, workloads
+from bench.cpu import batches, speed_report, speed_run
+from bench.implementations import EAGER, IMPLEMENTATIONS, ON_CPU
+from bench.runner import worker
 
-ALLOCATORS = ("default", "keep-pages")
-# A compiled peer costs one to several minutes. Where compiled, these memory budgets are tried in the layout that is
-# the faster one for the plain network.
-DEFAULT = tuple(n for n in PEERS if n not in ("compile-budget-0.5", "compile-budget-0.1", "compile-frozen"))
-EAGER = tuple(n for n in DEFAULT if "compile" not in n)
+ALLOCATORS = tuple(speed_report.ALLOCATORS)
+# A compiled implementation costs one to several minutes. Where compiled, memory budgets are tried in the layout that is the
+# faster one for the plain network.
+ASKED_FOR = ("compile-budget-0.5", "compile-budget-0.1", "compile-frozen", "fused-kept-channels-last")
+DEFAULT = tuple(name for name in ON_CPU if name not in ASKED_FOR)
+EAGER_DEFAULT = tuple(name for name in DEFAULT if IMPLEMENTATIONS[name].runner == "eager")
+LATE = 1200  # seconds for what was being compiled at the deadline, and for one round of timing
 CAPABILITIES = {
     "avx512": {"DENSENET_EXT_CPU_CAPABILITY": "avx512"},  # without AMX, which float32 of torch's own does not use
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "DENSENET_EXT_CPU_CAPABILITY": "avx2"},
@@ -46,137 +47,90 @@ CAPABILITIES = {
 
 
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.new_parser(__doc__)
     add = parser.add_argument
-    add("--workloads", type=machine.names(workloads.NAMES), default=workloads.NAMES, help=",".join(workloads.NAMES))
-    add("--implementations", type=machine.names(PEERS), help="some of " + ",".join(PEERS))
+    add("--workloads", type=options.names(workloads.NAMES), help=",".join(workloads.NAMES))
+    add("--implementations", type=options.names(ON_CPU), help="some of " + ",".join(ON_CPU))
     add("--no-compile", action="store_true", help="leave out what torch.compile has to compile")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: autocast")
     add("--batch-size", type=int, help="in place of the workloads'")
-    add("--rounds", type=int, default=5, help="interleaved steps of each peer")
-    add("--time-limit", type=float, default=14400, help="seconds after which no peer and no round is begun (default 14400)")  # fmt: skip
-    add("--threads", type=int, default=torch.get_num_threads())
+    add("--rounds", type=int, default=5, help="interleaved steps of each implementation")
+    add("--time-limit", type=float, help="seconds after which nothing is begun (default 14400; 600 with --sweep)")
+    add("--threads", type=options.numbers, help="default: all; with --sweep 1 and all")
     add("--keep-pages", action=argparse.BooleanOptionalAction, help="with a malloc that keeps its pages; default: both")
     add("--capability", choices=CAPABILITIES, help="as on a lesser processor: torch and our kernels; with -all, oneDNN and "
         "MKL too")  # fmt: skip
-    add("--quick", action="store_true", help="tiny networks and no compiled peers: no figure means anything")
     add("--compiled", metavar="FOLDER", type=Path, help="where compilers keep and find their results; first steps are "
         "then no measure of compiling")  # fmt: skip
-    add("--logs", metavar="FOLDER", type=Path, help="keep what the processes print, and their journals")
-    add("--json", metavar="FILE")
-    add("--csv", metavar="FILE")
-    add("--plot", metavar="FILE", help="time against peak memory of the first training workload")
-    add("--worker", choices=ALLOCATORS, help=argparse.SUPPRESS)
-    add("--folder", type=Path, help=argparse.SUPPRESS)
-    add("--seconds", type=float, help=argparse.SUPPRESS)
+    add("--sweep", action="store_true", help="eager steps of the first workload at several batch sizes and threads")
+    add("--batch-sizes", type=options.numbers, default=batches.SIZES, help="of the sweep, default %(default)s")
+    options.add_quick(parser)
+    options.add_outputs(parser, "time against peak memory of the first training workload")
+    worker.add_options(parser, ALLOCATORS)
     args = parser.parse_args(arguments)
-    args.implementations = args.implementations or (EAGER if args.quick or args.no_compile else DEFAULT)
+    if args.sweep and (args.plot or set(args.implementations or ()) - set(EAGER)):
+        parser.error("--sweep takes eager implementations and has no picture")
+    if not args.sweep and len(args.threads or ()) > 1:
+        parser.error("several numbers of --threads go with --sweep")
+    for name, value in (_defaults_of_sweep() if args.sweep else _defaults(args)).items():
+        setattr(args, name, getattr(args, name) or value)
     args.rounds = min(args.rounds, 2) if args.quick else args.rounds
     return args
 
 
-class Child(Worker):
-    """This script in a process with one allocator; one that dies is followed by another that leaves out its cell."""
-
-    late = 1200  # seconds for the peer that was being compiled at the deadline, and for one round of timing
-
-    def __init__(self, allocator, args, folder, seconds, compiled):
-        environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
-        if allocator == "keep-pages":
-            environment |= machine.KEEP_PAGES
-        super().__init__(allocator, args, folder, seconds, environment)
-
-    def command(self, seconds):
-        inner = ["--worker", self.part, "--folder", str(self.folder), "--seconds", f"{seconds:.0f}"]
-        return [sys.executable, str(Path(__file__)), *sys.argv[1:], *inner]
+def _defaults(args):
+    implementations = EAGER_DEFAULT if args.quick or args.no_compile else DEFAULT
+    every = {"workloads": workloads.NAMES, "implementations": implementations}
+    return every | {"threads": (environment.ALL_THREADS,), "time_limit": 14400}
 
 
-def work(args):
-    torch.set_num_threads(args.threads)
-    import speed_worker
-
-    journal = Journal(args.folder / f"{args.worker}.jsonl")
-    description = machine.describe("cpu")
-    del description["command"]  # that of a worker, in whatever folder
-    journal.fact("machine", description)
-    speed_worker.measure(
-        journal,
-        args.workloads,
-        args.implementations,
-        time.monotonic() + args.seconds,
-        dtype=args.dtype,
-        rounds=args.rounds,
-        batch_size=args.batch_size,
-        tiny=args.quick,
-    )
+def _defaults_of_sweep():
+    one = {"workloads": ("cifar",), "implementations": ("fused",)}
+    return one | {"threads": (1, environment.ALL_THREADS), "time_limit": 600}
 
 
-def follow(worker, seconds_a_line=60):
-    """Waits for a process; returns what it found. A bar tells how far it is; a line each minute where there is no terminal."""
-    began = said = time.monotonic()
-    try:
-        with tqdm(desc=worker.part, unit="cell", disable=None) as progress:
-            ended = False
-            while not ended:
-                ended = worker.poll()
-                found = Findings(worker.journal)
-                progress.total = found.facts.get("cells")
-                progress.update(len(found.begun) - progress.n)
-                if progress.disable and time.monotonic() - said >= seconds_a_line:
-                    said = time.monotonic()
-                    count = f"{len(found.begun)} of {found.facts.get('cells', '?')} cells"
-                    print(
-                        f"{worker.part}: {count}, {(said - began) / 60:.0f} min, now {found.current or 'between cells'}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                time.sleep(0.5)  # it runs beside what is timed
-    finally:
-        worker.kill()
-    return found
+def sweep(args):
+    description = environment.begin(max(args.threads))
+    deadline = time.monotonic() + args.time_limit
+
+    def workload_of(size):
+        return workloads.find(args.workloads[0], args.dtype, size, args.quick)
+
+    rows = batches.measure(workload_of, args.implementations, args.batch_sizes, args.threads, args.rounds, deadline)
+    title = workloads.find(args.workloads[0], args.dtype, tiny=args.quick).title
+    return {"benchmark": "batches", "machine": description, "title": title, "rows": rows}
 
 
 def measure(args, folder, compiled):
-    """Findings of each allocator. `compiled`: a folder for the compiler, new unless one was named."""
+    """Findings of each allocator. `compiled` is a folder for the compiler."""
     chosen = ALLOCATORS if args.keep_pages is None else ALLOCATORS[args.keep_pages : args.keep_pages + 1]
-    end = time.monotonic() + args.time_limit
-    return {
-        allocator: follow(Child(allocator, args, folder, (end - time.monotonic()) / (len(chosen) - i), compiled))
-        for i, allocator in enumerate(chosen)
-    }
+    end, found = time.monotonic() + args.time_limit, {}
+    for i, allocator in enumerate(chosen):
+        variables = {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+        if allocator == "keep-pages":
+            variables |= environment.KEEP_PAGES
+        seconds = (end - time.monotonic()) / (len(chosen) - i)
+        found[allocator] = worker.follow(worker.Worker(allocator, folder, seconds, variables, LATE))
+    return found
 
 
 def main():
     args = parse_arguments()
     if args.worker:
-        return work(args)
+        return speed_run.work(args)
     if args.capability:
-        machine.restart_with(CAPABILITIES[args.capability])
-    torch.set_num_threads(args.threads)
-    description = machine.describe("cpu") | {"capability": args.capability or "all that the processor has"}
-    print(machine.heading(description) + "\n", flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = (args.logs or Path(scratch)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        for journal in folder.glob("*.jsonl"):  # of an earlier run: nothing of it is to be continued
-            journal.unlink()
-        found = measure(args, folder, (args.compiled or Path(scratch) / "compiled").resolve())
-    rows = speed_report.rows_of(found)
-    if not rows:
-        notes = [note for findings in found.values() for note in findings.notes]
-        sys.exit("Nothing was measured.\n" + "\n".join(notes))
-    targets = speed_report.targets(rows, args.capability, args.dtype)
-    print(speed_report.markdown(rows, found, targets))
-    if args.json:
-        facts = {allocator: findings.facts for allocator, findings in found.items()}
-        notes = {allocator: findings.notes for allocator, findings in found.items()}
-        machine.write_json(args.json, description, rows, facts=facts, notes=notes, targets=targets)
-    if args.csv:
-        machine.write_csv(args.csv, description, speed_report.flat(rows))
-    if args.plot:
-        import plot  # matplotlib, which measuring does without
-
-        plot.plot_speed(rows, description, args.plot)
+        environment.restart_with(CAPABILITIES[args.capability])
+    if args.sweep:
+        measured = sweep(args)
+    else:
+        capability = args.capability or "all that the processor has"
+        description = environment.begin(args.threads[0], capability=capability)
+        with worker.new_folder(args.logs) as folder, tempfile.TemporaryDirectory() as scratch:
+            found = measure(args, folder, (args.compiled or Path(scratch)).resolve())
+        measured = speed_report.results_of(found, description, args.capability, args.dtype)
+        if not measured["rows"]:
+            notes = [note for findings in found.values() for note in findings.notes]
+            sys.exit("Nothing was measured.\n" + "\n".join(notes))
+    results.publish(args, measured)
 
 
 if __name__ == "__main__":

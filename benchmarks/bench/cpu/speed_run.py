@@ -1,0 +1,198 @@
+"""The measurements of one process of speed.py: all workloads under one allocator, into a journal.
+
+For each workload come the plain network's numbers; every implementation's, from the same weights, data and masks, beside
+them; its memory; at last all implementations that were right, in turn, with the machine's rates between them. An
+implementation that fails is a row that says how.
+"""
+
+import gc
+import time
+from dataclasses import replace
+
+import torch
+
+from bench import agreement, environment, roofline, workloads
+from bench.implementations import IMPLEMENTATIONS
+from bench.machine_rates import RateSamples
+from bench.memory_meter import measure_memory
+from bench.networks import build_model
+from bench.runner.journal import Journal
+from bench.steps import new_step
+from bench.tables import first_line
+from bench.timing import interleave, quantile_row, quantiles, self_timed
+
+PREPARING = 0.6  # of a workload's time: no implementation is begun later
+COMPILING, RUNNING = 1500, 300  # seconds that a cell may take before its process is taken for hanging
+COMPARED = ("outputs", "gradients")
+RECOMPUTING = ("checkpoint", "selective", "torchvision-efficient", "compile-budget", "fused-kept")
+
+
+def left_out(name, workload):
+    """The reason why an implementation has no place in a workload, or None."""
+    if name == "saved-on-cpu":
+        return "moves saved tensors from a GPU to the CPU, and here they are there"
+    if not workload.training and name.startswith(RECOMPUTING):
+        return "differs in what is kept for backward, and inference has none"
+    if workload.training and IMPLEMENTATIONS[name].freeze:
+        return "makes weights constant, for inference only"
+    if name.startswith("torchvision") and workload.spec.variant:
+        return "has neither Drop-Channel nor squeeze-and-excitation"
+    if workload.masked and name.startswith("compile-budget"):
+        return "recomputes masks wrongly (pytorch#190758): the others are what is left to compare with"
+    return None
+
+
+def work(args):
+    """Measure under the allocator that this process was started with."""
+    torch.set_num_threads(args.threads[0])
+    journal = Journal(args.folder / f"{args.worker}.jsonl")
+    description = environment.describe("cpu")
+    del description["command"]  # that of a worker, in whatever folder
+    journal.fact("machine", description)
+    settings = {"dtype": args.dtype, "rounds": args.rounds, "batch_size": args.batch_size, "tiny": args.quick}
+    measure(journal, args.workloads, args.implementations, time.monotonic() + args.seconds, **settings)
+
+
+def choose_implementations(names, workload, dtype):
+    """The names that have a place in `workload`, and the reasons why others have none."""
+    chosen = [*names, *(["fused-float32"] if dtype != "float32" and "fused" in names else [])]
+    # where time runs out, it is for compilers
+    compiled = {name: IMPLEMENTATIONS[name].runner == "compile" for name in chosen}
+    chosen.sort(key=lambda name: (compiled[name], not name.startswith(("fused", "plain"))))
+    reasons = {name: left_out(name, workload) for name in chosen}
+    return [name for name in chosen if not reasons[name]], {n: r for n, r in reasons.items() if r}
+
+
+def measure(journal, names, implementations, deadline, *, dtype="float32", rounds=5, batch_size=None, tiny=False):
+    """Measure all workloads, each with an equal share of the time that is left."""
+    chosen = [workloads.find(name, dtype, batch_size, tiny) for name in names]
+    journal.fact("cells", sum(2 + len(choose_implementations(implementations, w, dtype)[0]) for w in chosen))
+    for i, workload in enumerate(chosen):
+        end = time.monotonic() + max(0.0, deadline - time.monotonic()) / (len(chosen) - i)
+        WorkloadRun(journal, workload, implementations, end, rounds, tiny).run()
+        torch.compiler.reset()
+        gc.collect()
+
+
+class WorkloadRun:
+    def __init__(self, journal, workload, implementations, end, rounds, tiny=False):
+        self.journal, self.workload, self.rounds, self.tiny = journal, workload, rounds, tiny
+        self.begun, self.end = time.monotonic(), end
+        self.chosen, self.left_out = choose_implementations(implementations, workload, workload.spec.dtype)
+
+    def row(self, which, **values):
+        self.journal.row(f"{self.workload.name} {which}", **values)
+
+    def run(self):
+        name = self.workload.name
+        if f"{name} timing" in self.journal.begun:  # by a process that died here or later
+            return
+        self.journal.begin(f"{name} reference", allow=RUNNING)
+        self.journal.fact(f"left out {name}", self.left_out)
+        state = build_model(self.workload.spec_of("plain")).state_dict()
+        dtypes = {self.workload.spec_of(implementation).dtype for implementation in self.chosen}
+        expected = {dtype: self.plain(dtype, state) for dtype in dtypes}
+        wrong = self.examine()
+        self.row("reference")
+        ready = {}
+        for implementation in self.chosen:
+            step = self.prepare(implementation, state, expected, wrong.get(implementation))
+            if step is not None:
+                ready[implementation] = step
+        if ready and self.journal.begin(f"{name} timing", allow=10 * RUNNING):
+            self.time(ready)
+            self.row("timing")
+
+    def plain(self, dtype, state):
+        """The numbers of the plain network's step, to compare those of others with."""
+        return new_step(replace(self.workload, spec=replace(self.workload.spec, dtype=dtype)), "plain", state).first
+
+    def examine(self):
+        """The errors of eager implementations in float64, by name: on two images, to the last digits."""
+        self.float64_errors, wrong, reference = {}, {}, agreement.Reference(COMPARED)
+        for name in self.chosen if self.workload.training else ():
+            traits = IMPLEMENTATIONS[name]
+            if traits.runner != "eager" or traits.dtype is not None or name == "plain":
+                continue
+            try:
+                spec = replace(self.workload.spec_of(name), dtype="float64")
+                self.float64_errors[name] = reference.errors(spec)
+            except agreement.DisagreementError as error:
+                wrong[name] = f"wrong: {error}"
+            except Exception as error:  # whatever an implementation raises is its result
+                wrong[name] = first_line(error)
+        return wrong
+
+    def prepare(self, name, state, expected, wrong):
+        """A step, warm, its numbers compared and its memory measured; None where there is nothing to be timed."""
+        key = f"{self.workload.name} {name}"
+        if self.journal.previous.rows.get(key, {}).get("error"):
+            return None
+        cell, compiled = self.cell(name), IMPLEMENTATIONS[name].runner == "compile"
+        if wrong is None and time.monotonic() > self.begun + PREPARING * (self.end - self.begun):
+            wrong = "out of time"
+        self.journal.begin(key, allow=COMPILING if compiled else RUNNING, **cell)
+        if wrong is not None:
+            return self.row(name, **cell, error=wrong)
+        try:
+            step = new_step(self.workload, name, state)
+            errors = agreement.compare(step.spec, step.first, expected[step.spec.dtype], COMPARED)
+            step.first = step.state = None
+            memory = measure_memory(step)
+            quick = step.timed()
+        except agreement.DisagreementError as error:
+            return self.row(name, **cell, error=f"wrong: {error}")
+        except Exception as error:  # an implementation that fails is a result, and compilers raise anything
+            return self.row(name, **cell, error=first_line(error))
+        found = {
+            "errors": errors,
+            "float64_errors": self.float64_errors.get(name, {}),
+            "warm_up_seconds": step.warm_up_seconds,
+            "compiled": compiled,
+        }
+        figures = {"seconds": sum(quick), "rounds": 0, "peak_bytes": memory.peak_bytes, "kept_bytes": memory.kept_bytes}
+        self.row(name, **cell, **found, **figures, workspace_bytes=memory.workspace_bytes)
+        return step
+
+    def cell(self, name):
+        workload, spec = self.workload, self.workload.spec_of(name)
+        return {
+            "workload": workload.name,
+            "title": workload.title,
+            "training": workload.training,
+            "implementation": name,
+            "variant": spec.variant or "BC",
+            "dtype": spec.dtype,
+            "batch_size": spec.batch_size,
+            "size": spec.size,
+            "layout": "channels last" if spec.memory_format == torch.channels_last else "contiguous",
+        }
+
+    def time(self, ready):
+        limits = RateSamples(self.workload.spec.dtype, self.tiny)
+        samples = {name: step.timed for name, step in ready.items()} | limits.samples()
+        times = interleave(samples, self.rounds, self.end, seconds=self_timed)
+        rates = limits.rates(times)
+        self.journal.fact(f"rates {self.workload.name}", rates)
+        for name, step in ready.items():
+            row = time_row(times[name])
+            self.row(name, **row, **self.against_rates(step.spec, row["seconds"], rates))
+
+    def against_rates(self, spec, seconds, rates):
+        """Operations and bytes of the step, and how many times its time is what the machine needs for them."""
+        flops = roofline.step_flops(spec, self.workload.training)
+        moved = roofline.step_bytes(spec, training=self.workload.training)
+        return {
+            "flops": flops,
+            "bytes": moved,
+            "of_arithmetic": seconds * rates["flops"] / flops,
+            "of_bytes": seconds * rates["bytes"] / moved,
+        }
+
+
+def time_row(times):
+    """Columns of the parts of each step: medians, and quantiles of the whole."""
+    row = quantile_row([sum(parts) for parts in times]) | {"rounds": len(times)}
+    parts = ("forward_seconds", "backward_seconds", "optimizer_seconds")
+    medians = [quantiles(part)[0] for part in zip(*times, strict=True)]
+    return row | dict(zip(parts, medians, strict=False))

@@ -1,0 +1,82 @@
+"""Rates that a machine reaches, measured beside the steps that are held against them: they limit every time.
+
+Arithmetic is a large matrix product of torch, in the type that is measured. Memory is a copy of tensors that no cache
+holds, bytes read and bytes written. On a CPU the best of all calls counts, since a limit is what can be reached.
+
+On a shared machine the AMX unit may lose more to others than the rest of a core does. So where the kernels use it, a product
+on it is measured too, its best and its median: no floor, but to be compared with those of other runs.
+"""
+
+import statistics
+
+import torch
+
+from bench.timing import wall_seconds
+from densenet_ext import info
+
+MATRIX = "limit: matrix product"
+AMX = "limit: matrix product on AMX"
+COPY = "limit: copy"
+REPEATS = 3  # calls of which one sample is the best
+
+
+class RateSamples:
+    """Samples for timing.interleave; `rates` makes of their times operations and bytes a second."""
+
+    def __init__(self, dtype="float32", tiny=False):
+        dtype = getattr(torch, dtype)
+        self.size, self.bytes = (128, 1 << 20) if tiny else (2048, 1 << 28)
+        self.a, self.b = (torch.randn(self.size, self.size).to(dtype) for _ in range(2))
+        self.product = torch.empty_like(self.a)
+        self.source, self.target = torch.ones(self.bytes // 4), torch.ones(self.bytes // 4)
+        self.amx = info.collect().get("instruction set", "").startswith("amx")
+        self.halves = [t.to(torch.bfloat16) for t in (self.a, self.b, self.product)] if self.amx else []
+        for sample in self.samples().values():
+            sample()  # threads started, pages touched
+
+    def samples(self):
+        samples = {
+            MATRIX: lambda: _best(lambda: torch.mm(self.a, self.b, out=self.product)),
+            COPY: lambda: _best(lambda: self.target.copy_(self.source)),
+        }
+        if self.amx:
+            a, b, product = self.halves
+            samples[AMX] = lambda: _best(lambda: torch.mm(a, b, out=product))
+        return samples
+
+    def rates(self, times):
+        flops = 2 * self.size**3
+        rates = {"flops": flops / min(times[MATRIX]), "bytes": 2 * self.bytes / min(times[COPY])}
+        if AMX in times:
+            rates |= {"amx_flops": flops / min(times[AMX]), "amx_flops_median": flops / statistics.median(times[AMX])}
+        return rates
+
+
+def _best(function):
+    return min(wall_seconds(function) for _ in range(REPEATS))
+
+
+def gpu_ceilings(device):
+    """Rates of a GPU, medians: bytes a second of a copy, operations a second of a matrix product in each type."""
+    products = {dtype: _gpu_product(device, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
+    found = {"bandwidth": _gpu_copy(device), "products": products}
+    device.free()
+    return found
+
+
+def _gpu_copy(device):
+    source = torch.randn(device.copy_bytes // 4, device=device.name)
+    target = torch.empty_like(source)
+    return 2 * device.copy_bytes / _gpu_median(device, lambda: target.copy_(source))
+
+
+def _gpu_product(device, dtype):
+    n = device.product_size
+    a, b = (torch.randn(n, n, device=device.name, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / _gpu_median(device, lambda: a @ b)
+
+
+def _gpu_median(device, function, warm_up=3, runs=10):
+    for _ in range(warm_up):
+        function()
+    return statistics.median(device.seconds(function) for _ in range(runs))
