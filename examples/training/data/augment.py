@@ -1,7 +1,7 @@
 """Shift, flip and normalisation of a whole batch at once, on the device that holds it.
 
 All that is random in an epoch is drawn beforehand, on the CPU, from the seed and the number of the epoch alone. So it is
-the same on every device, in every process, however many there are, and wherever in the epoch one starts.
+equal on every device, in every process, however many there are, and wherever in the epoch one starts.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass
 class Plan:
-    """The order and the augmentation of an epoch of N images."""
+    """The order and the augmentation of N images."""
 
-    order: Tensor  # int64 [N]: a permutation
+    order: Tensor  # int64 [N]: positions in the split
     offsets: Tensor  # int64 [N, 2]: row and column of the crop in the padded image, 0..2 * pad, in that order
     flips: Tensor  # bool [N]: mirrored left to right, in that order
 
@@ -29,6 +29,11 @@ class Plan:
         flips = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
         return cls(order, offsets, flips)
 
+    @classmethod
+    def plain(cls, order: Tensor) -> "Plan":
+        """Return a plan without augmentation."""
+        return cls(order, torch.zeros(len(order), 2, dtype=torch.int64), torch.zeros(len(order), dtype=torch.bool))
+
     def to(self, device: torch.device) -> "Plan":
         return Plan(self.order.to(device), self.offsets.to(device), self.flips.to(device))
 
@@ -39,21 +44,20 @@ class Plan:
 class Normalise:
     """(x / 255 - mean) / std of uint8 images [B, C, S, S], with mean and std [C] of the pixels scaled to 0..1."""
 
-    def __init__(self, mean: Tensor, std: Tensor, device: torch.device | str, dtype: torch.dtype = torch.float32):
+    def __init__(self, mean: Tensor, std: Tensor, device: torch.device | str):
         mean, std = (torch.as_tensor(x, dtype=torch.float64).cpu().view(-1, 1, 1) for x in (mean, std))
         self.scale = (1 / (255 * std)).float().to(device)
         self.shift = (-mean / std).float().to(device)
-        self.dtype = dtype
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, images.float(), self.scale).to(self.dtype)
+        return torch.addcmul(self.shift, images.float(), self.scale)
 
 
 def shift_and_flip(images: Tensor, plan: Plan, pad: int, normalise: Normalise) -> Tensor:
-    """Images uint8 [B, C, S, S] normalised, padded with `pad` zeros on each side, cropped to S x S at the offsets of the
-    plan, and mirrored where it says so: [B, C, S, S].
+    """Normalise images uint8 [B, C, S, S], pad them with `pad` zeros on each side, crop them to S x S at the offsets of
+    the plan, and mirror them where it says so: [B, C, S, S].
 
-    What is padded is the normalised image, so the margin has the mean colour of the data set and is not black.
+    The padding is added to the normalised image, so the margin has the mean colour of the data set and is not black.
     """
     count, channels, size, _ = images.shape
     line = torch.arange(size, device=images.device)
