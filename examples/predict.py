@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from training import run_folder
 from training.cli import Number, make_run_parser, run_script
-from training.data.augment import Normalise
+from training.data.augment import Normalize
 from training.data.images import read_image
 from training.errors import UserError
 from training.processes import Processes
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_run_parser(__doc__)
     add = parser.add_argument
-    add("images", type=Path, nargs="+", metavar="IMAGE", help="its largest centred square is resized as in training")
+    add("images", type=Path, nargs="+", metavar="IMAGE", help="its largest centered square is resized as in training")
     add("--top", type=Number(int, at_least=1), default=3, help="classes for each image")
     return parser.parse_args(argv)
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     processes = Processes.alone(options.device)
     data = run_folder.read_data_description(arguments.run)
     model = run_folder.read_model(arguments.run, arguments.weights, options, data, processes).eval()
-    normalise = Normalise(data.mean, data.std, processes.device)
+    normalize = Normalize(data.mean, data.std, processes.device)
     width = max(len(str(path)) for path in arguments.images)
     failed = []
     for path in arguments.images:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         except UserError as error:
             failed.append(str(error))
             continue
-        probabilities = predict(model, normalise(image[None].to(processes.device)), options.amp)
+        probabilities = predict(model, normalize(image[None].to(processes.device)), options.amp)
         best = probabilities.topk(min(arguments.top, len(data.classes)))
         for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             print(f"{path!s:<{width}}  {data.classes[label]:<20} {100 * probability:6.2f} %")
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def predict(model: nn.Module, image: Tensor, amp: str | None) -> Tensor:
-    """Return the probabilities [classes] of a normalised image [1, C, S, S]."""
+    """Return the probabilities [classes] of a normalized image [1, C, S, S]."""
     with autocast(image.device, amp):
         return model(image).float().softmax(1)[0].cpu()
 

@@ -1,4 +1,4 @@
-"""Shift, flip and normalisation of a whole batch at once, on the device that holds it.
+"""Shift, flip and normalization of a whole batch at once, on the device that holds it.
 
 All that is random in an epoch is drawn beforehand, on the CPU, from the seed and the number of the epoch alone. So it is
 equal on every device, in every process, however many there are, and wherever in the epoch one starts.
@@ -41,7 +41,7 @@ class Plan:
         return Plan(self.order[samples], self.offsets[samples], self.flips[samples])
 
 
-class Normalise:
+class Normalize:
     """(x / 255 - mean) / std of uint8 images [B, C, S, S], with mean and std [C] of the pixels scaled to 0..1."""
 
     def __init__(self, mean: Tensor, std: Tensor, device: torch.device | str):
@@ -53,11 +53,11 @@ class Normalise:
         return torch.addcmul(self.shift, images.float(), self.scale)
 
 
-def shift_and_flip(images: Tensor, plan: Plan, pad: int, normalise: Normalise) -> Tensor:
-    """Normalise images uint8 [B, C, S, S], pad them with `pad` zeros on each side, crop them to S x S at the offsets of
+def shift_and_flip(images: Tensor, plan: Plan, pad: int, normalize: Normalize) -> Tensor:
+    """Normalize images uint8 [B, C, S, S], pad them with `pad` zeros on each side, crop them to S x S at the offsets of
     the plan, and mirror them where it says so: [B, C, S, S].
 
-    The padding is added to the normalised image, so the margin has the mean colour of the data set and is not black.
+    The padding is added to the normalized image, so the margin has the mean color of the data set and is not black.
     """
     count, channels, size, _ = images.shape
     line = torch.arange(size, device=images.device)
@@ -67,7 +67,7 @@ def shift_and_flip(images: Tensor, plan: Plan, pad: int, normalise: Normalise) -
     pixels = rows.clamp(0, size - 1)[:, :, None] * size + columns.clamp(0, size - 1)[:, None, :]  # [B, S, S]
     pixels = pixels.view(count, 1, size * size).expand(-1, channels, -1)
     moved = images.flatten(2).gather(2, pixels).view_as(images)
-    return normalise(moved) * inside
+    return normalize(moved) * inside
 
 
 def _within(positions: Tensor, size: int) -> Tensor:

@@ -16,7 +16,7 @@ CHUNK = 64  # images that pass at once through the worker processes when a whole
 
 
 def read_image(path: Path | str, size: int, channels: int = 3) -> Tensor:
-    """Read a file as uint8 [channels, size, size]: RGB (or grey, if `channels` is 1), the largest centred square of it,
+    """Read a file as uint8 [channels, size, size]: RGB (or grey, if `channels` is 1), the largest centered square of it,
     resized bilinearly with antialiasing.
 
     Raises:
@@ -101,7 +101,7 @@ class ImageFiles(Images):
 class Reader:
     """Worker processes that read batches of images; with `workers` 0 this process does it.
 
-    They only decode: what leaves them is uint8, a quarter of the bytes of a normalised image.
+    They only decode: what leaves them is uint8, a quarter of the bytes of a normalized image.
     """
 
     def __init__(self, images: Images, workers: int = 0, pin_memory: bool = False):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.data.augment import Normalise, Plan, shift_and_flip
+from training.data.augment import Normalize, Plan, shift_and_flip
 from training.data.dataset import DataSet
 from training.data.images import Images, Reader, read_all
 from training.errors import UserError, explain
@@ -38,7 +38,7 @@ def statistics(dataset: DataSet, data_in: str = "auto", workers: int = 4) -> tup
     variance = squares / count - mean.square()
     if (variance <= 1e-6).any():  # less than one pixel in a million off by one
         raise UserError(
-            f"all training images of '{dataset.name}' are of one colour in a channel: there is nothing to learn"
+            f"all training images of '{dataset.name}' are of one color in a channel: there is nothing to learn"
         )
     return mean / 255, variance.sqrt() / 255
 
@@ -95,7 +95,7 @@ class Loader:
         flip = dataset.flip if options.flip is None else options.flip
         self.pad, self.flip = (options.pad, flip) if self.train else (0, False)
         self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-        self.normalise = Normalise(mean, std, self.device)
+        self.normalize = Normalize(mean, std, self.device)
         self.split = dataset.splits[split]
         self.steps = self._count_steps(split)
         self.labels = dataset.labels[self.split].to(self.device)
@@ -129,7 +129,7 @@ class Loader:
                 self._rows = torch.arange(len(self.split), device=self.device)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images [B, C, S, S], normalised, and labels int64 [B], both on the device, from batch number `start` on.
+        """Yield images [B, C, S, S], normalized, and labels int64 [B], both on the device, from batch number `start` on.
 
         A later start gives the very batches that a whole epoch gives from there.
         """
@@ -153,9 +153,9 @@ class Loader:
         slices = [slice(first, first + self.batch_size) for first in firsts.tolist()]
         for images, part in self._read(plan, slices):
             if self.pad or self.flip:
-                images = shift_and_flip(images, part, self.pad, self.normalise)
+                images = shift_and_flip(images, part, self.pad, self.normalize)
             else:
-                images = self.normalise(images)
+                images = self.normalize(images)
             yield images.contiguous(memory_format=self.memory_format), self.labels[part.order]
 
     def _read(self, plan: Plan, slices: list[slice]) -> Iterator[tuple[Tensor, Plan]]:
