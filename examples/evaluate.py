@@ -23,17 +23,13 @@ TOP = 5
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says; return the exit code."""
-    return run_script(lambda: run(parse(argv)))
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_run_parser(__doc__)
     add = parser.add_argument
     add("--split", choices=("test", "validation", "train"), default="test", help="train: without augmentation")
     add("--data", type=Path, metavar="FOLDER", help="where the data set lies, if not where it was")
     add("--batch-size", type=Number(int, at_least=1), help="that of the training by default")
     add("--output", type=Path, metavar="FILE.json", help="also write the figures there")
-    return parser.parse_args(argv)
+    return run_script(lambda: run(parser.parse_args(argv)))
 
 
 def run(arguments: argparse.Namespace) -> None:

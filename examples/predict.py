@@ -21,15 +21,11 @@ from training.step import autocast
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Predict as the command line says; return the exit code."""
-    return run_script(lambda: run(parse(argv)))
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_run_parser(__doc__)
     add = parser.add_argument
     add("images", type=Path, nargs="+", metavar="IMAGE", help="its largest centered square is resized as in training")
     add("--top", type=Number(int, at_least=1), default=3, help="classes for each image")
-    return parser.parse_args(argv)
+    return run_script(lambda: run(parser.parse_args(argv)))
 
 
 def run(arguments: argparse.Namespace) -> None:

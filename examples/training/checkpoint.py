@@ -9,8 +9,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,20 +28,29 @@ def explain_writing(path: Path) -> AbstractContextManager:
     return explain(OSError, what=f"{path} could not be written")
 
 
-def replace_file(path: Path, content: bytes | str) -> None:
-    """Write `content` to a file, of which a reader sees the old content or the new one.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file or folder, which is renamed to `path` at the end: a reader sees all of it or nothing.
 
     Raises:
-        UserError: it could not be written; the old file, if any, is untouched and nothing else is left.
+        UserError: it could not be written, and names the path and the reason; an old file is untouched and nothing else
+            is left.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with explain_writing(path):
         try:
-            _write_synced(temporary, content.encode() if isinstance(content, str) else content)
+            _remove(temporary)
+            yield temporary
             os.replace(temporary, path)
             _sync_folder(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Write `content` to a file, of which a reader sees the old content or the new one; errors as in `replacing`."""
+    with replacing(path) as temporary:
+        _write_synced(temporary, content.encode() if isinstance(content, str) else content)
 
 
 @dataclass
@@ -57,25 +66,20 @@ def save(folder: Path, step: int, weights: Mapping[str, Tensor], state: dict) ->
     """Write folder/step-XXXXXXXX, and delete all checkpoints but the two newest ones.
 
     Raises:
-        UserError: it could not be written, and names the path and the reason; nothing of it is left, and the earlier
-            checkpoints are untouched.
+        UserError: it could not be written; see `replacing`. The earlier checkpoints are untouched.
     """
     path = folder / f"step-{step:08}"
-    temporary = folder / f".{path.name}.tmp"
     if path.exists():  # no step has been taken since
         return
     with explain_writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            _fill(temporary, weights, state)
-            os.rename(temporary, path)
-            _sync_folder(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        _fill(temporary, weights, state)
     for old in paths(folder)[:-COUNT]:
-        _delete(old)
+        with explain_writing(old):  # under the temporary name no reader sees a part of its files
+            os.rename(old, old.with_name(f".{old.name}.tmp"))
+        remove_temporary(folder)
 
 
 def paths(folder: Path) -> list[Path]:
@@ -126,12 +130,11 @@ def _fill(folder: Path, weights: Mapping[str, Tensor], state: dict) -> None:
     _sync_folder(folder)
 
 
-def _delete(path: Path) -> None:
-    """Rename the folder first, so that no checkpoint is ever seen with a part of its files."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with explain_writing(path):
-        os.rename(path, temporary)
-    shutil.rmtree(temporary, ignore_errors=True)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -18,7 +18,7 @@ from training.memory import PeakMemory
 from training.model import build, distribute, prepare
 from training.processes import Processes
 from training.records import Records, epoch_line
-from training.step import Gradients, GraphedGradients, Losses, evaluate, learning_rate, make_optimizer
+from training.step import Gradients, GraphedGradients, evaluate, learning_rate, make_optimizer
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Trainer:
         if self.steps == 0:
             raise UserError(f"--accumulate is {options.accumulate}; it may be at most {self.loader.steps}, all batches")
         self.last_step = min(self.steps * options.epochs, options.limit_steps or math.inf)
-        self.losses = Losses(options.log_steps, processes)
+        self.unread: list[Tensor] = []  # float64 [2] on the device: sums of loss and hits of each of the last steps
         self.state = State()
 
     def _make_loader(self, split: str) -> Loader:
@@ -165,12 +165,13 @@ class Trainer:
         """Take a step of the optimizer. On a GPU nothing here waits for it, unless --amp fp16 has to look for overflows."""
         options = self.options
         self.gradients.clear()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for part in range(options.accumulate):
             images, labels = next(batches)
             last = part == options.accumulate - 1
             with nullcontext() if last or self.processes.world_size == 1 else self.network.no_sync():
-                self.losses.add(self.gradients(images, labels))
-        self.losses.end_step()
+                sums += self.gradients(images, labels)
+        self.unread.append(sums)
         if options.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
@@ -183,16 +184,17 @@ class Trainer:
         They are added one by one, so that sums do not depend on when they are read.
         """
         state = self.state
-        taken = self.losses.take()
-        if not taken:
+        if not self.unread:
             return
+        sums = self.processes.reduce_sum(torch.stack(self.unread)).tolist()
+        self.unread.clear()
         batches = self.processes.world_size * self.options.accumulate
-        first = state.step - len(taken) + 1
-        losses = [loss / batches for loss, _ in taken]
+        first = state.step - len(sums) + 1
+        losses = [loss / batches for loss, _ in sums]
         for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss of step {step} is {loss}")
-        for loss, (_, hits) in zip(losses, taken, strict=True):
+        for loss, (_, hits) in zip(losses, sums, strict=True):
             state.loss += loss
             state.hits += hits
         images = self.count_images(state.epoch_step)

@@ -37,12 +37,10 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
         SystemExit: anything else on the command line is wrong; code 2, after argparse's own message.
     """
     parser = build_parser(description)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path)
-    config = early.parse_known_args(argv)[0].config
-    if config is not None:
-        parser.set_defaults(**_read_config(config, parser))
     options = parser.parse_args(argv)
+    if options.config is not None:
+        parser.set_defaults(**_read_config(options.config, parser))
+        options = parser.parse_args(argv)
     if options.epochs is None:
         options.epochs = EPOCHS.get(options.dataset, 300)
     if options.device is None:
