@@ -96,10 +96,9 @@ def load(folder: Path) -> Checkpoint | None:
     found = paths(folder)
     if not found:
         return None
-    path = found[-1]
-    contents = {name: _verified(path / name, entry) for name, entry in _manifest(path).items()}
+    contents = _read_verified(found[-1])
     state = torch.load(io.BytesIO(contents[STATE]), map_location="cpu", weights_only=True)
-    return Checkpoint(path, parse_weights(contents[WEIGHTS]), state)
+    return Checkpoint(found[-1], parse_weights(contents[WEIGHTS]), state)
 
 
 def remove_temporary(folder: Path) -> None:
@@ -155,26 +154,24 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _manifest(path: Path) -> dict[str, dict]:
-    content = _read(path / MANIFEST)
+def _read_verified(folder: Path) -> dict[str, bytes]:
+    """Return the files of a checkpoint by name, which are those that its manifest lists."""
+    manifest = _read(folder / MANIFEST)
     try:
-        manifest = json.loads(content)
-        files = manifest["files"]
-        intact = manifest["sha256"] == _sha256(_canonical(files)) and set(files) == {WEIGHTS, STATE}
+        parsed = json.loads(manifest)
+        files = parsed["files"]
+        intact = parsed["sha256"] == _sha256(_canonical(files)) and set(files) == {WEIGHTS, STATE}
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
-        raise _damaged(path / MANIFEST, "its content is not what was written")
-    return files
-
-
-def _verified(path: Path, entry: dict) -> bytes:
-    content = _read(path)
-    if len(content) != entry["bytes"]:
-        raise _damaged(path, f"it has {len(content)} bytes of {entry['bytes']}")
-    if _sha256(content) != entry["sha256"]:
-        raise _damaged(path, "its content is not what was written (its SHA-256 differs)")
-    return content
+        raise _damaged(folder / MANIFEST, "its content is not what was written")
+    contents = {name: _read(folder / name) for name in files}
+    for name, content in contents.items():
+        if len(content) != files[name]["bytes"]:
+            raise _damaged(folder / name, f"it has {len(content)} bytes of {files[name]['bytes']}")
+        if _sha256(content) != files[name]["sha256"]:
+            raise _damaged(folder / name, "its content is not what was written (its SHA-256 differs)")
+    return contents
 
 
 def _read(path: Path) -> bytes:

@@ -30,7 +30,7 @@ def explain(*kinds: type[Exception], what: str, remedy: str = "") -> Iterator[No
         raise UserError(f"{what} ({reason}): {remedy}" if remedy else f"{what}: {reason}") from error
 
 
-def library(module: str, user: str = "training") -> ModuleType:
+def library(module: str, user: str = "this program") -> ModuleType:
     """Import a library that only the examples need.
 
     Raises:

@@ -10,9 +10,9 @@ import torch
 from densenet_ext.masks import POSITIONS
 from densenet_ext.models import VARIANTS
 from training.cli import Number, depth, make_parser
+from training.data.sets import LOADERS
 from training.errors import UserError, explain, library
 
-DATASETS = ("digits", "cifar10", "cifar100", "tiny-imagenet", "folder")
 EPOCHS = {"tiny-imagenet": 180, "digits": 30}  # the paper's 300 for all others
 
 # A run is resumed only with the values of these options that it was started with: they change its mathematics.
@@ -75,7 +75,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
 
 
 def _add_data(add) -> None:
-    add("--dataset", choices=DATASETS, default="digits")
+    add("--dataset", choices=LOADERS, default="digits")
     add("--data", type=Path, metavar="FOLDER", help="where the data set lies or is downloaded to; ./data by default")
     add("--download", action=_FLAG, default=False, help="fetch the data set if it is missing")
     add("--image-size", type=Number(int, at_least=8), help="pixels a side; the data set's own, or 32, by default")

@@ -17,24 +17,16 @@ _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 @dataclass
 class Processes:
-    """This process among its peers.
+    """This process among its peers."""
 
-    Args:
-        rank: 0 <= rank < world_size, over all machines.
-        local_rank: number on this machine.
-        world_size: number of processes.
-        device: of this process.
-    """
-
-    rank: int
-    local_rank: int
+    rank: int  # 0 <= rank < world_size, over all machines
     world_size: int
-    device: torch.device
+    device: torch.device  # of this process
 
     @classmethod
     def alone(cls, device: str) -> "Processes":
         """Return one process without peers."""
-        return cls(0, 0, 1, torch.device(device))
+        return cls(0, 1, torch.device(device))
 
     @property
     def main(self) -> bool:
@@ -99,4 +91,4 @@ def start(options: argparse.Namespace) -> Processes:
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    return Processes(rank, local_rank, world_size, device)
+    return Processes(rank, world_size, device)

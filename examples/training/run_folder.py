@@ -26,7 +26,7 @@ BEST, CHECKPOINTS, SUMMARY = "best.safetensors", "checkpoints", "summary.json"
 
 @dataclass
 class DataDescription:
-    """What the use of a trained network needs of its data. mean, std: float64 [channels] of pixels in 0..1."""
+    """A description of the data for the users of a trained network. mean, std: float64 [channels] of pixels in 0..1."""
 
     name: str
     classes: list[str]

@@ -14,19 +14,19 @@ from training.data.sets import load
 from training.errors import UserError
 
 
-def data_options(dataset, data=None, **others):
+def options(dataset, data=None, **others):
     """Return the options that loading a data set reads."""
     defaults = {"download": False, "image_size": None, "split_seed": 0}
     return SimpleNamespace(dataset=dataset, data=data, **{**defaults, **others})
 
 
 def read(*arguments, **others):
-    """Load the data set of these `data_options`."""
-    return load(data_options(*arguments, **others))
+    """Load the data set of these `options`."""
+    return load(options(*arguments, **others))
 
 
 def refuses(message, *arguments, **others):
-    """Assert that the data set of these `data_options` is refused."""
+    """Assert that the data set of these `options` is refused."""
     with pytest.raises(UserError, match=message):
         read(*arguments, **others)
 

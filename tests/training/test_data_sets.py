@@ -3,21 +3,10 @@
 import json
 import sys
 
+import data_cases as data
 import numpy
 import pytest
 import torch
-from data_cases import (
-    assert_partition,
-    class_counts,
-    data_options,
-    memory_set,
-    read,
-    refuses,
-    truncate,
-    write_cifar,
-    write_folder,
-    write_tiny_imagenet,
-)
 from training.data.dataset import DataSet, stratified
 from training.data.images import Images
 from training.errors import UserError
@@ -46,20 +35,20 @@ def test_class_with_too_few_images():
 
 
 def test_splits_are_written_and_checked(tmp_path):
-    options, exchanged = data_options("memory"), memory_set()
-    write_splits(tmp_path, memory_set(), options)
-    check_splits(tmp_path, memory_set(), options)
+    options, exchanged = data.options("memory"), data.memory_set()
+    write_splits(tmp_path, data.memory_set(), options)
+    check_splits(tmp_path, data.memory_set(), options)
     written = json.loads((tmp_path / "splits.json").read_text())
     assert written["counts"] == {"train": 40, "validation": 10} and written["indices"]["train"] == list(range(40))
     assert [file.name for file in tmp_path.iterdir()] == ["splits.json"]
     exchanged.splits["train"] = exchanged.splits["train"] + 1
     for message, dataset, seed in [
-        ("'split_seed' in .* differs: 0 then, 1 now", memory_set(), 1),
-        ("'images' in .* differs: 50 then, 60 now", memory_set(count=60), 0),
+        ("'split_seed' in .* differs: 0 then, 1 now", data.memory_set(), 1),
+        ("'images' in .* differs: 50 then, 60 now", data.memory_set(count=60), 0),
         ("'indices' in .*splits.json differs", exchanged, 0),
     ]:
         with pytest.raises(UserError, match=message):
-            check_splits(tmp_path, dataset, data_options("memory", split_seed=seed))
+            check_splits(tmp_path, dataset, data.options("memory", split_seed=seed))
 
 
 def test_damaged_or_unwritable_splits(tmp_path):
@@ -67,9 +56,9 @@ def test_damaged_or_unwritable_splits(tmp_path):
         if content is not None:
             (tmp_path / "splits.json").write_text(content)
         with pytest.raises(UserError, match=message):
-            check_splits(tmp_path, memory_set(), data_options("memory"))
+            check_splits(tmp_path, data.memory_set(), data.options("memory"))
     with pytest.raises(UserError, match="missing/splits.json could not be written: No such file"):
-        write_splits(tmp_path / "missing", memory_set(), data_options("memory"))
+        write_splits(tmp_path / "missing", data.memory_set(), data.options("memory"))
 
 
 # Digits
@@ -79,31 +68,31 @@ def test_digits():
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    source, digits = load_digits(), read("digits")
+    source, digits = load_digits(), data.read("digits")
     assert (digits.images.channels, digits.images.size, digits.flip, len(digits.classes)) == (1, 32, False, 10)
-    assert_partition(digits, 1797)
+    data.assert_partition(digits, 1797)
     sizes = torch.tensor(source.target).bincount()
-    assert class_counts(digits, "validation", "test") == [(sizes / n).round().tolist() for n in (10, 5)]
+    assert data.class_counts(digits, "validation", "test") == [(sizes / n).round().tolist() for n in (10, 5)]
     for index in (0, 1000):
         original = Image.fromarray(source.images[index].astype("float32") * 255 / 16)
         enlarged = torch.tensor(numpy.array(original.resize((32, 32), Image.Resampling.BILINEAR)))
         assert (digits.images[index][0] - enlarged).abs().max() < 0.51  # rounding
     assert digits.images.pixels.max() == 255
-    assert read("digits", image_size=16).images.pixels.shape == (1797, 1, 16, 16)
+    assert data.read("digits", image_size=16).images.pixels.shape == (1797, 1, 16, 16)
 
 
 def test_missing_libraries(monkeypatch, tmp_path):
-    write_folder(tmp_path / "images", per_class=1)
+    data.write_folder(tmp_path / "images", per_class=1)
     for module in ("sklearn", "torchvision"):
         monkeypatch.setitem(sys.modules, module, None)
         monkeypatch.setitem(sys.modules, f"{module}.datasets", None)
     monkeypatch.setitem(sys.modules, "torchvision.datasets.utils", None)
-    refuses("pip install scikit-learn", "digits")
-    refuses("cifar10 needs torchvision.*pip install torchvision, in the release that belongs", "cifar10", tmp_path)
-    refuses("folder needs torchvision", "folder", tmp_path / "images")
-    refuses("--download of tiny-imagenet-200 needs torchvision", "tiny-imagenet", tmp_path, download=True)
-    write_tiny_imagenet(tmp_path)
-    assert len(read("tiny-imagenet", tmp_path).images) == 36  # reading it does not need torchvision
+    data.refuses("pip install scikit-learn", "digits")
+    data.refuses("cifar10 needs torchvision.*pip install torchvision, in the release that belongs", "cifar10", tmp_path)
+    data.refuses("folder needs torchvision", "folder", tmp_path / "images")
+    data.refuses("--download of tiny-imagenet-200 needs torchvision", "tiny-imagenet", tmp_path, download=True)
+    data.write_tiny_imagenet(tmp_path)
+    assert len(data.read("tiny-imagenet", tmp_path).images) == 36  # reading it does not need torchvision
 
 
 # CIFAR
@@ -115,20 +104,20 @@ def cifar(request, tmp_path, monkeypatch):
     from torchvision import datasets
 
     kind = getattr(datasets, request.param)
-    return request.param.lower(), write_cifar(tmp_path, kind, monkeypatch), kind
+    return request.param.lower(), data.write_cifar(tmp_path, kind, monkeypatch), kind
 
 
 def test_cifar(cifar):
     name, folder, kind = cifar
-    dataset = read(name, folder.parent)
+    dataset = data.read(name, folder.parent)
     files, classes = len(kind.train_list), len(dataset.classes)
-    assert_partition(dataset, 10 * classes * (files + 1))
-    assert class_counts(dataset, "validation", "train") == [[files] * classes, [9 * files] * classes]  # a tenth
+    data.assert_partition(dataset, 10 * classes * (files + 1))
+    assert data.class_counts(dataset, "validation", "train") == [[files] * classes, [9 * files] * classes]  # a tenth
     reference, test = kind(folder.parent, train=False), dataset.splits["test"]
     assert torch.equal(dataset.images.pixels[test], torch.from_numpy(reference.data).permute(0, 3, 1, 2))
     assert dataset.labels[test].tolist() == reference.targets
     assert dataset.classes == [f"class {c}" for c in range(classes)] and dataset.flip
-    again, other = (read(name, folder, split_seed=seed) for seed in (0, 1))  # the folder itself serves too
+    again, other = (data.read(name, folder, split_seed=seed) for seed in (0, 1))  # the folder itself serves too
     assert torch.equal(again.splits["train"], dataset.splits["train"])
     assert not torch.equal(other.splits["train"], dataset.splits["train"])
     assert torch.equal(other.splits["test"], test)
@@ -136,13 +125,13 @@ def test_cifar(cifar):
 
 def test_cifar_files_that_are_wrong(cifar):
     name, folder, kind = cifar
-    refuses("--image-size is 32", name, folder.parent, image_size=64)
+    data.refuses("--image-size is 32", name, folder.parent, image_size=64)
     bad = folder / kind.train_list[-1][0]
-    truncate(bad)
-    refuses(f"{bad} is damaged or incomplete", name, folder.parent)
+    data.truncate(bad)
+    data.refuses(f"{bad} is damaged or incomplete", name, folder.parent)
     bad.unlink()
-    refuses(f"{bad} is missing: --download", name, folder.parent)
-    refuses("there is no folder .*elsewhere.*--download.*--data", name, folder.parent / "elsewhere")
+    data.refuses(f"{bad} is missing: --download", name, folder.parent)
+    data.refuses("there is no folder .*elsewhere.*--download.*--data", name, folder.parent / "elsewhere")
 
 
 def test_cifar_is_fetched_only_when_asked(cifar, monkeypatch, tmp_path):
@@ -154,11 +143,11 @@ def test_cifar_is_fetched_only_when_asked(cifar, monkeypatch, tmp_path):
         raise RuntimeError("File not found or corrupted.")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fetch)
-    refuses("no folder", name, tmp_path / "empty")
+    data.refuses("no folder", name, tmp_path / "empty")
     assert not asked
-    refuses(f"{kind.url} could not be fetched to .*empty .*corrupted", name, tmp_path / "empty", download=True)
+    data.refuses(f"{kind.url} could not be fetched to .*empty .*corrupted", name, tmp_path / "empty", download=True)
     assert asked == [(kind.url, kind.tgz_md5)]
-    read(name, folder.parent, download=True)  # complete already
+    data.read(name, folder.parent, download=True)  # complete already
     assert len(asked) == 1
 
 
@@ -173,8 +162,3 @@ def test_wrong_labels(labels, message):
     images = Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
     with pytest.raises(UserError, match=message):
         DataSet("x", ["a", "b"], images, torch.tensor(labels), {})
-
-
-def test_options_that_are_wrong():
-    refuses("--dataset must be one of digits, cifar10.*'mnist'", "mnist")
-    refuses("--image-size must be at least 1, it was 0", "digits", image_size=0)

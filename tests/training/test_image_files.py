@@ -6,20 +6,11 @@ import shutil
 import threading
 import zipfile
 
+import data_cases as data
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from data_cases import (
-    assert_partition,
-    class_counts,
-    read,
-    refuses,
-    truncate,
-    write_folder,
-    write_image,
-    write_tiny_imagenet,
-)
 from training.data import sets
 from training.data.images import ImageFiles, read_image
 from training.errors import UserError
@@ -30,16 +21,16 @@ SPLITS = ("train", "validation", "test")
 
 
 def test_tiny_imagenet(tmp_path):
-    root = write_tiny_imagenet(tmp_path)
-    dataset = read("tiny-imagenet", tmp_path)
-    assert_partition(dataset, 36)
+    root = data.write_tiny_imagenet(tmp_path)
+    dataset = data.read("tiny-imagenet", tmp_path)
+    data.assert_partition(dataset, 36)
     assert dataset.classes == ["word 88 (n00000088)", "word 89 (n00000089)", "n00000090"]  # sorted; one has no word
-    assert class_counts(dataset, *SPLITS) == [[9] * 3, [2] * 3, [1] * 3]
+    assert data.class_counts(dataset, *SPLITS) == [[9] * 3, [2] * 3, [1] * 3]
     assert dataset.images.pixels is None and dataset.images.nbytes == 36 * 3 * 32 * 32
     first = dataset.splits["validation"][0]
     assert dataset.classes[dataset.labels[first]] == "n00000090"
     assert torch.equal(dataset.images[first], read_image(root / "val/images/val_0.JPEG", 32))
-    assert read("tiny-imagenet", root, image_size=64).images[0].shape == (3, 64, 64)
+    assert data.read("tiny-imagenet", root, image_size=64).images[0].shape == (3, 64, 64)
 
 
 IMAGES, ANNOTATIONS = "train/n00000089/images", "val/val_annotations.txt"
@@ -70,15 +61,15 @@ DAMAGES = {
 
 @pytest.mark.parametrize("message", DAMAGES)
 def test_tiny_imagenet_that_is_wrong(tmp_path, message):
-    DAMAGES[message](write_tiny_imagenet(tmp_path))
-    refuses(message + ".*--download", "tiny-imagenet", tmp_path)
+    DAMAGES[message](data.write_tiny_imagenet(tmp_path))
+    data.refuses(message + ".*--download", "tiny-imagenet", tmp_path)
 
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
     """A server on this machine that has the archive of a small Tiny ImageNet: its file, and the requests so far."""
     served = tmp_path / "served"
-    root = write_tiny_imagenet(served)
+    root = data.write_tiny_imagenet(served)
     with zipfile.ZipFile(served / "tiny-imagenet-200.zip", "w") as file:
         for path in root.rglob("*.*"):
             file.write(path, path.relative_to(served))
@@ -100,75 +91,77 @@ def test_tiny_imagenet_is_fetched_only_when_asked(archive, monkeypatch, tmp_path
     from torchvision.datasets.utils import calculate_md5
 
     file, requests = archive
-    refuses("no folder .*tiny-imagenet-200: --download .*--data", "tiny-imagenet", tmp_path)
+    data.refuses("no folder .*tiny-imagenet-200: --download .*--data", "tiny-imagenet", tmp_path)
     assert not requests
 
-    refuses("200.zip could not be fetched .*corrupted", "tiny-imagenet", tmp_path, download=True)  # another MD5 sum
+    data.refuses(
+        "200.zip could not be fetched .*corrupted", "tiny-imagenet", tmp_path, download=True
+    )  # another MD5 sum
     assert requests and not (tmp_path / "tiny-imagenet-200").exists()
 
     monkeypatch.setattr(sets, "TINY_MD5", calculate_md5(file))
-    assert len(read("tiny-imagenet", tmp_path, download=True).images) == 36
+    assert len(data.read("tiny-imagenet", tmp_path, download=True).images) == 36
     assert {path.name for path in tmp_path.iterdir()} == {"served", "tiny-imagenet-200", "tiny-imagenet-200.zip"}
     count = len(requests)
-    read("tiny-imagenet", tmp_path, download=True)
+    data.read("tiny-imagenet", tmp_path, download=True)
     assert len(requests) == count  # there is nothing left to fetch
 
 
 def test_archive_that_cannot_be_fetched(archive, tmp_path):
     archive[0].unlink()
-    refuses("could not be fetched .*404", "tiny-imagenet", tmp_path, download=True)
+    data.refuses("could not be fetched .*404", "tiny-imagenet", tmp_path, download=True)
 
 
 # A folder of images
 
 
 def test_one_tree_of_classes(tmp_path):
-    dataset = read("folder", write_folder(tmp_path, per_class=20))
+    dataset = data.read("folder", data.write_folder(tmp_path, per_class=20))
     assert dataset.classes == ["cat", "dog"] and dataset.images.size == 32
-    assert_partition(dataset, 40)
-    assert class_counts(dataset, *SPLITS) == [[16, 16], [2, 2], [2, 2]]
+    data.assert_partition(dataset, 40)
+    assert data.class_counts(dataset, *SPLITS) == [[16, 16], [2, 2], [2, 2]]
     for i in range(8):  # all sizes and modes
         assert dataset.images[i].shape == (3, 32, 32) and dataset.images[i].dtype == torch.uint8
     assert "cat" in dataset.images.files[0] and dataset.labels[0] == 0
 
 
 def test_folders_for_the_splits(tmp_path):
-    dataset = read("folder", write_folder(tmp_path, ("train", "val", "test")))
-    assert_partition(dataset, 60)
-    assert class_counts(dataset, *SPLITS) == [[10, 10]] * 3
+    dataset = data.read("folder", data.write_folder(tmp_path, ("train", "val", "test")))
+    data.assert_partition(dataset, 60)
+    assert data.class_counts(dataset, *SPLITS) == [[10, 10]] * 3
     for split, name in zip(SPLITS, ("train", "val", "test"), strict=True):
         files = {dataset.images.files[i] for i in dataset.splits[split]}
         assert len(files) == 20 and all(f"/{name}/" in file for file in files)
 
 
 def test_splits_that_have_no_folder_are_cut_from_train(tmp_path):
-    dataset = read("folder", write_folder(tmp_path, ("train", "test")))
-    assert class_counts(dataset, *SPLITS) == [[9, 9], [1, 1], [10, 10]]
+    dataset = data.read("folder", data.write_folder(tmp_path, ("train", "test")))
+    assert data.class_counts(dataset, *SPLITS) == [[9, 9], [1, 1], [10, 10]]
     assert all("/train/" in dataset.images.files[i] for i in dataset.splits["validation"])
 
 
 def test_labels_of_a_split_without_all_classes(tmp_path):
     """The classes of each split are those of training, whatever their place in the split's own folder."""
-    write_folder(tmp_path, ("train",), classes=("ant", "cat", "dog"))
-    write_folder(tmp_path, ("test",), classes=("dog",))
-    assert class_counts(read("folder", tmp_path), "test") == [[0, 0, 10]]
+    data.write_folder(tmp_path, ("train",), classes=("ant", "cat", "dog"))
+    data.write_folder(tmp_path, ("test",), classes=("dog",))
+    assert data.class_counts(data.read("folder", tmp_path), "test") == [[0, 0, 10]]
 
 
 def test_folders_that_are_wrong(tmp_path):
     folder = tmp_path / "images"
-    refuses("--dataset folder needs --data", "folder")
-    refuses("there is no folder .*images", "folder", folder)
+    data.refuses("--dataset folder needs --data", "folder")
+    data.refuses("there is no folder .*images", "folder", folder)
     folder.mkdir()
-    refuses("images: .*subfolder for each class", "folder", folder)
+    data.refuses("images: .*subfolder for each class", "folder", folder)
     (folder / "empty").mkdir()
-    refuses("no valid file for the classes empty", "folder", folder)
-    write_folder(tmp_path / "few", per_class=2)
-    refuses("class 'cat' has 2 images, too few for train and validation and test", "folder", tmp_path / "few")
-    write_folder(tmp_path / "both", ("train", "val", "validation"), per_class=4)
-    refuses("val and .*validation both give the validation images", "folder", tmp_path / "both")
-    write_folder(tmp_path / "other", ("train",))
-    write_folder(tmp_path / "other", ("test",), classes=("cat", "fish"))
-    refuses("test/fish: the training images have no class 'fish'", "folder", tmp_path / "other")
+    data.refuses("no valid file for the classes empty", "folder", folder)
+    data.write_folder(tmp_path / "few", per_class=2)
+    data.refuses("class 'cat' has 2 images, too few for train and validation and test", "folder", tmp_path / "few")
+    data.write_folder(tmp_path / "both", ("train", "val", "validation"), per_class=4)
+    data.refuses("val and .*validation both give the validation images", "folder", tmp_path / "both")
+    data.write_folder(tmp_path / "other", ("train",))
+    data.write_folder(tmp_path / "other", ("test",), classes=("cat", "fish"))
+    data.refuses("test/fish: the training images have no class 'fish'", "folder", tmp_path / "other")
 
 
 # Images
@@ -182,24 +175,24 @@ def pixels_of(path):
 
 def test_image_is_resized_and_cropped_in_the_center(tmp_path):
     """Compare with PyTorch's bilinear antialiased resize: one level of 255 for the rounding of each of two passes."""
-    path = write_image(tmp_path / "wide.png", size=(96, 64))
+    path = data.write_image(tmp_path / "wide.png", size=(96, 64))
     expected = F.interpolate(pixels_of(path)[None].float(), size=(32, 48), mode="bilinear", antialias=True)
     assert (read_image(path, 32).float() - expected[0, :, :, 8:40]).abs().max() <= 2
-    path = write_image(tmp_path / "tall.png", size=(32, 50))  # nothing to resize
+    path = data.write_image(tmp_path / "tall.png", size=(32, 50))  # nothing to resize
     assert torch.equal(read_image(path, 32), pixels_of(path)[:, 9:41])
 
 
 def test_image_modes(tmp_path):
-    grey = read_image(write_image(tmp_path / "grey.png", mode="L"), 32)
+    grey = read_image(data.write_image(tmp_path / "grey.png", mode="L"), 32)
     assert grey.shape == (3, 32, 32) and torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
     assert torch.equal(read_image(tmp_path / "grey.png", 32, channels=1), grey[:1])
-    assert read_image(write_image(tmp_path / "alpha.png", mode="RGBA"), 32).shape == (3, 32, 32)
+    assert read_image(data.write_image(tmp_path / "alpha.png", mode="RGBA"), 32).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9])
 def test_truncated_image(tmp_path, suffix, part):
-    truncate(write_image(tmp_path / f"image.{suffix}", size=(200, 200)), part)
+    data.truncate(data.write_image(tmp_path / f"image.{suffix}", size=(200, 200)), part)
     with pytest.raises(UserError, match=f"image.{suffix} cannot be read as an image .*replace"):
         read_image(tmp_path / f"image.{suffix}", 32)
 

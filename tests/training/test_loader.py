@@ -3,10 +3,10 @@
 import os
 from types import SimpleNamespace
 
+import data_cases as data
 import pytest
 import torch
 import torch.nn.functional as F
-from data_cases import memory_set, read, truncate, write_folder, write_tiny_imagenet
 from training.data import loader as loader_module
 from training.data.augment import Plan
 from training.data.images import ImageFiles, Images
@@ -22,7 +22,7 @@ def make(dataset, split="train", *, rank=0, world_size=1, device="cpu", mean=Non
     mean = torch.linspace(0.3, 0.5, dataset.images.channels) if mean is None else mean
     std = torch.linspace(0.2, 0.4, dataset.images.channels) if std is None else std
     defaults = dict(batch_size=8, seed=0, pad=4, flip=False, data_in="auto", workers=2, channels_last=False)
-    processes = Processes(rank, rank, world_size, torch.device(device))
+    processes = Processes(rank, world_size, torch.device(device))
     return Loader(dataset, split, SimpleNamespace(**{**defaults, **options}), processes, mean, std, augment)
 
 
@@ -46,7 +46,7 @@ def assert_same(first, second):
 
 def numbered_set(count=50, size=8):
     """Return a set whose image number i has color i throughout and label i, so that a batch shows which images it has."""
-    dataset = memory_set(count, channels=1, size=size, classes=count)
+    dataset = data.memory_set(count, channels=1, size=size, classes=count)
     colors = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
     dataset.images.pixels = colors.expand(-1, 1, size, size).contiguous()
     return dataset
@@ -67,7 +67,7 @@ def reference_image(image, offset, flip, pad, mean, std):
 @pytest.mark.parametrize("pad, flip", [(4, True), (4, False), (2, True), (0, True), (0, False), (9, True)])
 def test_augmentation_against_one_image_at_a_time(pad, flip):
     """Padding of 9 is more than the 8 pixels of the image: some crops hold nothing of it."""
-    dataset = memory_set()
+    dataset = data.memory_set()
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
     train = dataset.splits["train"]
     plan = Plan.draw(len(train), seed=5, epoch=3, pad=pad, flip=flip)
@@ -91,7 +91,7 @@ def test_all_shifts_and_flips_are_drawn():
 
 def test_statistics_normalize_the_training_split():
     """Check float64 statistics to 1e-10; in float32 images the mean is 0 and the deviation 1 to rounding."""
-    dataset = memory_set(count=200)
+    dataset = data.memory_set(count=200)
     dataset.images.pixels[190:] = 255  # the validation images have no part in it
     mean, std = statistics(dataset)
     pixels = dataset.images.pixels[:190].double() / 255
@@ -109,7 +109,7 @@ def test_statistics_of_one_color():
 
 
 def test_dtype_and_memory_format():
-    plain, turned = (batches(memory_set(), channels_last=channels_last) for channels_last in (False, True))
+    plain, turned = (batches(data.memory_set(), channels_last=channels_last) for channels_last in (False, True))
     assert all(images.dtype == torch.float32 and images.is_contiguous() for images, _ in plain)
     assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in turned)
     assert_same(plain, turned)
@@ -117,7 +117,7 @@ def test_dtype_and_memory_format():
 
 @pytest.mark.parametrize("split, images", [("validation", slice(40, 50)), ("train", slice(0, 40))])
 def test_evaluation_has_no_augmentation(split, images):
-    dataset = memory_set()
+    dataset = data.memory_set()
     ((found, labels),) = batches(dataset, split, batch_size=40, flip=True, augment=False)
     mean, std = torch.linspace(0.3, 0.5, 3).view(-1, 1, 1), torch.linspace(0.2, 0.4, 3).view(-1, 1, 1)
     expected = (dataset.images.pixels[images].double() / 255 - mean) / std
@@ -150,12 +150,12 @@ def test_labels_belong_to_their_images():
 
 
 def test_training_depends_on_seed_and_epoch_alone():
-    first = batches(memory_set(), flip=True, seed=1, epoch=2)
+    first = batches(data.memory_set(), flip=True, seed=1, epoch=2)
     torch.rand(3)  # the global generator has no part in it
-    again = make(memory_set(), flip=True, seed=1)
+    again = make(data.memory_set(), flip=True, seed=1)
     list(again.epoch(0))  # nor have earlier epochs
     assert_same(first, take(again, epoch=2))
-    other = batches(memory_set(), flip=True, seed=2, epoch=1)
+    other = batches(data.memory_set(), flip=True, seed=2, epoch=1)
     assert not torch.equal(first[0][0], other[0][0])
 
 
@@ -163,22 +163,22 @@ def test_training_depends_on_seed_and_epoch_alone():
 def test_global_generator_is_left_alone(data_in):
     """Else a run that is resumed within an epoch would have other masks of Drop-Channel than one that is not."""
     state = torch.get_rng_state()
-    batches(memory_set(), flip=True, data_in=data_in)
+    batches(data.memory_set(), flip=True, data_in=data_in)
     assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_batches_of_one(processes):
-    together = batches(memory_set(), batch_size=16, flip=True, epoch=1)
+    together = batches(data.memory_set(), batch_size=16, flip=True, epoch=1)
     share = dict(batch_size=16 // processes, flip=True, world_size=processes, epoch=1)
-    each = [batches(memory_set(), rank=rank, **share) for rank in range(processes)]
+    each = [batches(data.memory_set(), rank=rank, **share) for rank in range(processes)]
     joined = [tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)) for parts in zip(*each, strict=True)]
     assert_same(together, joined)
 
 
 @WAYS
 def test_start_within_an_epoch(data_in):
-    loader = make(memory_set(), flip=True, data_in=data_in)
+    loader = make(data.memory_set(), flip=True, data_in=data_in)
     whole = list(loader.epoch(3))
     assert len(whole) == loader.steps == 5
     for start in (0, 1, 4, 5):
@@ -188,10 +188,10 @@ def test_start_within_an_epoch(data_in):
 
 def test_epoch_that_is_left_early():
     """Batches that worker processes have read ahead do not get into the next epoch."""
-    loader = make(memory_set(), data_in="workers")
+    loader = make(data.memory_set(), data_in="workers")
     left = loader.epoch(0)
     next(left)
-    assert_same(batches(memory_set(), data_in="memory", epoch=1), take(loader, epoch=1))
+    assert_same(batches(data.memory_set(), data_in="memory", epoch=1), take(loader, epoch=1))
 
 
 @WAYS
@@ -207,7 +207,7 @@ def test_evaluation_is_complete_and_in_order(processes, data_in):
 
 
 def test_more_processes_than_images():
-    dataset = memory_set()
+    dataset = data.memory_set()
     dataset.splits["test"] = torch.tensor([4])
     loaders = [make(dataset, "test", rank=rank, world_size=2) for rank in range(2)]
     assert [loader.steps for loader in loaders] == [1, 0] == [len(take(loader)) for loader in loaders]
@@ -216,15 +216,15 @@ def test_more_processes_than_images():
 def test_too_few_images_for_a_step():
     message = "the 40 images of the split 'train' are fewer than the 64 of one step .*32, 2 proc"
     with pytest.raises(UserError, match=message):
-        make(memory_set(), batch_size=32, world_size=2)
+        make(data.memory_set(), batch_size=32, world_size=2)
 
 
 # Memory and worker processes
 
 
 def test_worker_processes_give_the_same_batches(tmp_path):
-    write_tiny_imagenet(tmp_path)
-    first, second = (read("tiny-imagenet", tmp_path) for _ in range(2))
+    data.write_tiny_imagenet(tmp_path)
+    first, second = (data.read("tiny-imagenet", tmp_path) for _ in range(2))
     for split in ("train", "validation"):
         memory = make(first, split, data_in="memory", flip=True)
         workers = make(second, split, data_in="workers", flip=True)
@@ -238,22 +238,22 @@ def test_worker_processes_give_the_same_batches(tmp_path):
 
 def test_images_in_files_are_decoded_once(tmp_path, monkeypatch):
     """Statistics leave decoded images for the loader where it will hold them in memory anyway."""
-    write_tiny_imagenet(tmp_path)
+    data.write_tiny_imagenet(tmp_path)
     decoded, decode = [], ImageFiles.__getitem__
     monkeypatch.setattr(ImageFiles, "__getitem__", lambda self, index: decoded.append(index) or decode(self, index))
-    dataset = read("tiny-imagenet", tmp_path)
+    dataset = data.read("tiny-imagenet", tmp_path)
     expected = statistics(dataset)
     batches(dataset)
     assert sorted(decoded) == sorted(dataset.splits["train"].tolist())
     decoded.clear()
-    dataset = read("tiny-imagenet", tmp_path)
+    dataset = data.read("tiny-imagenet", tmp_path)
     passing = statistics(dataset, data_in="workers")
     assert dataset.images.pixels is None and len(decoded) == len(dataset.splits["train"])
     assert torch.equal(expected[0], passing[0]) and torch.equal(expected[1], passing[1])
 
 
 def test_images_in_memory_are_not_copied_on_the_cpu():
-    dataset = memory_set()
+    dataset = data.memory_set()
     assert make(dataset)._pixels.data_ptr() == dataset.images.pixels.data_ptr()
 
 
@@ -279,14 +279,14 @@ def test_free_memory_of_this_machine():
 @pytest.mark.parametrize("data_in, workers", [("workers", 2), ("workers", 0), ("memory", 2)])
 def test_truncated_image(tmp_path, data_in, workers):
     """The message names the file, without the traceback of the process that met it."""
-    dataset = read("folder", write_folder(tmp_path, per_class=40))
+    dataset = data.read("folder", data.write_folder(tmp_path, per_class=40))
     bad = dataset.images.files[dataset.splits["train"][7]]
-    truncate(bad)
+    data.truncate(bad)
     with pytest.raises(UserError) as caught:
         batches(dataset, data_in=data_in, workers=workers)
     assert str(caught.value).startswith(f"{bad} cannot be read as an image") and "Traceback" not in str(caught.value)
     with pytest.raises(UserError, match=f"{bad} cannot be read"):
-        statistics(read("folder", tmp_path), data_in, workers)
+        statistics(data.read("folder", tmp_path), data_in, workers)
 
 
 class Killer(Images):
@@ -297,14 +297,14 @@ class Killer(Images):
 
 
 def test_worker_process_that_is_killed():
-    dataset = memory_set()
+    dataset = data.memory_set()
     dataset.images = Killer(dataset.images.pixels)
     with pytest.raises(UserError, match="a worker process that reads images failed .*--workers 0.*--data-in memory"):
         batches(dataset, data_in="workers")
 
 
 def test_time_waited():
-    loader = make(memory_set())
+    loader = make(data.memory_set())
     assert loader.waited == 0
     take(loader)
     assert 0 < loader.waited < 5
@@ -314,8 +314,8 @@ def test_time_waited():
 @WAYS
 def test_batches_on_a_gpu(data_in):
     """Batches are those of the CPU to rounding of float32, and nothing waits for the device."""
-    on_cpu = batches(memory_set(), flip=True, epoch=1)
-    loader = make(memory_set(), flip=True, device="cuda", data_in=data_in)
+    on_cpu = batches(data.memory_set(), flip=True, epoch=1)
+    loader = make(data.memory_set(), flip=True, device="cuda", data_in=data_in)
     list(loader.epoch(0))
     epoch = loader.epoch(1)
     on_gpu = [next(epoch)]

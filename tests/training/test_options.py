@@ -48,6 +48,8 @@ CONFIGS = {
     "depth:": "depth is None; it may not be left empty",
     "nesterov: 1": "nesterov is 1; it must be true or false",
     "variant: C": "variant is 'C'; it may be vanilla, A, B",
+    "dataset: mnist": "dataset is 'mnist'; it may be digits, cifar10",
+    "image-size: 0": "image-size is 0; '0' is not valid; it must be an integer, at least 8",
     "amp: 16": "amp is 16; it must be a string",
     "lr-milestones: 0.5": "lr-milestones is 0.5; it must be a list",
     "seed: true": "seed is True; 'True' is not valid; it must be an integer",

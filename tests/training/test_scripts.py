@@ -130,7 +130,7 @@ def test_config_of_a_run_repeats_it(run, tmp_path):
 
 
 def test_evaluate(run, tmp_path):
-    """As a user would start it: the figures are those that the training found."""
+    """The script, started as by a user, finds the figures that the training found."""
     output = tmp_path / "test.json"
     done = cases.start(*cases.command("evaluate.py", run, "--output", output, "--device", "cpu"))
     assert done.returncode == 0, done.stderr
@@ -166,7 +166,7 @@ def write_digit(path, number, mode="L", size=(8, 8)):
 
 
 def test_predict(run, tmp_path):
-    """As a user would start it: digits written as images of another size and mode; one file is missing, one is no image."""
+    """The script, started as by a user, gets digits of another size and mode; one file is missing, one is no image."""
     for number, mode in enumerate(("L", "RGB", "P")):
         write_digit(tmp_path / f"{number}.png", number, mode, (40, 40))
     (tmp_path / "text.png").write_text("no image")

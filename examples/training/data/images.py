@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 from tqdm import tqdm
 
 from training.errors import UserError, explain, library
@@ -111,7 +111,7 @@ class Reader:
             images,
             batch_sampler=self._batches,
             num_workers=workers,
-            collate_fn=_leave,
+            collate_fn=default_convert,  # leaves tensors and errors as they are
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
@@ -146,11 +146,6 @@ def read_all(images: Images, indices: Tensor, workers: int = 0) -> Iterator[tupl
                 progress.update(len(chunk))
     finally:
         reader.close()
-
-
-def _leave(batch):
-    """Leave a batch as it is."""
-    return batch
 
 
 def usable_cores() -> int:

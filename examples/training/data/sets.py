@@ -31,10 +31,6 @@ def load(options: argparse.Namespace) -> DataSet:
     Raises:
         UserError: its files are missing or damaged, or a library that it needs is missing.
     """
-    if options.image_size is not None and options.image_size < 1:
-        raise UserError(f"--image-size must be at least 1, it was {options.image_size}")
-    if options.dataset not in LOADERS:
-        raise UserError(f"--dataset must be one of {', '.join(LOADERS)}, it was '{options.dataset}'")
     return LOADERS[options.dataset](options)
 
 
