@@ -71,10 +71,8 @@ def save(folder: Path, step: int, weights: Mapping[str, Tensor], state: dict) ->
     path = folder / f"step-{step:08}"
     if path.exists():  # no step has been taken since
         return
-    with explain_writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         _fill(temporary, weights, state)
     for old in paths(folder)[:-COUNT]:
         with explain_writing(old):  # under the temporary name no reader sees a part of its files

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from training.data import loader as loader_module
-from training.data.augment import Plan
+from training.data.augment import draw_plan
 from training.data.images import ImageFiles, Images
 from training.data.loader import Loader, fits, statistics
 from training.errors import UserError
@@ -55,13 +55,12 @@ def numbered_set(count=50, size=8):
 # Pixels
 
 
-def reference_image(image, offset, flip, pad, mean, std):
+def reference_image(image, row, column, mirrored, pad, mean, std):
     """Normalize, pad with zeros, crop and mirror one image [C, S, S] by the library's operations in float64."""
     size = image.shape[-1]
     normalized = (image.double() / 255 - mean.double().view(-1, 1, 1)) / std.double().view(-1, 1, 1)
-    row, column = offset.tolist()
     cropped = F.pad(normalized, (pad, pad, pad, pad))[:, row : row + size, column : column + size]
-    return cropped.flip(-1) if flip else cropped
+    return cropped.flip(-1) if mirrored else cropped
 
 
 @pytest.mark.parametrize("pad, flip", [(4, True), (4, False), (2, True), (0, True), (0, False), (9, True)])
@@ -70,23 +69,23 @@ def test_augmentation_against_one_image_at_a_time(pad, flip):
     dataset = data.memory_set()
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
     train = dataset.splits["train"]
-    plan = Plan.draw(len(train), seed=5, epoch=3, pad=pad, flip=flip)
+    plan = draw_plan(len(train), seed=5, epoch=3, pad=pad, flip=flip)
     produced = batches(dataset, pad=pad, flip=flip, mean=mean, std=std, seed=5, epoch=3)
     images, labels = (torch.cat(parts) for parts in zip(*produced, strict=True))
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        source = train[plan.order[i]]
-        expected = reference_image(dataset.images[source], plan.offsets[i], plan.flips[i], pad, mean, std)
+    for (position, row, column, mirrored), image, label in zip(plan, images, labels, strict=True):
+        source = train[position]
+        expected = reference_image(dataset.images[source], row, column, mirrored, pad, mean, std)
         torch.testing.assert_close(image.double(), expected, rtol=1e-5, atol=1e-6)  # float32: 24 bits, values below 5
         assert label == dataset.labels[source]
 
 
 def test_all_shifts_and_flips_are_drawn():
-    plan = Plan.draw(20000, seed=0, epoch=0, pad=4, flip=True)
-    counts = (9 * plan.offsets[:, 0] + plan.offsets[:, 1]).bincount(minlength=81)
+    _, rows, columns, flips = draw_plan(20000, seed=0, epoch=0, pad=4, flip=True).unbind(1)
+    counts = (9 * rows + columns).bincount(minlength=81)
     # 247 expected each, deviation 15.6: five deviations.
     assert counts.numel() == 81 and (counts - 20000 / 81).abs().max() < 80
-    assert abs(plan.flips.float().mean() - 0.5) < 0.018
-    assert not Plan.draw(20000, seed=0, epoch=0, pad=4, flip=False).flips.any()
+    assert abs(flips.float().mean() - 0.5) < 0.018
+    assert not draw_plan(20000, seed=0, epoch=0, pad=4, flip=False)[:, 3].any()
 
 
 def test_statistics_normalize_the_training_split():

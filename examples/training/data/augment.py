@@ -5,40 +5,24 @@ equal on every device, in every process, however many there are, and wherever in
 """
 
 import hashlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class Plan:
-    """The order and the augmentation of N images."""
+def draw_plan(count: int, seed: int, epoch: int, pad: int, flip: bool) -> Tensor:
+    """Draw the order and the augmentation of an epoch of N images: int64 [N, 4].
 
-    order: Tensor  # int64 [N]: positions in the split
-    offsets: Tensor  # int64 [N, 2]: row and column of the crop in the padded image, 0..2 * pad, in that order
-    flips: Tensor  # bool [N]: mirrored left to right, in that order
-
-    @classmethod
-    def draw(cls, count: int, seed: int, epoch: int, pad: int, flip: bool) -> "Plan":
-        # A digest, since seed + epoch would give one run's second epoch to another run as its first.
-        digest = hashlib.sha256(f"{seed},{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-        order = torch.randperm(count, generator=generator)
-        offsets = torch.randint(0, 2 * pad + 1, (count, 2), generator=generator)
-        flips = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
-        return cls(order, offsets, flips)
-
-    @classmethod
-    def plain(cls, order: Tensor) -> "Plan":
-        """Return a plan without augmentation."""
-        return cls(order, torch.zeros(len(order), 2, dtype=torch.int64), torch.zeros(len(order), dtype=torch.bool))
-
-    def to(self, device: torch.device) -> "Plan":
-        return Plan(self.order.to(device), self.offsets.to(device), self.flips.to(device))
-
-    def __getitem__(self, samples: slice) -> "Plan":
-        return Plan(self.order[samples], self.offsets[samples], self.flips[samples])
+    A row is an image: its position in the split, row and column of the crop in the padded image (0..2 * pad), and 1 if it
+    is mirrored left to right.
+    """
+    # A digest, since seed + epoch would give one run's second epoch to another run as its first.
+    digest = hashlib.sha256(f"{seed},{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    order = torch.randperm(count, generator=generator)
+    offsets = torch.randint(0, 2 * pad + 1, (count, 2), generator=generator)
+    flips = torch.rand(count, generator=generator) < (0.5 if flip else 0.0)
+    return torch.column_stack([order, offsets, flips])
 
 
 class Normalize:
@@ -53,16 +37,16 @@ class Normalize:
         return torch.addcmul(self.shift, images.float(), self.scale)
 
 
-def shift_and_flip(images: Tensor, plan: Plan, pad: int, normalize: Normalize) -> Tensor:
+def shift_and_flip(images: Tensor, plan: Tensor, pad: int, normalize: Normalize) -> Tensor:
     """Normalize images uint8 [B, C, S, S], pad them with `pad` zeros on each side, crop them to S x S at the offsets of
-    the plan, and mirror them where it says so: [B, C, S, S].
+    the plan [B, 4], and mirror them where it says so: [B, C, S, S].
 
     The padding is added to the normalized image, so the margin has the mean color of the data set and is not black.
     """
     count, channels, size, _ = images.shape
     line = torch.arange(size, device=images.device)
-    rows = line + plan.offsets[:, :1] - pad  # [B, S]: the row of the image that each row of the result shows
-    columns = torch.where(plan.flips[:, None], line.flip(0), line) + plan.offsets[:, 1:] - pad
+    rows = line + plan[:, 1:2] - pad  # [B, S]: the row of the image that each row of the result shows
+    columns = torch.where(plan[:, 3:] == 1, line.flip(0), line) + plan[:, 2:3] - pad
     inside = _within(rows, size)[:, None, :, None] & _within(columns, size)[:, None, None, :]
     pixels = rows.clamp(0, size - 1)[:, :, None] * size + columns.clamp(0, size - 1)[:, None, :]  # [B, S, S]
     pixels = pixels.view(count, 1, size * size).expand(-1, channels, -1)

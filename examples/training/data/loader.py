@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.data.augment import Normalize, Plan, shift_and_flip
+from training.data.augment import Normalize, draw_plan, shift_and_flip
 from training.data.dataset import DataSet
 from training.data.images import Images, Reader, read_all
 from training.errors import UserError, explain
@@ -145,10 +145,10 @@ class Loader:
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         steps = torch.arange(start, self.steps)
         if self.train:
-            plan = Plan.draw(len(self.split), self.seed, epoch, self.pad, self.flip)
+            plan = draw_plan(len(self.split), self.seed, epoch, self.pad, self.flip)
             firsts = (steps * self.world_size + self.rank) * self.batch_size
         else:
-            plan = Plan.plain(torch.arange(self.rank, len(self.split), self.world_size))
+            plan = torch.arange(self.rank, len(self.split), self.world_size)[:, None]
             firsts = steps * self.batch_size
         slices = [slice(first, first + self.batch_size) for first in firsts.tolist()]
         for images, part in self._read(plan, slices):
@@ -156,17 +156,17 @@ class Loader:
                 images = shift_and_flip(images, part, self.pad, self.normalize)
             else:
                 images = self.normalize(images)
-            yield images.contiguous(memory_format=self.memory_format), self.labels[part.order]
+            yield images.contiguous(memory_format=self.memory_format), self.labels[part[:, 0]]
 
-    def _read(self, plan: Plan, slices: list[slice]) -> Iterator[tuple[Tensor, Plan]]:
+    def _read(self, plan: Tensor, slices: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images uint8 [B, C, S, S] on the device with their part of the plan. No batch waits for the device."""
         on_device = plan.to(self.device)
         if self.in_memory:
             for samples in slices:
                 part = on_device[samples]
-                yield self._pixels.index_select(0, self._rows[part.order]), part
+                yield self._pixels.index_select(0, self._rows[part[:, 0]]), part
             return
-        wanted = [self.split[plan.order[samples]] for samples in slices]
+        wanted = [self.split[plan[samples, 0]] for samples in slices]
         for samples, images in zip(slices, self._reader.batches(wanted), strict=True):
             yield images.to(self.device, non_blocking=True), on_device[samples]
 
