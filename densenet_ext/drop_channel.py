@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_probability
+from ._checks import POSITIONS, check_probability
 from ._layout import arithmetic_dtype
 from ._transforms import in_functorch
 

@@ -1,4 +1,4 @@
-"""Classes that a trained network sees in images.
+"""Print the classes that a trained network sees in images.
 
 python examples/predict.py runs/my-flowers rose.jpg tulip.png --top 5
 """
@@ -11,47 +11,34 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from training import run_folder
-from training.augment import Normalise
+from training.cli import Number, make_run_parser, run_script
+from training.data.augment import Normalize
+from training.data.images import read_image
 from training.errors import UserError
-from training.evaluation import autocast
-from training.model import build, prepare
 from training.processes import Processes
-from training.ranges import Number
-from training.script import run_script
-from training.sources import read_image
+from training.step import autocast
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Predicts as the command line says; returns the exit code."""
-    return run_script(lambda argv: run(parse(argv)), argv)
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """Predict as the command line says; return the exit code."""
+    parser = make_run_parser(__doc__)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="folder that train.py wrote")
-    add("images", type=Path, nargs="+", metavar="IMAGE", help="its largest centred square is resized as in training")
+    add("images", type=Path, nargs="+", metavar="IMAGE", help="its largest centered square is resized as in training")
     add("--top", type=Number(int, at_least=1), default=3, help="classes for each image")
-    add("--weights", default="best", help="best (default), last, or a safetensors file")
-    add("--device", help="cpu, cuda or cuda:N; cuda if there is one by default")
-    return parser.parse_args(argv)
+    return run_script(lambda: run(parser.parse_args(argv)))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints a line for each image and class: file, class, probability.
+    """Print a line for each image and class: file, class, probability.
 
     Raises:
         UserError: anything that the user can mend; images that can be read are served first.
     """
     options = run_folder.read_options(arguments.run, arguments.device)
-    data = run_folder.read_data_description(arguments.run)
-    model = build(options, len(data.classes), data.channels)
-    run_folder.load_weights(model, run_folder.read_weights(arguments.run, arguments.weights))
     processes = Processes.alone(options.device)
-    model = prepare(model, options, processes).eval()
-    normalise = Normalise(data.mean, data.std, processes.device, torch.float32)
+    data = run_folder.read_data_description(arguments.run)
+    model = run_folder.read_model(arguments.run, arguments.weights, options, data, processes).eval()
+    normalize = Normalize(data.mean, data.std, processes.device)
     width = max(len(str(path)) for path in arguments.images)
     failed = []
     for path in arguments.images:
@@ -60,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         except UserError as error:
             failed.append(str(error))
             continue
-        probabilities = probabilities_of(model, normalise(image[None].to(processes.device)), options.amp)
+        probabilities = predict(model, normalize(image[None].to(processes.device)), options.amp)
         best = probabilities.topk(min(arguments.top, len(data.classes)))
         for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             print(f"{path!s:<{width}}  {data.classes[label]:<20} {100 * probability:6.2f} %")
@@ -69,8 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def probabilities_of(model: nn.Module, image: Tensor, amp: str | None) -> Tensor:
-    """[classes] for a normalised image [1, C, S, S]."""
+def predict(model: nn.Module, image: Tensor, amp: str | None) -> Tensor:
+    """Return the probabilities [classes] of a normalized image [1, C, S, S]."""
     with autocast(image.device, amp):
         return model(image).float().softmax(1)[0].cpu()
 

@@ -1,4 +1,4 @@
-"""Trains a DenseNet with Drop-Channel, squeeze-and-excitation and fused stages (A+B+C) on handwritten digits.
+"""Train a DenseNet with Drop-Channel, squeeze-and-excitation and fused stages (A+B+C) on handwritten digits.
 
     python examples/quickstart.py
 
@@ -35,7 +35,7 @@ def parse_arguments():
 
 
 def load_digits(generator, device):
-    """Images [N, 3, 32, 32] and labels [N] of the training and of the test set."""
+    """Return images [N, 3, 32, 32] and labels [N] of the training and of the test set."""
     try:
         from sklearn import datasets
     except ImportError:
@@ -50,7 +50,7 @@ def load_digits(generator, device):
 
 
 def train(model, loader, args):
-    """AdamW with a one-cycle schedule."""
+    """Train with AdamW and a one-cycle schedule."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     steps = args.epochs * len(loader)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps)
@@ -73,14 +73,14 @@ def train(model, loader, args):
 
 @torch.no_grad()
 def accuracy(model, images, labels):
-    """Percent of `images` that the model recognises."""
+    """Return the percentage of `images` that the model recognizes."""
     model.eval()
     hits = [(model(x).argmax(1) == y).sum() for x, y in zip(images.split(120), labels.split(120), strict=True)]
     return 100 * sum(hits).item() / len(labels)
 
 
 def peak_memory(device):
-    """Highest memory so far in MB: allocated on the device or, on a CPU, resident in the whole process."""
+    """Return the highest memory so far in MB: allocated on the device or, on a CPU, resident in the whole process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e6
     import resource
@@ -95,20 +95,14 @@ def main():
     generator = torch.Generator().manual_seed(args.seed)
     train_set, test_set = load_digits(generator, args.device)
     loader = DataLoader(TensorDataset(*train_set), args.batch_size, shuffle=True, drop_last=True, generator=generator)
-    model = DenseNetBC.variant(
-        "A+B",
-        depth=args.depth,
-        growth_rate=args.growth_rate,
-        num_classes=10,
-        efficient=EFFICIENT[args.efficient],
-    ).to(args.device)
-    before = peak_memory(args.device)
+    network = {"depth": args.depth, "growth_rate": args.growth_rate, "efficient": EFFICIENT[args.efficient]}
+    model = DenseNetBC.variant("A+B", num_classes=10, **network).to(args.device)
+    baseline = peak_memory(args.device)
     start = time.perf_counter()
     train(model, loader, args)
-    seconds = time.perf_counter() - start
-    grown = peak_memory(args.device) - before
+    seconds, peak = time.perf_counter() - start, peak_memory(args.device)
     print(f"test accuracy {accuracy(model, *test_set):.2f} %")
-    print(f"peak memory {grown:.0f} MB above the {before:.0f} MB before training")
+    print(f"peak memory {peak - baseline:.0f} MB above the {baseline:.0f} MB before training")
     print(f"time {seconds:.1f} s, {seconds / args.epochs:.1f} s an epoch")
 
 

@@ -1,10 +1,10 @@
-"""Trains DenseNets on digits, CIFAR, Tiny ImageNet or a folder of images, with the paper's recipe by default.
+"""Train a DenseNet on digits, CIFAR, Tiny ImageNet or a folder of images, with the paper's recipe by default.
 
     python examples/train.py --config examples/configs/digits.yaml
     python examples/train.py --dataset cifar10 --download --variant A+B+C --output runs/cifar10
     torchrun --nproc-per-node 4 examples/train.py --dataset cifar10 --batch-size 16
 
-What it writes lies in --output: checkpoints, best.safetensors, metrics.csv, loss.png, accuracy.png, summary.json, and
+It writes to the folder --output: checkpoints, best.safetensors, metrics.csv, loss.png, accuracy.png, summary.json, and
 events for `tensorboard --logdir runs`. Killed at any moment, the same command with --resume goes on as if nothing had
 happened.
 """
@@ -16,26 +16,26 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from training import checkpoint, datasets, run_folder
+from training import run_folder
+from training.checkpoint import Checkpoint, replace_file
+from training.cli import run_script
+from training.data.dataset import DataSet
+from training.data.loader import statistics
+from training.data.sets import load
 from training.engine import Trainer
-from training.files import replace_file
-from training.libraries import PACKAGES, library
-from training.loader import statistics
+from training.errors import REQUIRED, library
 from training.options import parse
-from training.plots import draw_run
 from training.processes import Processes, start
-from training.script import run_script
-from training.splits import check_splits, write_splits
-from training.summary import summarize, summary_line
+from training.records import draw_run, summarize, summary_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains as the command line says; returns the exit code."""
-    return run_script(lambda argv: run(parse(argv, __doc__)), argv, "; the same command with --resume goes on")
+    """Train as the command line says; return the exit code."""
+    return run_script(lambda: run(parse(argv, __doc__)), "; the same command with --resume goes on")
 
 
 def run(options: argparse.Namespace) -> dict:
-    """Trains, tests the best weights, and returns what summary.json holds.
+    """Train, test the best weights, and return the content of summary.json.
 
     Raises:
         UserError: anything that the user can mend.
@@ -45,12 +45,12 @@ def run(options: argparse.Namespace) -> dict:
     found = run_folder.open_run(options, processes)
     processes.barrier()  # nobody writes before all have looked
     dataset = load_data(options, processes)
-    data = describe(dataset, options, processes, found)
+    data = describe(dataset, options, found)
     trainer = Trainer(options, processes, dataset, data)
     if processes.main:
         run_folder.write_description(options, processes, data)
         if found is None:
-            write_splits(options.output / run_folder.SPLITS, dataset, options)
+            run_folder.write_splits(options.output, dataset, options)
     if found is not None:
         trainer.restore(found)
     trainer.train()
@@ -64,8 +64,8 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def set_up(options: argparse.Namespace) -> None:
-    """Libraries, threads and algorithms, before anything is computed."""
-    for module in PACKAGES:
+    """Check libraries, and set threads and algorithms, before anything is computed."""
+    for module in REQUIRED:
         library(module)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -77,27 +77,26 @@ def set_up(options: argparse.Namespace) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def load_data(options: argparse.Namespace, processes: Processes) -> datasets.DataSet:
-    """The data set; the main process downloads it while the others wait."""
+def load_data(options: argparse.Namespace, processes: Processes) -> DataSet:
+    """Read the data set; the main process downloads it while the others wait."""
     if processes.main:
-        dataset = datasets.load(options)
+        dataset = load(options)
     processes.barrier()
-    return dataset if processes.main else datasets.load(options)
+    return dataset if processes.main else load(options)
 
 
-def describe(
-    dataset: datasets.DataSet, options: argparse.Namespace, processes: Processes, found: checkpoint.Checkpoint | None
-) -> run_folder.DataDescription:
-    """Mean and deviation of the training images, or those that the resumed run began with.
+def describe(dataset: DataSet, options: argparse.Namespace, found: Checkpoint | None) -> run_folder.DataDescription:
+    """Measure mean and deviation of the training images, or read those that the resumed run began with.
 
     Raises:
         UserError: the data are not those of the resumed run.
     """
     if found is not None:
-        check_splits(options.output / run_folder.SPLITS, dataset, options)
+        run_folder.check_splits(options.output, dataset, options)
         return run_folder.read_data_description(options.output)
     mean, std = statistics(dataset, options.data_in, options.workers)
-    return run_folder.DataDescription(dataset.name, dataset.classes, dataset.channels, dataset.image_size, mean, std)
+    images = dataset.images
+    return run_folder.DataDescription(dataset.name, dataset.classes, images.channels, images.size, mean, std)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What train.py, evaluate.py and predict.py share: options, data, model, training loop, records, checkpoints."""
+"""The training tool behind train.py, evaluate.py and predict.py."""

@@ -1,7 +1,7 @@
-"""Checkpoints: folders that exist whole or not at all, and are known to be undamaged when they are read.
+"""Files and checkpoints that exist whole or not at all.
 
-A folder is filled under a temporary name, every file is synced to the disk, and then it is renamed. Its manifest holds
-size and SHA-256 of each file.
+A file or the folder of a checkpoint is filled under a temporary name, synced to the disk, and renamed. The manifest of a
+checkpoint holds size and SHA-256 of each of its files, so that damage is noticed when they are read.
 """
 
 import hashlib
@@ -9,92 +9,110 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from training.errors import UserError
-from training.files import readable_errors, sync_folder, write_synced
-from training.libraries import library
+from training.errors import UserError, explain, library
 
-KEPT = 2  # newest checkpoints
+COUNT = 2  # the newest checkpoints, which stay
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+
+
+def explain_writing(path: Path) -> AbstractContextManager:
+    """Turn an OSError inside (no room, no permission, a file in the way, ...) into a UserError that names `path`."""
+    return explain(OSError, what=f"{path} could not be written")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file or folder, which is renamed to `path` at the end: a reader sees all of it or nothing.
+
+    Raises:
+        UserError: it could not be written, and names the path and the reason; an old file is untouched and nothing else
+            is left.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with explain_writing(path):
+        try:
+            _remove(temporary)
+            yield temporary
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            _remove(temporary)
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Write `content` to a file, of which a reader sees the old content or the new one; errors as in `replacing`."""
+    with replacing(path) as temporary:
+        _write_synced(temporary, content.encode() if isinstance(content, str) else content)
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds: weights by the names of the plain model, and tensors and plain values for the rest."""
+    """The content of a checkpoint: weights by the names of the plain model, tensors and plain values for the rest."""
 
     path: Path
     weights: dict[str, Tensor]
     state: dict
 
 
-def save(folder: Path, step: int, weights: Mapping[str, Tensor], state: dict) -> Path:
-    """Writes folder/step-XXXXXXXX, then deletes all but the two newest ones.
+def save(folder: Path, step: int, weights: Mapping[str, Tensor], state: dict) -> None:
+    """Write folder/step-XXXXXXXX, and delete all checkpoints but the two newest ones.
 
     Raises:
-        UserError: it could not be written, and names the path and the reason; nothing of it is left, and the earlier
-            checkpoints are untouched.
+        UserError: it could not be written; see `replacing`. The earlier checkpoints are untouched.
     """
     path = folder / f"step-{step:08}"
-    temporary = folder / f".{path.name}.tmp"
-    if path.exists():  # nothing has been done since
-        return path
-    with readable_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            _fill(temporary, weights, state)
-            os.rename(temporary, path)
-            sync_folder(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    for old in paths(folder)[:-KEPT]:
-        _delete(old)
-    return path
+    if path.exists():  # no step has been taken since
+        return
+    with replacing(path) as temporary:
+        temporary.mkdir(parents=True)
+        _fill(temporary, weights, state)
+    for old in paths(folder)[:-COUNT]:
+        with explain_writing(old):  # under the temporary name no reader sees a part of its files
+            os.rename(old, old.with_name(f".{old.name}.tmp"))
+        remove_temporary(folder)
 
 
 def paths(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest one last."""
+    """Return the checkpoints in a folder, the newest one last."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in a folder, if there is one.
+    """Read the newest checkpoint in a folder, if there is one.
 
     Raises:
         UserError: a file of it is damaged or missing; the message names it and the way out.
     """
     found = paths(folder)
-    return load_folder(found[-1]) if found else None
-
-
-def load_folder(path: Path) -> Checkpoint:
-    """The checkpoint in the folder `path`; errors as in `load`."""
-    contents = {name: _verified(path / name, entry) for name, entry in _manifest(path).items()}
+    if not found:
+        return None
+    contents = _read_verified(found[-1])
     state = torch.load(io.BytesIO(contents[STATE]), map_location="cpu", weights_only=True)
-    return Checkpoint(path, parse_weights(contents[WEIGHTS]), state)
+    return Checkpoint(found[-1], parse_weights(contents[WEIGHTS]), state)
 
 
 def remove_temporary(folder: Path) -> None:
-    """Deletes what a killed process had begun to write."""
+    """Delete the folders that a killed process left half written."""
     for path in folder.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def format_weights(weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file."""
+    """Return a safetensors file."""
     to_bytes = library("safetensors.torch").save
     return to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, metadata)
 
 
 def parse_weights(content: bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors file."""
+    """Return the tensors of a safetensors file."""
     return library("safetensors.torch").load(content)
 
 
@@ -105,38 +123,53 @@ def _fill(folder: Path, weights: Mapping[str, Tensor], state: dict) -> None:
     files = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in contents.items()}
     manifest = json.dumps({"files": files, "sha256": _sha256(_canonical(files))})
     for name, content in {**contents, MANIFEST: manifest.encode()}.items():
-        write_synced(folder / name, content)
-    sync_folder(folder)
+        _write_synced(folder / name, content)
+    _sync_folder(folder)
 
 
-def _delete(path: Path) -> None:
-    """Under a temporary name first, so that no checkpoint is ever seen with a part of its files."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with readable_errors(path):
-        os.rename(path, temporary)
-    shutil.rmtree(temporary, ignore_errors=True)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def _manifest(path: Path) -> dict[str, dict]:
-    content = _read(path / MANIFEST)
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        manifest = json.loads(content)
-        files = manifest["files"]
-        intact = manifest["sha256"] == _sha256(_canonical(files)) and set(files) == {WEIGHTS, STATE}
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_verified(folder: Path) -> dict[str, bytes]:
+    """Return the files of a checkpoint by name, which are those that its manifest lists."""
+    manifest = _read(folder / MANIFEST)
+    try:
+        parsed = json.loads(manifest)
+        files = parsed["files"]
+        intact = parsed["sha256"] == _sha256(_canonical(files)) and set(files) == {WEIGHTS, STATE}
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
-        raise _damaged(path / MANIFEST, "its content is not what was written")
-    return files
-
-
-def _verified(path: Path, entry: dict) -> bytes:
-    content = _read(path)
-    if len(content) != entry["bytes"]:
-        raise _damaged(path, f"it has {len(content)} bytes of {entry['bytes']}")
-    if _sha256(content) != entry["sha256"]:
-        raise _damaged(path, "its content is not what was written (its SHA-256 differs)")
-    return content
+        raise _damaged(folder / MANIFEST, "its content is not what was written")
+    contents = {name: _read(folder / name) for name in files}
+    for name, content in contents.items():
+        if len(content) != files[name]["bytes"]:
+            raise _damaged(folder / name, f"it has {len(content)} bytes of {files[name]['bytes']}")
+        if _sha256(content) != files[name]["sha256"]:
+            raise _damaged(folder / name, "its content is not what was written (its SHA-256 differs)")
+    return contents
 
 
 def _read(path: Path) -> bytes:
@@ -148,8 +181,8 @@ def _read(path: Path) -> bytes:
 
 def _damaged(path: Path, what: str) -> UserError:
     folder = path.parent
-    before = [other for other in paths(folder.parent) if other.name < folder.name]
-    remedy = f"go on from {before[-1].name}, which is kept" if before else "start from the beginning"
+    earlier = [other for other in paths(folder.parent) if other.name < folder.name]
+    remedy = f"go on from {earlier[-1].name}, which is kept" if earlier else "start from the beginning"
     return UserError(f"the checkpoint {path} is damaged: {what}; delete the folder {folder} to {remedy}")
 
 

@@ -5,29 +5,49 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from training import checkpoint, run_folder
-from training.cuda_graph import GraphedGradients
-from training.datasets import DataSet
+from training.data.dataset import DataSet
+from training.data.loader import Loader
 from training.errors import UserError
-from training.evaluation import evaluate
-from training.files import replace_file
-from training.gradients import Gradients
-from training.loader import Loader
-from training.losses import Losses
 from training.memory import PeakMemory
 from training.model import build, distribute, prepare
 from training.processes import Processes
-from training.recipe import learning_rate, make_optimizer
 from training.records import Records, epoch_line
-from training.state import State
+from training.step import Gradients, GraphedGradients, evaluate, learning_rate, make_optimizer
+
+
+@dataclass
+class State:
+    """The state of a run, but for weights and optimizer, as a checkpoint holds it.
+
+    It is equal in all processes, but for times and memory, of which those of the main process count.
+    """
+
+    epoch: int = 0  # complete ones
+    epoch_step: int = 0  # steps of the running epoch, as are the next five sums of it
+    loss: float = 0.0
+    hits: float = 0.0
+    seconds: float = 0.0  # of training
+    waited: float = 0.0  # of these, seconds for data
+    peak_memory: float = 0.0  # MB
+    step: int = 0  # steps in all
+    train_seconds: float = 0.0  # of the epochs in rows
+    rows: list[dict] = field(default_factory=list)  # of metrics.csv
+    best: dict | None = None  # epoch, validation_loss, validation_accuracy, weights: those of the least validation loss
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.epoch_step = 0
+        self.loss = self.hits = self.seconds = self.waited = self.peak_memory = 0.0
 
 
 class Trainer:
-    """Trains the network of `options` on a data set, and keeps the run's folder.
+    """Train the network of `options` on a data set, and fill the run's folder.
 
     Args:
         options: see options.parse.
@@ -47,37 +67,23 @@ class Trainer:
         self.optimizer = make_optimizer(self.model.parameters(), options)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         torch.manual_seed(options.seed + 1_000_003 * processes.rank)  # masks differ between the processes
-        self.loader, self.validation = self.make_loader("train"), self.make_loader("validation")
+        self.loader, self.validation = self._make_loader("train"), self._make_loader("validation")
         self.steps = self.loader.steps // options.accumulate  # an epoch
         if self.steps == 0:
             raise UserError(f"--accumulate is {options.accumulate}; it may be at most {self.loader.steps}, all batches")
         self.last_step = min(self.steps * options.epochs, options.limit_steps or math.inf)
-        self.losses = Losses(options.log_steps, processes)
+        self.unread: list[Tensor] = []  # float64 [2] on the device: sums of loss and hits of each of the last steps
         self.state = State()
 
-    def make_loader(self, split: str) -> Loader:
-        """Batches of 'train', 'validation' or 'test' for this process."""
-        options, processes = self.options, self.processes
-        return Loader(
-            self.dataset,
-            split,
-            batch_size=options.batch_size,
-            device=self.device,
-            mean=self.data.mean,
-            std=self.data.std,
-            seed=options.seed,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            train=split == "train",
-            pad=options.pad,
-            flip=self.dataset.flip if options.flip is None else options.flip,
-            data_in=options.data_in,
-            workers=options.workers,
-            channels_last=options.channels_last,
-        )
+    def _make_loader(self, split: str) -> Loader:
+        return Loader(self.dataset, split, self.options, self.processes, self.data.mean, self.data.std)
+
+    def count_images(self, steps: int) -> int:
+        """Return the images of so many steps, in all processes."""
+        return steps * self.options.accumulate * self.options.batch_size * self.processes.world_size
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Goes on from a checkpoint: what follows is what would have followed there, bit by bit on the same machine."""
+        """Go on from a checkpoint: the rest of the run is equal to an uninterrupted one, bit by bit on one machine."""
         saved = found.state
         self.model.load_state_dict(found.weights)
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -89,7 +95,7 @@ class Trainer:
             torch.cuda.set_rng_state(generators["cuda"], self.device)
 
     def train(self) -> None:
-        """All epochs that remain, or fewer with --limit-steps.
+        """Train all epochs that remain, or fewer with --limit-steps.
 
         Raises:
             UserError: the loss is no number any more, or a file cannot be written.
@@ -112,9 +118,9 @@ class Trainer:
             self.validation.close()
 
     def test(self) -> dict[str, float]:
-        """Loss and accuracy of the best weights on the test split. The model has these weights afterwards."""
+        """Load the best weights into the model, and return their loss and accuracy on the test split."""
         self.model.load_state_dict(self.state.best["weights"])
-        loader = self.make_loader("test")
+        loader = self._make_loader("test")
         try:
             return evaluate(self.model, loader, self.processes, self.options.amp)
         finally:
@@ -134,7 +140,7 @@ class Trainer:
         return GraphedGradients(gradients, images, images.new_zeros(options.batch_size, dtype=torch.int64))
 
     def _train_epoch(self) -> None:
-        """The steps from state.epoch_step to the end of the epoch, or to the last one of the run."""
+        """Take the steps from state.epoch_step to the end of the epoch, or to the last one of the run."""
         options, state = self.options, self.state
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, state.epoch)
@@ -156,15 +162,16 @@ class Trainer:
         self._stop_clock()
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """One step of the optimizer. On a GPU nothing here waits for it, unless --amp fp16 has to look for overflows."""
+        """Take a step of the optimizer. On a GPU nothing here waits for it, unless --amp fp16 has to look for overflows."""
         options = self.options
         self.gradients.clear()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for part in range(options.accumulate):
             images, labels = next(batches)
             last = part == options.accumulate - 1
             with nullcontext() if last or self.processes.world_size == 1 else self.network.no_sync():
-                self.losses.add(self.gradients(images, labels))
-        self.losses.end_step()
+                sums += self.gradients(images, labels)
+        self.unread.append(sums)
         if options.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
@@ -172,38 +179,35 @@ class Trainer:
         self.scaler.update()
 
     def _read_losses(self) -> None:
-        """Losses and hits of the last steps: the only place where the host waits for the device.
+        """Read losses and hits of the last steps: only here the host waits for the device.
 
         They are added one by one, so that sums do not depend on when they are read.
         """
         state = self.state
-        taken = self.losses.take()
-        if not taken:
+        if not self.unread:
             return
+        sums = self.processes.reduce_sum(torch.stack(self.unread)).tolist()
+        self.unread.clear()
         batches = self.processes.world_size * self.options.accumulate
-        first = state.step - len(taken) + 1
-        losses = [loss / batches for loss, _ in taken]
+        first = state.step - len(sums) + 1
+        losses = [loss / batches for loss, _ in sums]
         for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss of step {step} is {loss}")
-        for loss, (_, hits) in zip(losses, taken, strict=True):
+        for loss, (_, hits) in zip(losses, sums, strict=True):
             state.loss += loss
             state.hits += hits
+        images = self.count_images(state.epoch_step)
         shown = {
             "loss": f"{state.loss / state.epoch_step:.4f}",
-            "accuracy": f"{100 * state.hits / self._images():.2f} %",
-            "images/s": f"{self._images() / (state.seconds + time.perf_counter() - self.clock):.0f}",
+            "accuracy": f"{100 * state.hits / images:.2f} %",
+            "images/s": f"{images / (state.seconds + time.perf_counter() - self.clock):.0f}",
             "peak": f"{max(state.peak_memory, self.memory.read()):.0f} MB",
         }
         self.records.steps(first, losses, learning_rate(self.options, state.epoch), shown)
 
-    def _images(self) -> int:
-        """Of the running epoch, in all processes."""
-        options = self.options
-        return self.state.epoch_step * options.accumulate * options.batch_size * self.processes.world_size
-
     def _start_clock(self) -> None:
-        self.loader.reset()
+        self.loader.waited = 0.0
         self.clock = time.perf_counter()
 
     def _stop_clock(self) -> None:
@@ -214,7 +218,7 @@ class Trainer:
         state.peak_memory = max(state.peak_memory, self.memory.read())
 
     def _end_epoch(self, complete: bool) -> None:
-        """Validation, checkpoint, and what the run tells of the epoch."""
+        """Validate, write a checkpoint, and record the epoch."""
         state = self.state
         if not complete:
             self._save()  # before the row, which belongs to this end and not to what follows with a higher limit
@@ -227,22 +231,25 @@ class Trainer:
         self.records.say(epoch_line(row, self.options.epochs))
 
     def _validate(self) -> dict[str, float]:
-        """The row of the epoch, which is put into the state with the weights, if they are the best."""
+        """Return the row of the epoch, which is put into the state with the weights, if they are the best."""
         state, options = self.state, self.options
-        self.processes.broadcast(list(self.model.buffers()))  # running statistics are each process's own until here
+        self.processes.broadcast(
+            list(self.model.buffers())
+        )  # running statistics belong to each process alone until here
         result = evaluate(self.model, self.validation, self.processes, options.amp)
         if not math.isfinite(result["loss"]):
             raise self._diverged(f"the validation loss after step {state.step} is {result['loss']}")
         state.train_seconds += state.seconds
+        images = self.count_images(state.epoch_step)
         row = {
             "epoch": state.epoch + 1,
             "steps": state.step,
             "learning_rate": learning_rate(options, state.epoch),
             "train_loss": state.loss / state.epoch_step,
-            "train_accuracy": 100 * state.hits / self._images(),
+            "train_accuracy": 100 * state.hits / images,
             "validation_loss": result["loss"],
             "validation_accuracy": result["accuracy"],
-            "images_per_second": self._images() / state.seconds,
+            "images_per_second": images / state.seconds,
             "data_wait_percent": 100 * state.waited / state.seconds,
             "peak_memory_mb": state.peak_memory,
             "train_seconds": state.train_seconds,
@@ -255,7 +262,7 @@ class Trainer:
         return row
 
     def _save(self) -> None:
-        """A checkpoint, unless a weight is no number any more."""
+        """Write a checkpoint, unless a weight is no number any more."""
         self.records.flush()
         tensors = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
@@ -276,16 +283,16 @@ class Trainer:
             checkpoint.save(folder, self.state.step, self.model.state_dict(), state)
 
     def _write_results(self) -> None:
-        """metrics.csv and the best weights, from the state: after a resumption they are those of the checkpoint."""
+        """Write metrics.csv and the best weights, from the state: after a resumption they are those of the checkpoint."""
         self.records.table(self.state.rows)
         best = self.state.best
         if best is not None and self.processes.main:
             content = checkpoint.format_weights(best["weights"], {"epoch": str(best["epoch"])})
-            replace_file(self.options.output / run_folder.BEST, content)
+            checkpoint.replace_file(self.options.output / run_folder.BEST, content)
 
     def _diverged(self, what: str) -> UserError:
-        kept = checkpoint.paths(self.options.output / run_folder.CHECKPOINTS)
-        last = f"the last good state is kept in {kept[-1]}" if kept else "there is no checkpoint yet"
+        good = checkpoint.paths(self.options.output / run_folder.CHECKPOINTS)
+        last = f"the last good state is kept in {good[-1]}" if good else "there is no checkpoint yet"
         return UserError(
             f"{what}, in epoch {self.state.epoch + 1}: the training has diverged; {last}. A smaller --lr (now "
             f"{self.options.lr}) or --clip-norm 1 helps, in a run with another --output"

@@ -4,14 +4,12 @@ import sys
 
 import torch
 
-_STATUS = "/proc/self/status"
-
 
 class PeakMemory:
     """The most memory that was in use since `reset`, in MB = 1e6 bytes.
 
     On a GPU: what PyTorch's allocator had handed out, data and parameters included. On a CPU: growth of the resident set
-    over its size when this object was made, which owes nothing to any allocator.
+    over its size when this object was created, which owes nothing to any allocator.
     """
 
     def __init__(self, device: torch.device):
@@ -31,16 +29,16 @@ class PeakMemory:
             pass
 
     def read(self) -> float:
-        """MB."""
+        """Return the peak in MB."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e6
         return max(0.0, _resident("VmHWM") - self._start)
 
 
 def _resident(field: str) -> float:
-    """MB. VmHWM and not ru_maxrss where there is a choice: a child inherits the latter from its parent."""
+    """Return VmRSS or VmHWM in MB, or ru_maxrss where there is no /proc: a child inherits ru_maxrss from its parent."""
     try:
-        with open(_STATUS) as status:
+        with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":")) / 1e6
     except OSError:
         import resource

@@ -7,47 +7,35 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from densenet_ext import DenseNetBC
-from training.errors import UserError
+from training.errors import UserError, explain
 from training.processes import Processes
 
 EFFICIENT = {"plain": False, "checkpoint": "checkpoint", "fused": "fused"}
-_OVERRIDES = ("drop_rate", "drop_channel", "se_reduction")  # None: as the variant has it
+_AS_IT_IS = "depth growth_rate compression bn_size drop_channel_position keep_bottleneck small_inputs".split()
+_OF_VARIANT = "drop_rate drop_channel se_reduction".split()  # None leaves them to the variant
 
 
 def build(options: argparse.Namespace, num_classes: int, channels: int) -> DenseNetBC:
-    """The variant that the options name, with what they change of it, for images of so many channels.
+    """Build the variant that the options name, with their changes of it, for images of so many channels.
 
     Raises:
         UserError: the network cannot be built so.
     """
-    overrides = {name: getattr(options, name) for name in _OVERRIDES if getattr(options, name) is not None}
+    arguments = {name: getattr(options, name) for name in _AS_IT_IS}
+    arguments |= {name: getattr(options, name) for name in _OF_VARIANT if getattr(options, name) is not None}
     if options.efficient is not None:
-        overrides["efficient"] = EFFICIENT[options.efficient]
-    try:
-        return DenseNetBC.variant(
-            options.variant,
-            growth_rate=options.growth_rate,
-            depth=options.depth,
-            compression=options.compression,
-            num_classes=num_classes,
-            bn_size=options.bn_size,
-            drop_channel_position=options.drop_channel_position,
-            keep_bottleneck=options.keep_bottleneck,
-            small_inputs=options.small_inputs,
-            in_channels=channels,
-            **overrides,
-        )
-    except ValueError as error:
-        raise UserError(f"there is no such network: {error}") from error
+        arguments["efficient"] = EFFICIENT[options.efficient]
+    with explain(ValueError, what="there is no such network"):
+        return DenseNetBC.variant(options.variant, num_classes=num_classes, in_channels=channels, **arguments)
 
 
 def implementation(model: DenseNetBC) -> str:
-    """'plain', 'checkpoint' or 'fused'."""
+    """Return 'plain', 'checkpoint' or 'fused'."""
     return next(name for name, value in EFFICIENT.items() if value == model.efficient)
 
 
 def prepare(model: DenseNetBC, options: argparse.Namespace, processes: Processes) -> DenseNetBC:
-    """The model on the process's device, in the memory format of the options.
+    """Move the model to the process's device, in the memory format of the options.
 
     Raises:
         UserError: --sync-bn where PyTorch's own SyncBatchNorm would have to serve on a CPU.
@@ -62,14 +50,10 @@ def prepare(model: DenseNetBC, options: argparse.Namespace, processes: Processes
 
 
 def distribute(model: DenseNetBC, options: argparse.Namespace, processes: Processes) -> nn.Module:
-    """What averages gradients, and with --sync-bn the model's batch statistics, over the processes; the model itself where
-    there is one.
-    """
+    """Wrap the model to average gradients, and with --sync-bn its batch statistics, over the processes, if there are several."""
     if processes.world_size == 1:
         return model
     network = DistributedDataParallel(model, [processes.device] if processes.device.type == "cuda" else None)
-    if (
-        options.sync_bn
-    ):  # afterwards, since it lets nobody wrap such norms on a CPU; parameters and buffers stay the same
+    if options.sync_bn:  # after the wrapping, which refuses such norms on a CPU; parameters and buffers stay the same
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return network

@@ -5,66 +5,66 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from densenet_ext._checks import POSITIONS
-from densenet_ext.models import VARIANTS
-from training.errors import UserError
-from training.libraries import library
-from training.ranges import Number, depth
+import torch
 
-DATASETS = ("digits", "cifar10", "cifar100", "tiny-imagenet", "folder")
+from densenet_ext.drop_channel import POSITIONS
+from densenet_ext.models import VARIANTS
+from training.cli import Number, depth, make_parser
+from training.data.sets import LOADERS
+from training.errors import UserError, explain, library
+
 EPOCHS = {"tiny-imagenet": 180, "digits": 30}  # the paper's 300 for all others
 
-# What changes the mathematics of a run: a run may be resumed only with the values that it was started with.
+# A run is resumed only with the values of these options that it was started with: they change its mathematics.
 FIXED = (
-    *("dataset", "image_size", "pad", "flip", "split_seed"),
-    *(
-        "variant",
-        "depth",
-        "growth_rate",
-        "compression",
-        "bn_size",
-        "drop_rate",
-        "drop_channel",
-        "drop_channel_position",
-    ),
-    *("se_reduction", "small_inputs"),
-    *("epochs", "batch_size", "lr", "momentum", "nesterov", "dampening", "weight_decay", "lr_milestones", "lr_gamma"),
-    *("accumulate", "clip_norm", "seed", "amp", "sync_bn"),
-)
-_NOT_SAVED = ("config", "resume")
+    "dataset image_size pad flip split_seed "
+    "variant depth growth_rate compression bn_size drop_rate drop_channel drop_channel_position se_reduction small_inputs "
+    "epochs batch_size lr momentum nesterov dampening weight_decay lr_milestones lr_gamma accumulate clip_norm seed "
+    "amp sync_bn"
+).split()
+_NOT_WRITTEN = ("config", "resume")
+_FLAG = argparse.BooleanOptionalAction
 
 
 def parse(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """The options with nothing left to be decided but what follows from the data set (image_size and flip).
+    """Return all options; only image_size and flip may be None, which leaves them to the data set.
 
     Args:
         argv: the command line without the program; sys.argv's if None.
 
     Raises:
-        UserError: something in the --config file, or options that exclude each other.
-        SystemExit: with code 2, after argparse's own message, for anything else on the command line.
+        UserError: something in the --config file is wrong, or options exclude each other.
+        SystemExit: anything else on the command line is wrong; code 2, after argparse's own message.
     """
-    parser = _parser(description)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path)
-    config = early.parse_known_args(argv)[0].config
-    if config is not None:
-        parser.set_defaults(**_read_config(config, parser))
+    parser = build_parser(description)
     options = parser.parse_args(argv)
-    _resolve(options)
+    if options.config is not None:
+        parser.set_defaults(**_read_config(options.config, parser))
+        options = parser.parse_args(argv)
+    if options.epochs is None:
+        options.epochs = EPOCHS.get(options.dataset, 300)
+    if options.device is None:
+        options.device = default_device()
+    if options.output is None:
+        options.output = Path("runs", f"{options.dataset}-{options.variant}-seed{options.seed}")
+    _check_device(options.device)
     _check_together(options)
     return options
 
 
 def to_yaml(options: argparse.Namespace) -> str:
-    """What --config reads to get the same options."""
-    values = {name: value for name, value in vars(options).items() if name not in _NOT_SAVED}
+    """Return what --config reads to get the same options."""
+    values = {name: value for name, value in vars(options).items() if name not in _NOT_WRITTEN}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     return library("yaml").safe_dump(plain, sort_keys=False, default_flow_style=None)
 
 
-def _parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
+    parser = make_parser(description)
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="options by name; the command line wins")
     _add_data(parser.add_argument_group("data").add_argument)
     _add_network(parser.add_argument_group("network").add_argument)
@@ -75,20 +75,18 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def _add_data(add) -> None:
-    flag = argparse.BooleanOptionalAction
-    add("--dataset", choices=DATASETS, default="digits")
+    add("--dataset", choices=LOADERS, default="digits")
     add("--data", type=Path, metavar="FOLDER", help="where the data set lies or is downloaded to; ./data by default")
-    add("--download", action=flag, default=False, help="fetch the data set if it is missing")
+    add("--download", action=_FLAG, default=False, help="fetch the data set if it is missing")
     add("--image-size", type=Number(int, at_least=8), help="pixels a side; the data set's own, or 32, by default")
     add("--pad", type=Number(int, at_least=0), default=4, help="pixels on each side before the random crop")
-    add("--flip", action=flag, help="mirror images at random; the data set's own default: all but digits do")
+    add("--flip", action=_FLAG, help="mirror images at random; the data set's own default: all but digits do")
     add("--data-in", choices=("auto", "memory", "workers"), default="auto", help="decoded data on the device, or not")
     add("--workers", type=Number(int, at_least=0), default=4, help="processes that decode images")
     add("--split-seed", type=Number(int, at_least=0, less_than=2**31), default=0, help="of what is held out")
 
 
 def _add_network(add) -> None:
-    flag = argparse.BooleanOptionalAction
     of_variant = "; the variant's own by default"
     add("--variant", choices=VARIANTS, default="A+B+C", help="A: Drop-Channel, B: squeeze-and-excitation, C: fused")
     add("--depth", type=depth, default=100, help="6n + 4")
@@ -100,17 +98,16 @@ def _add_network(add) -> None:
     add("--drop-channel-position", choices=POSITIONS, default="pre_norm")
     add("--se-reduction", type=Number(int, at_least=1), help="of squeeze-and-excitation" + of_variant)
     add("--efficient", choices=("plain", "checkpoint", "fused"), help="implementation" + of_variant)
-    add("--keep-bottleneck", action=flag, default=False, help="fused: faster backward, more memory")
-    add("--small-inputs", action=flag, default=True, help="3x3 stem; otherwise 7x7 of stride 2 and a max pool")
+    add("--keep-bottleneck", action=_FLAG, default=False, help="fused: faster backward, more memory")
+    add("--small-inputs", action=_FLAG, default=True, help="3x3 stem; otherwise 7x7 of stride 2 and a max pool")
 
 
 def _add_recipe(add) -> None:
-    flag = argparse.BooleanOptionalAction
     add("--epochs", type=Number(int, at_least=1), help="300; tiny-imagenet 180, digits 30")
     add("--batch-size", type=Number(int, at_least=1), default=64, help="of one process")
     add("--lr", type=Number(float, more_than=0), default=0.1, help="initial learning rate of SGD")
     add("--momentum", type=Number(float, at_least=0, less_than=1), default=0.9)
-    add("--nesterov", action=flag, default=True)
+    add("--nesterov", action=_FLAG, default=True)
     add("--dampening", type=Number(float, at_least=0, at_most=1), default=0.0)
     add("--weight-decay", type=Number(float, at_least=0), default=1e-4)
     fraction = Number(float, more_than=0, less_than=1)
@@ -122,15 +119,14 @@ def _add_recipe(add) -> None:
 
 
 def _add_machine(add) -> None:
-    flag = argparse.BooleanOptionalAction
     add("--device", help="cpu, cuda or cuda:N; cuda if there is one by default")
     add("--threads", type=Number(int, at_least=1), help="of a CPU; PyTorch's choice by default")
     add("--amp", choices=("bf16", "fp16"), help="mixed precision; fp16 scales the loss, which costs a wait a step")
-    add("--compile", action=flag, default=False, help="torch.compile")
-    add("--cuda-graph", action=flag, default=False, help="record forward and backward once and replay them")
-    add("--channels-last", action=flag, default=False)
-    add("--deterministic", action=flag, default=False, help="only algorithms that give the same bits every time")
-    add("--sync-bn", action=flag, default=False, help="batch statistics over all processes")
+    add("--compile", action=_FLAG, default=False, help="torch.compile")
+    add("--cuda-graph", action=_FLAG, default=False, help="record forward and backward once and replay them")
+    add("--channels-last", action=_FLAG, default=False)
+    add("--deterministic", action=_FLAG, default=False, help="only algorithms that give the same bits every time")
+    add("--sync-bn", action=_FLAG, default=False, help="batch statistics over all processes")
 
 
 def _add_run(add) -> None:
@@ -143,10 +139,8 @@ def _add_run(add) -> None:
 
 def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict:
     yaml = library("yaml")
-    try:
+    with explain(OSError, UnicodeDecodeError, yaml.YAMLError, what=f"--config {path} cannot be read"):
         content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -161,14 +155,14 @@ def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict:
             near = difflib.get_close_matches(name, actions, 1, 0)[0]
             raise UserError(f"{path}: {key} is no option; the nearest one is {near}")
         try:
-            values[name] = _converted(value, actions[name])
+            values[name] = _convert(value, actions[name])
         except (argparse.ArgumentTypeError, ValueError) as error:
             raise UserError(f"{path}: {key} is {value!r}; {error}") from error
     return values
 
 
-def _converted(value, action: argparse.Action):
-    """A value of the file as argparse would have got it from the command line."""
+def _convert(value, action: argparse.Action):
+    """Return a value of the file as argparse would have got it from the command line."""
     if value is None:
         if action.default is not None:
             raise ValueError("it may not be left empty")
@@ -190,33 +184,19 @@ def _converted(value, action: argparse.Action):
     return value if action.type is None else action.type(value)
 
 
-def _resolve(options: argparse.Namespace) -> None:
-    import torch
-
-    if options.epochs is None:
-        options.epochs = EPOCHS.get(options.dataset, 300)
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.output is None:
-        options.output = Path("runs", f"{options.dataset}-{options.variant}-seed{options.seed}")
-    _check_device(options.device)
-
-
 def _check_device(name: str) -> None:
-    import torch
-
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device is {name!r}; it may be cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device is {name!r}; it may be cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device is {name!r}; PyTorch sees {torch.cuda.device_count()} GPUs here; cpu always works")
 
 
 def _check_together(options: argparse.Namespace) -> None:
-    """Options that are right alone and wrong together."""
+    """Refuse options that are right alone and wrong together."""
     if options.nesterov and (options.momentum == 0 or options.dampening != 0):
         raise UserError(
             f"--nesterov needs momentum and no dampening; --momentum is {options.momentum}, --dampening is "

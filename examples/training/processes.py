@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.errors import UserError
+from training.errors import UserError, explain
 
 TIMEOUT = timedelta(minutes=10)  # of a collective: a process that died is noticed after this at the latest
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -17,44 +17,36 @@ _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 @dataclass
 class Processes:
-    """This process among its peers.
+    """This process among its peers."""
 
-    Args:
-        rank: 0 <= rank < world_size, over all machines.
-        local_rank: number on this machine.
-        world_size: number of processes.
-        device: of this process.
-    """
-
-    rank: int
-    local_rank: int
+    rank: int  # 0 <= rank < world_size, over all machines
     world_size: int
-    device: torch.device
+    device: torch.device  # of this process
 
     @classmethod
     def alone(cls, device: str) -> "Processes":
-        """One process without peers."""
-        return cls(0, 0, 1, torch.device(device))
+        """Return one process without peers."""
+        return cls(0, 1, torch.device(device))
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes files and prints."""
+        """True in the process that writes files and prints."""
         return self.rank == 0
 
     def reduce_sum(self, tensor: Tensor) -> Tensor:
-        """`tensor`, which lies on `device`, becomes the sum over all processes, in place."""
+        """Replace `tensor`, which lies on `device`, by its sum over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, tensors: list[Tensor]) -> None:
-        """The main process's values for all, in place."""
+        """Replace the tensors by those of the main process, in place."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def gather(self, value) -> list:
-        """Every process's `value`, by rank; on all processes."""
+        """Return every process's `value`, by rank, on all processes."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -62,18 +54,18 @@ class Processes:
         return values
 
     def barrier(self) -> None:
-        """Waits for all processes."""
+        """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
 
     def close(self) -> None:
-        """The end of the process group; not to be called where a peer may have failed."""
+        """End the process group; not to be called where a peer may have failed."""
         if self.world_size > 1:
             dist.destroy_process_group()
 
 
 def start(options: argparse.Namespace) -> Processes:
-    """Joins the other processes, if torchrun started this one: NCCL on GPUs, Gloo on CPUs.
+    """Join the other processes, if torchrun started this one: by NCCL on GPUs, by Gloo on CPUs.
 
     Raises:
         UserError: torchrun's environment is incomplete, there are fewer GPUs than processes, or an option of one
@@ -82,9 +74,11 @@ def start(options: argparse.Namespace) -> Processes:
     device = torch.device(options.device)
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # where streams and graphs are made unless told otherwise
+            torch.cuda.set_device(device)  # the default device of streams and graphs
         return Processes.alone(options.device)
-    rank, local_rank, world_size = _environment()
+    what = f"of the environment variables {', '.join(_VARIABLES)} some are set, but not all to integers"
+    with explain(KeyError, ValueError, what=what, remedy="start several processes with torchrun"):
+        rank, local_rank, world_size = (int(os.environ[name]) for name in _VARIABLES)
     if world_size > 1 and options.cuda_graph:
         raise UserError(f"--cuda-graph serves one process; there are {world_size}")
     if device.type == "cuda":
@@ -97,14 +91,4 @@ def start(options: argparse.Namespace) -> Processes:
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    return Processes(rank, local_rank, world_size, device)
-
-
-def _environment() -> list[int]:
-    try:
-        return [int(os.environ[name]) for name in _VARIABLES]
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"of the environment variables {', '.join(_VARIABLES)} some are set, but not all to integers ({error}): "
-            "start several processes with torchrun"
-        ) from error
+    return Processes(rank, world_size, device)

@@ -1,45 +1,53 @@
-"""What a run tells while it goes on: metrics.csv, TensorBoard, the progress bar and a line an epoch."""
+"""Records of a run: metrics.csv, TensorBoard, the progress bar, a line an epoch, curves, and summary.json."""
 
 import csv
 import io
 from pathlib import Path
 
+import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from training.files import replace_file
-from training.libraries import library
-from training.script import hold_signals
+from training.checkpoint import replace_file
+from training.cli import hold_signals
+from training.errors import library
+from training.model import implementation
 
 # Losses are means of the cross entropy, accuracies percents, memory MB = 1e6 bytes; train_seconds is cumulative.
 COLUMNS = (
-    *("epoch", "steps", "learning_rate", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
-    *("images_per_second", "data_wait_percent", "peak_memory_mb", "train_seconds"),
-)
+    "epoch steps learning_rate train_loss train_accuracy validation_loss validation_accuracy "
+    "images_per_second data_wait_percent peak_memory_mb train_seconds"
+).split()
+QUANTITIES = {"loss": "cross entropy", "accuracy": "accuracy in percent"}
+SCALES = {"loss": "log", "accuracy": "linear"}  # the first epochs would hide the others
+
+Rows = list[dict[str, float]]  # of metrics.csv
 
 
 class Records:
-    """Of the main process; in the others every method does nothing.
+    """Record the run in the main process; in the others every method does nothing.
 
     Args:
         folder: of the run.
         first_step: steps done before; what TensorBoard has of later ones belongs to a run that was cut off.
         total_steps: steps until the end.
-        enabled: whether this is the main process.
+        enabled: True in the main process.
     """
 
     def __init__(self, folder: Path, first_step: int, total_steps: int, enabled: bool):
         self.folder, self.enabled = folder, enabled
-        self._bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", disable=None if enabled else True, dynamic_ncols=True
-        )
-        self._writer = _writer(folder / "tensorboard", first_step + 1) if enabled else None
+        disable = None if enabled else True  # None: unless there is a terminal
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=disable, dynamic_ncols=True)
+        if enabled:
+            tensorboard = library("torch.utils.tensorboard")
+            self._writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def advance(self) -> None:
-        """One step more on the bar."""
+        """Advance the bar by one step."""
         self._bar.update()
 
     def steps(self, first: int, losses: list[float], learning_rate: float, postfix: dict[str, str]) -> None:
-        """Losses of the steps from number `first` on (the first of all is 1), and what the bar shows beside them."""
+        """Write losses of the steps from number `first` on (the first of all is 1); `postfix` is shown beside the bar."""
         if not self.enabled:
             return
         with hold_signals():  # else the writer's queue could be left locked, and closing it would never end
@@ -49,23 +57,22 @@ class Records:
         self._bar.set_postfix(postfix, refresh=False)
 
     def epoch(self, row: dict[str, float]) -> None:
-        """The scalars of an epoch, and everything before, on the disk."""
+        """Write the scalars of an epoch, and wait until all events are on the disk."""
         if not self.enabled:
             return
         for name in COLUMNS[3:]:
-            tag = name.replace("train_", "epoch/train_").replace("validation_", "epoch/validation_")
             with hold_signals():
-                self._writer.add_scalar(tag if "/" in tag else f"epoch/{name}", row[name], row["steps"])
+                self._writer.add_scalar(f"epoch/{name}", row[name], row["steps"])
         self.flush()
 
     def flush(self) -> None:
-        """TensorBoard's events so far on the disk."""
+        """Wait until TensorBoard's events are on the disk."""
         if self.enabled:
             with hold_signals():
                 self._writer.flush()
 
-    def table(self, rows: list[dict[str, float]]) -> None:
-        """metrics.csv."""
+    def table(self, rows: Rows) -> None:
+        """Write metrics.csv."""
         if self.enabled:
             text = io.StringIO()
             writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -74,7 +81,7 @@ class Records:
             replace_file(self.folder / "metrics.csv", text.getvalue())
 
     def say(self, line: str) -> None:
-        """A line on standard output, above the bar where there is one."""
+        """Print a line, above the bar where there is one."""
         if self.enabled:
             tqdm.write(line)
 
@@ -93,5 +100,72 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
     )
 
 
-def _writer(folder: Path, purge_step: int):
-    return library("torch.utils.tensorboard").SummaryWriter(str(folder), purge_step=purge_step)
+def summarize(trainer, test: dict[str, float]) -> dict:
+    """Return the content of summary.json. Accuracies in percent, memory in MB = 1e6 bytes, the highest of all epochs.
+
+    Args:
+        trainer: after `train`.
+        test: loss and accuracy of the best weights on the test split.
+    """
+    options, state = trainer.options, trainer.state
+    seconds = state.rows[-1]["train_seconds"]
+    return {
+        "dataset": options.dataset,
+        "variant": options.variant,
+        "efficient": implementation(trainer.model),
+        "depth": options.depth,
+        "growth_rate": options.growth_rate,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "processes": trainer.processes.world_size,
+        "epochs": len(state.rows),
+        "steps": state.step,
+        "best_epoch": state.best["epoch"],
+        "validation_loss": state.best["validation_loss"],
+        "validation_accuracy": state.best["validation_accuracy"],
+        "test_loss": test["loss"],
+        "test_accuracy": test["accuracy"],
+        "peak_memory_mb": max(row["peak_memory_mb"] for row in state.rows),
+        "train_seconds": seconds,
+        "images_per_second": trainer.count_images(state.step) / seconds,
+        "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
+
+
+def summary_line(summary: dict, folder: Path) -> str:
+    return (
+        f"{folder}: test accuracy {summary['test_accuracy']:.2f} %, loss {summary['test_loss']:.4f} "
+        f"(weights of epoch {summary['best_epoch']}, validation loss {summary['validation_loss']:.4f}); "
+        f"{summary['epochs']} epochs in {summary['train_seconds']:.0f} s, {summary['images_per_second']:.0f} images/s, "
+        f"peak memory {summary['peak_memory_mb']:.0f} MB"
+    )
+
+
+def draw_run(folder: Path, rows: Rows, title: str) -> None:
+    """Draw loss.png and accuracy.png of one run: training and validation."""
+    for quantity in QUANTITIES:
+        draw(folder / f"{quantity}.png", quantity, {split: (rows, split) for split in ("train", "validation")}, title)
+
+
+def draw(path: Path, quantity: str, curves: dict[str, tuple[Rows, str]], title: str) -> None:
+    """Draw a quantity over the epochs, as the paper's figures 6 and 7 have it.
+
+    Args:
+        path: of a PNG file, which is replaced as a whole.
+        quantity: 'loss' or 'accuracy'.
+        curves: by label, the rows of metrics.csv and 'train' or 'validation'.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, (rows, split) in curves.items():
+        points = [row["epoch"] for row in rows], [row[f"{split}_{quantity}"] for row in rows]
+        axes.plot(*points, label=label, marker="." * (len(rows) < 50))
+    axes.set(xlabel="epoch", ylabel=QUANTITIES[quantity], title=title, yscale=SCALES[quantity])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150)
+    replace_file(path, buffer.getvalue())

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was, from which it can be repeated, resumed, evaluated."""
+"""The folder of a run: it describes what a run needs to be repeated, resumed, evaluated."""
 
 import argparse
 import json
@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from densenet_ext import info
+from densenet_ext import DenseNetBC, info
 from training import checkpoint
-from training.errors import UserError
-from training.files import readable_errors, replace_file
-from training.libraries import library
-from training.options import FIXED, parse, to_yaml
+from training.checkpoint import explain_writing, replace_file
+from training.data.dataset import DataSet
+from training.errors import UserError, explain, library
+from training.model import build, prepare
+from training.options import FIXED, default_device, parse, to_yaml
 from training.processes import Processes
 
 CONFIG, DATA, ENVIRONMENT, SPLITS = "config.yaml", "data.json", "environment.json", "splits.json"
@@ -25,7 +26,7 @@ BEST, CHECKPOINTS, SUMMARY = "best.safetensors", "checkpoints", "summary.json"
 
 @dataclass
 class DataDescription:
-    """What has to be known of the data to use a trained network. mean, std: float64 [channels] of pixels in 0..1."""
+    """A description of the data for the users of a trained network. mean, std: float64 [channels] of pixels in 0..1."""
 
     name: str
     classes: list[str]
@@ -36,7 +37,7 @@ class DataDescription:
 
 
 def open_run(options: argparse.Namespace, processes: Processes) -> checkpoint.Checkpoint | None:
-    """The checkpoint from which the run goes on; None where it starts.
+    """Return the checkpoint from which the run goes on; None where it starts.
 
     Raises:
         UserError: the folder holds a run and --resume is not given, or that run had other options, or its newest
@@ -48,20 +49,26 @@ def open_run(options: argparse.Namespace, processes: Processes) -> checkpoint.Ch
             raise UserError(f"{folder} already holds a run: add --resume to go on with it, or give another --output")
         return None
     found = checkpoint.load(folder / CHECKPOINTS)
-    if found is not None:
-        _check_options(options, processes, found)
+    for name, value in fixed_options(options, processes).items() if found is not None else ():
+        started_with = found.state["options"][name]
+        if started_with != value:
+            option = f"--{name.replace('_', '-')}" if name != "processes" else "the number of processes"
+            raise UserError(
+                f"{option} is {value!r} now and was {started_with!r} when the run in {folder} began: "
+                "resume with the same value, or start a run in another --output"
+            )
     return found
 
 
 def fixed_options(options: argparse.Namespace, processes: Processes) -> dict:
-    """What may not change on resuming, as plain values."""
+    """Return what may not change on resuming, as plain values."""
     return {**{name: getattr(options, name) for name in FIXED}, "processes": processes.world_size}
 
 
 def write_description(options: argparse.Namespace, processes: Processes, data: DataDescription) -> None:
-    """config.yaml, environment.json and data.json."""
+    """Write config.yaml, environment.json and data.json."""
     folder = options.output
-    with readable_errors(folder):
+    with explain_writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     checkpoint.remove_temporary(folder / CHECKPOINTS)
     replace_file(folder / CONFIG, to_yaml(options))
@@ -70,60 +77,80 @@ def write_description(options: argparse.Namespace, processes: Processes, data: D
     replace_file(folder / DATA, json.dumps(plain, indent=1))
 
 
+def write_splits(folder: Path, dataset: DataSet, options: argparse.Namespace) -> None:
+    """Write which image belongs to which split: splits.json."""
+    replace_file(folder / SPLITS, json.dumps(_describe_splits(dataset, options)))
+
+
+def check_splits(folder: Path, dataset: DataSet, options: argparse.Namespace) -> None:
+    """Raise UserError unless the splits of `dataset` are those that `write_splits` wrote when the run began."""
+    path, remedy = folder / SPLITS, "the run cannot be resumed"
+    with explain(OSError, what=f"{path} cannot be read", remedy=remedy):
+        content = path.read_text()
+    with explain(ValueError, what=f"{path} is damaged", remedy=remedy):
+        written = json.loads(content)
+    for key, value in _describe_splits(dataset, options).items():
+        old = written.get(key) if isinstance(written, dict) else None
+        if old != value:
+            shown = "" if key == "indices" else f": {old} then, {value} now"
+            raise UserError(
+                f"the run began with other data than there are now: '{key}' in {path} differs{shown}. "
+                "Give the --dataset, --data and --split-seed of that run, or another --output"
+            )
+
+
+def _describe_splits(dataset: DataSet, options: argparse.Namespace) -> dict:
+    return {
+        "dataset": dataset.name,
+        "split_seed": options.split_seed,
+        "images": len(dataset.images),
+        "classes": len(dataset.classes),
+        "counts": {name: len(indices) for name, indices in dataset.splits.items()},
+        "indices": {name: indices.tolist() for name, indices in dataset.splits.items()},
+    }
+
+
 def read_options(folder: Path, device: str | None = None) -> argparse.Namespace:
-    """The options of a finished or running run, for another device if one is given."""
+    """Return the options of a finished or running run, for another device if one is given."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not the folder of a run: it has no {CONFIG}")
-    command_line = ["--config", str(folder / CONFIG)]
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    return parse([*command_line, "--device", device or default, "--no-cuda-graph", "--no-compile"])
+    device = device or default_device()
+    return parse(["--config", str(folder / CONFIG), "--device", device, "--no-cuda-graph", "--no-compile"])
 
 
 def read_data_description(folder: Path) -> DataDescription:
-    """What write_description wrote."""
+    """Return what write_description wrote."""
     path = folder / DATA
-    try:
+    remedy = "`train.py --resume` writes it anew"
+    with explain(OSError, ValueError, TypeError, what=f"{path} cannot be read", remedy=remedy):
         data = DataDescription(**json.loads(path.read_text()))
         data.mean, data.std = (torch.tensor(values, dtype=torch.float64) for values in (data.mean, data.std))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}; `train.py --resume` writes it anew") from error
     return data
 
 
-def read_weights(folder: Path, which: str) -> dict[str, Tensor]:
-    """The weights 'best' or 'last' of a run, or those in the safetensors file `which`."""
+def read_model(
+    folder: Path, which: str, options: argparse.Namespace, data: DataDescription, processes: Processes
+) -> DenseNetBC:
+    """Return the network of a run on its device, with the weights 'best' or 'last', or those in the file `which`."""
+    weights = _read_weights(folder, which)
+    model = build(options, len(data.classes), data.channels)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"the weights are those of another network: {str(error).splitlines()[1].strip()}") from error
+    return prepare(model, options, processes)
+
+
+def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
     if which == "last":
         found = checkpoint.load(folder / CHECKPOINTS)
         if found is None:
             raise UserError(f"{folder} has no checkpoint yet: --weights last needs one")
         return found.weights
     path = folder / BEST if which == "best" else Path(which)
-    library("safetensors.torch")
-    from safetensors import SafetensorError
-
-    try:
+    kinds = (OSError, library("safetensors").SafetensorError)
+    with explain(*kinds, what=f"the weights {path} cannot be read", remedy="--weights may be best, last or a file"):
         return checkpoint.parse_weights(path.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the weights {path} cannot be read: {error}; --weights may be best, last or a file") from error
-
-
-def load_weights(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Raises UserError where they belong to another network."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"the weights are those of another network: {str(error).splitlines()[1].strip()}") from error
-
-
-def _check_options(options: argparse.Namespace, processes: Processes, found: checkpoint.Checkpoint) -> None:
-    before = found.state["options"]
-    for name, now in fixed_options(options, processes).items():
-        if before[name] != now:
-            option = f"--{name.replace('_', '-')}" if name != "processes" else "the number of processes"
-            raise UserError(
-                f"{option} is {now!r} now and was {before[name]!r} when the run in {options.output} began: "
-                "resume with the same value, or start a run in another --output"
-            )
 
 
 def _environment(processes: Processes) -> dict:

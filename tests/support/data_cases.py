@@ -1,4 +1,4 @@
-"""Small data sets in the formats of the real ones, which tests write to a folder of their own."""
+"""Small data sets in the formats of the real ones, which tests write to a temporary folder."""
 
 import hashlib
 import pickle
@@ -6,29 +6,43 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
-from PIL import Image
-from training.datasets import DataSet
-from training.sources import MemorySource
+from training.data.dataset import DataSet
+from training.data.images import Images
+from training.data.sets import load
+from training.errors import UserError
 
 
-def data_options(dataset, data=None, **others):
-    """The options that loading a data set reads."""
+def options(dataset, data=None, **others):
+    """Return the options that loading a data set reads."""
     defaults = {"download": False, "image_size": None, "split_seed": 0}
     return SimpleNamespace(dataset=dataset, data=data, **{**defaults, **others})
 
 
+def read(*arguments, **others):
+    """Load the data set of these `options`."""
+    return load(options(*arguments, **others))
+
+
+def refuses(message, *arguments, **others):
+    """Assert that the data set of these `options` is refused."""
+    with pytest.raises(UserError, match=message):
+        read(*arguments, **others)
+
+
 def memory_set(count=50, channels=3, size=8, classes=5, seed=0):
-    """Random images in memory, all of them for training but the last ten, which are for validation."""
+    """Return random images in memory, all of them for training but the last ten, which are for validation."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (count, channels, size, size), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(count) % classes
+    pixels = torch.randint(0, 256, (count, channels, size, size), generator=generator, dtype=torch.uint8)
     splits = {"train": torch.arange(count - 10), "validation": torch.arange(count - 10, count)}
-    return DataSet("memory", [str(c) for c in range(classes)], channels, size, MemorySource(images), labels, splits)
+    return DataSet("memory", [str(c) for c in range(classes)], Images(pixels), torch.arange(count) % classes, splits)
 
 
 def write_image(path, size=(64, 64), mode="RGB", seed=0):
-    """A random image of `size` (width, height), coarse, so that JPEG keeps it."""
+    """Write a random image of `size` (width, height), coarse, so that JPEG keeps it."""
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (4, 4) if mode == "L" else (4, 4, len(mode))
     pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -37,13 +51,14 @@ def write_image(path, size=(64, 64), mode="RGB", seed=0):
 
 
 def truncate(path, part=0.5):
-    """Cuts the file off, as an interrupted copy does."""
+    """Cut the file off, as an interrupted copy does."""
     content = Path(path).read_bytes()
     Path(path).write_bytes(content[: int(len(content) * part)])
 
 
 def write_cifar(folder, kind, monkeypatch, per_class=10):
-    """The files of CIFAR-10 or -100 (`kind`: class of torchvision) with `per_class` images a class in each, and their sums."""
+    """Write the files of CIFAR-10 or -100 (`kind`: class of torchvision) with `per_class` images a class in each, and let
+    torchvision expect their MD5 sums."""
     classes, key = (10, "labels") if kind.base_folder == "cifar-10-batches-py" else (100, "fine_labels")
     folder = folder / kind.base_folder
     folder.mkdir(parents=True)
@@ -57,30 +72,24 @@ def write_cifar(folder, kind, monkeypatch, per_class=10):
         labels = generator.permutation(np.repeat(np.arange(classes), per_class))
         return {"data": generator.integers(0, 256, (len(labels), 3072), dtype=np.uint8), key: labels.tolist()}
 
-    lists = {}
     for seed, attribute in enumerate(("train_list", "test_list")):
-        names = [name for name, _ in getattr(kind, attribute)]
-        lists[attribute] = [[name, write(name, batch(10 * seed + i))] for i, name in enumerate(names)]
-    meta = {
-        **kind.meta,
-        "md5": write(kind.meta["filename"], {kind.meta["key"]: [f"class {c}" for c in range(classes)]}),
-    }
-    for attribute, value in {**lists, "meta": meta}.items():
-        monkeypatch.setattr(kind, attribute, value)
+        files = [[name, write(name, batch(10 * seed + i))] for i, (name, _) in enumerate(getattr(kind, attribute))]
+        monkeypatch.setattr(kind, attribute, files)
+    md5 = write(kind.meta["filename"], {kind.meta["key"]: [f"class {c}" for c in range(classes)]})
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5})
     return folder
 
 
 def write_tiny_imagenet(folder, classes=3, per_class=10, validation=6):
-    """The tree of Tiny ImageNet, its images small."""
+    """Write the tree of Tiny ImageNet."""
     root = folder / "tiny-imagenet-200"
     wnids = [f"n{90 - c:08d}" for c in range(classes)]
     for number, wnid in enumerate(wnids):
         for i in range(per_class):
             write_image(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", seed=100 * number + i)
-    lines = []
     for i in range(validation):
         write_image(root / "val/images" / f"val_{i}.JPEG", seed=1000 + i, mode="RGB" if i else "L")
-        lines.append(f"val_{i}.JPEG\t{wnids[i % classes]}\t0\t0\t62\t62\n")
+    lines = [f"val_{i}.JPEG\t{wnids[i % classes]}\t0\t0\t62\t62\n" for i in range(validation)]
     (root / "val/val_annotations.txt").write_text("".join(lines))
     (root / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in wnids))
     (root / "words.txt").write_text("".join(f"{wnid}\tword {wnid[-2:]}, other\n" for wnid in wnids[1:]))
@@ -88,7 +97,7 @@ def write_tiny_imagenet(folder, classes=3, per_class=10, validation=6):
 
 
 def write_folder(root, parts=("",), classes=("cat", "dog"), per_class=10):
-    """Images of different sizes and modes in a subfolder a class, once or under each of `parts`."""
+    """Write images of different sizes and modes to a subfolder for each class, once or under each of `parts`."""
     shapes = [((40, 30), "RGB", "jpg"), ((20, 50), "L", "png"), ((32, 32), "RGBA", "png"), ((8, 8), "RGB", "png")]
     for p, part in enumerate(parts):
         for c, name in enumerate(classes):
@@ -99,11 +108,12 @@ def write_folder(root, parts=("",), classes=("cat", "dog"), per_class=10):
 
 
 def assert_partition(dataset, count=None):
-    """Each image is in one split and no more."""
+    """Assert that each image is in one split and no more."""
     indices = torch.cat(list(dataset.splits.values()))
-    assert indices.unique().numel() == indices.numel() == len(dataset.pool) == (count or len(dataset.pool))
+    assert indices.unique().numel() == indices.numel() == len(dataset.images) == (count or len(dataset.images))
     assert set(dataset.splits) == {"train", "validation", "test"}
 
 
-def class_counts(dataset, split):
-    return dataset.labels[dataset.splits[split]].bincount(minlength=len(dataset.classes)).tolist()
+def class_counts(dataset, *splits):
+    """Return the number of images of each class, for each split."""
+    return [dataset.labels[dataset.splits[s]].bincount(minlength=len(dataset.classes)).tolist() for s in splits]

@@ -3,19 +3,15 @@
 import json
 import re
 
+import evaluate
+import predict
 import pytest
 import torch
+import train
 import training_cases as cases
-
-for name in ("sklearn", "safetensors", "tensorboard", "yaml"):
-    pytest.importorskip(name)
-
-import evaluate  # noqa: E402
-import predict  # noqa: E402
-import train  # noqa: E402
-from train_in_float64 import build_in_float64  # noqa: E402
-from training import engine, options  # noqa: E402
-from training.model import build  # noqa: E402
+from train_in_float64 import build_in_float64
+from training import engine, options
+from training.model import build
 
 # Learns the digits in 4 epochs of 39 steps, 2 to 4 seconds on one core.
 LEARNING = "--image-size 16 --growth-rate 12 --lr 0.1 --epochs 4 --lr-milestones 0.7 --pad 1 --variant".split()
@@ -23,16 +19,12 @@ LEARNING = "--image-size 16 --growth-rate 12 --lr 0.1 --epochs 4 --lr-milestones
 BOUND = 0.35
 
 
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
 @pytest.mark.slow
 @pytest.mark.repetitions(2)
 @pytest.mark.parametrize("variant", ["A+B+C", "vanilla", "A", "B", "A+B"])
 def test_variants_learn(variant, tmp_path):
     cases.train(tmp_path, *LEARNING, variant)
-    found = summary(tmp_path)
+    found = cases.summary(tmp_path)
     assert found["test_loss"] < BOUND and found["test_accuracy"] > 88
     assert found["efficient"] == ("fused" if variant == "A+B+C" else "plain")
 
@@ -46,7 +38,7 @@ BROKEN = {
 @pytest.mark.slow
 @pytest.mark.parametrize(["part", "change"], BROKEN.values(), ids=BROKEN)
 def test_bound_is_out_of_reach(part, change, tmp_path, monkeypatch):
-    """Of a network with a broken gradient; the losses that it reaches stand above."""
+    """A network with a broken gradient reaches the losses that stand above."""
 
     def broken(*arguments):
         model = build(*arguments)
@@ -57,7 +49,7 @@ def test_bound_is_out_of_reach(part, change, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "build", broken)
     cases.train(tmp_path, *LEARNING, "A+B+C")
-    assert summary(tmp_path)["test_loss"] > BOUND + 0.1
+    assert cases.summary(tmp_path)["test_loss"] > BOUND + 0.1
 
 
 @pytest.mark.slow
@@ -85,10 +77,8 @@ def test_fused_variant_has_the_loss_curve_of_the_plain_one(dtype, steps, bound, 
 def run(tmp_path_factory):
     """A short run with an end within the second epoch, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    done = cases.start(
-        *("train.py", *cases.SMALL, "--lr", "0.05", "--epochs", "2", "--limit-steps", "60", "--output", folder),
-        env=cases.environment(),
-    )
+    arguments = [*cases.SMALL, "--lr", "0.05", "--epochs", "2", "--limit-steps", "60", "--output", folder]
+    done = cases.start(*cases.command("train.py", *arguments))
     assert done.returncode == 0, done.stderr
     (folder / "stdout.txt").write_text(done.stdout)
     (folder / "stderr.txt").write_text(done.stderr)
@@ -101,7 +91,7 @@ def test_lines_without_a_terminal(run):
     for number, line in enumerate(lines[:2], 1):
         pattern = rf"epoch {number}/2: train loss \d\.\d{{4}}, accuracy [\d.]+ %; validation loss .*; \d+ images/s, peak \d+ MB"
         assert re.fullmatch(pattern, line), line
-    found = summary(run)
+    found = cases.summary(run)
     assert lines[2].startswith(f"{run}: test accuracy {found['test_accuracy']:.2f} %, loss {found['test_loss']:.4f}")
     assert "step/s" not in (run / "stderr.txt").read_text()  # no bar
 
@@ -110,24 +100,22 @@ def test_run_folder(run):
     names = {"config.yaml", "environment.json", "splits.json", "data.json", "metrics.csv", "tensorboard", "checkpoints"}
     names |= {"best.safetensors", "loss.png", "accuracy.png", "summary.json", "stdout.txt", "stderr.txt"}
     assert {path.name for path in run.iterdir()} == names
-    data = json.loads((run / "data.json").read_text())
+    data, environment = (json.loads((run / f"{name}.json").read_text()) for name in ("data", "environment"))
     assert data["channels"] == 1 and data["image_size"] == 8 and len(data["classes"]) == 10
-    environment = json.loads((run / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and environment["threads"] == 1 and environment["device"] == "cpu"
     for figure in ("loss.png", "accuracy.png"):
         assert (run / figure).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_records_agree(run):
-    """metrics.csv with TensorBoard, the best row, and the summary."""
-    rows, found = cases.rows(run), summary(run)
-    assert [row["epoch"] for row in rows] == ["1", "2"] and [row["steps"] for row in rows] == ["39", "60"]
+    """metrics.csv agrees with TensorBoard and with the summary."""
+    rows, found = cases.rows(run), cases.summary(run)
+    assert [(row["epoch"], row["steps"]) for row in rows] == [("1", "39"), ("2", "60")]
     best = min(rows, key=lambda row: float(row["validation_loss"]))
     assert found["best_epoch"] == int(best["epoch"]) and found["validation_loss"] == float(best["validation_loss"])
-    losses = cases.scalars(run, "train/loss")
-    assert [step for step, _ in losses] == list(range(1, 61))
-    mean = sum(loss for _, loss in losses[:39]) / 39
-    assert mean == pytest.approx(float(rows[0]["train_loss"]), rel=1e-6)
+    steps, losses = zip(*cases.scalars(run, "train/loss"), strict=True)
+    assert steps == tuple(range(1, 61))
+    assert sum(losses[:39]) / 39 == pytest.approx(float(rows[0]["train_loss"]), rel=1e-6)
     rates = [rate for _, rate in cases.scalars(run, "train/learning_rate")]
     assert rates == pytest.approx([0.05] * 39 + [0.005] * 21)
     for name in ("validation_loss", "train_accuracy"):
@@ -142,12 +130,11 @@ def test_config_of_a_run_repeats_it(run, tmp_path):
 
 
 def test_evaluate(run, tmp_path):
-    """As a user would start it: the figures are those that the training found."""
-    done = cases.start(
-        "evaluate.py", run, "--output", tmp_path / "test.json", "--device", "cpu", env=cases.environment()
-    )
+    """The script, started as by a user, finds the figures that the training found."""
+    output = tmp_path / "test.json"
+    done = cases.start(*cases.command("evaluate.py", run, "--output", output, "--device", "cpu"))
     assert done.returncode == 0, done.stderr
-    found, figures = summary(run), json.loads((tmp_path / "test.json").read_text())
+    found, figures = cases.summary(run), json.loads(output.read_text())
     assert figures["accuracy"] == found["test_accuracy"]
     assert figures["loss"] == pytest.approx(found["test_loss"], rel=1e-6)
     assert figures["accuracy"] < figures["top5_accuracy"] <= 100
@@ -160,24 +147,31 @@ def test_evaluate_other_splits_and_weights(run, tmp_path, capsys):
     last = cases.rows(run)[-1]
     assert f"{float(last['validation_accuracy']):.2f} %" in capsys.readouterr().out
     file = run / "checkpoints" / cases.checkpoints(run)[-1] / "model.safetensors"
+    found = []
     for weights in ("last", str(file)):
         output = tmp_path / "train.json"
         assert evaluate.main([str(run), "--split", "train", "--weights", weights, "--output", str(output)]) == 0
-    assert json.loads(output.read_text())["images"] == 1259
+        found.append(json.loads(output.read_text()))
+    assert found[0]["images"] == 1259 and found[0]["loss"] == found[1]["loss"]
+
+
+def write_digit(path, number, mode="L", size=(8, 8)):
+    """Write one of scikit-learn's digits as an image, and return its pixels."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    pixels = (load_digits().images[number] * (255 / 16)).astype("uint8")
+    Image.fromarray(pixels).resize(size).convert(mode).save(path)
+    return pixels
 
 
 def test_predict(run, tmp_path):
-    """As a user would start it: digits written as images of another size and mode; one file is missing, one is no image."""
-    image = pytest.importorskip("PIL.Image")
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for number in range(3):
-        pixels = (digits.images[number] * (255 / 16)).astype("uint8")
-        image.fromarray(pixels).resize((40, 40)).convert(("L", "RGB", "P")[number]).save(tmp_path / f"{number}.png")
+    """The script, started as by a user, gets digits of another size and mode; one file is missing, one is no image."""
+    for number, mode in enumerate(("L", "RGB", "P")):
+        write_digit(tmp_path / f"{number}.png", number, mode, (40, 40))
     (tmp_path / "text.png").write_text("no image")
     files = [tmp_path / name for name in ("0.png", "missing.png", "1.png", "text.png", "2.png")]
-    done = cases.start("predict.py", run, *files, "--top", "2", "--device", "cpu", env=cases.environment())
+    done = cases.start(*cases.command("predict.py", run, *files, "--top", "2", "--device", "cpu"))
     assert done.returncode == 2
     assert "missing.png cannot be read" in done.stderr and "text.png cannot be read" in done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
@@ -187,13 +181,10 @@ def test_predict(run, tmp_path):
 
 
 def test_prediction_is_the_networks(run, tmp_path, capsys):
-    """The probability printed is the softmax of the network's output for the normalised image."""
-    image = pytest.importorskip("PIL.Image")
+    """The probability printed is the softmax of the network's output for the normalized image."""
     from safetensors.torch import load_file
-    from sklearn.datasets import load_digits
 
-    pixels = (load_digits().images[7] * (255 / 16)).astype("uint8")
-    image.fromarray(pixels).save(tmp_path / "seven.png")
+    pixels = write_digit(tmp_path / "seven.png", 7)
     assert predict.main([str(run), str(tmp_path / "seven.png"), "--top", "10"]) == 0
     shown = {line.split()[1]: float(line.split()[2]) for line in capsys.readouterr().out.splitlines()}
     data = json.loads((run / "data.json").read_text())
@@ -235,7 +226,5 @@ def test_output_that_cannot_be_written(tmp_path, capsys):
 def test_divergence(tmp_path, capsys):
     assert train.main([*cases.SMALL, "--lr", "1e30", "--checkpoint-steps", "1", "--output", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert (
-        re.search(r"the loss of step \d is nan, in epoch 1: the training has diverged", error)
-        and "--lr (now 1e+30)" in error
-    )
+    assert re.search(r"the loss of step \d is nan, in epoch 1: the training has diverged", error)
+    assert "--lr (now 1e+30)" in error
