@@ -18,7 +18,7 @@ from decisions import clear_input
 from torch import nn
 
 import densenet_ext
-from densenet_ext import DenseNetBC, EfficientDenseBlock, EfficientDenseLayer, functional, layers
+from densenet_ext import DenseNetBC, EfficientDenseBlock, EfficientDenseLayer, _plain_layer, functional
 from densenet_ext._masks import Masks, draw_masks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,11 +129,11 @@ def synchronized_step(net, masks, sizes, rank):
 def drawing(draw):
     """Inside, layers get their masks from that function, whichever implementation they have."""
     before = functional.draw_masks
-    functional.draw_masks = layers.draw_masks = draw
+    functional.draw_masks = _plain_layer.draw_masks = draw
     try:
         yield
     finally:
-        functional.draw_masks = layers.draw_masks = before
+        functional.draw_masks = _plain_layer.draw_masks = before
 
 
 def drawn_masks(net, x):

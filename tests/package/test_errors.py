@@ -35,8 +35,14 @@ CONSTRUCTORS = [
     (lambda: EfficientDenseLayer(3, 3, drop_rate=1), "drop_rate is 1"),
     (lambda: EfficientDenseLayer(3, 3, drop_channel=-1), "drop_channel is -1"),
     (lambda: EfficientDenseLayer(3, 3, drop_channel_position="post"), "is 'post'; it may be 'pre_norm' or 'pre_conv'"),
-    (lambda: EfficientDenseLayer(3, 3, efficient=True), "efficient is True; it may be False, 'checkpoint' or 'fused'"),
+    (lambda: EfficientDenseLayer(3, 3, efficient=1), "efficient is 1; it may be False, 'checkpoint', 'fused' or True"),
     (lambda: EfficientDenseLayer(3, 3, efficient="fast"), "efficient is 'fast'"),
+    (lambda: EfficientDenseBlock(2, 3, 3, efficient=None), "efficient is None"),
+    (lambda: DenseNetBC(efficient="on"), "efficient is 'on'"),
+    (
+        lambda: setattr(EfficientDenseLayer(3, 3), "drop_channel_rate", 1.0),
+        "drop_channel_rate is 1.0; it must be at least",
+    ),
     (lambda: EfficientDenseBlock(0, 3, 3), "num_layers is 0"),
     (lambda: DenseNetBC(depth=41), "depth is 41; it must be 6 * n + 4 with n at least 1"),
     (lambda: DenseNetBC(depth=4), "depth is 4"),
@@ -48,7 +54,7 @@ CONSTRUCTORS = [
     (lambda: DenseNetBC(num_classes=0), "num_classes is 0"),
     (lambda: DenseNetBC(num_init_features=0), "num_init_features is 0"),
     (lambda: DenseNetBC.variant("C"), "name is 'C'; it may be 'vanilla', 'A', 'B', 'A+B', 'A+B+C'"),
-    (lambda: set_fallback("ignore"), "mode is 'ignore'; it may be 'warn' or 'error'"),
+    (lambda: set_fallback("ignore"), "mode is 'ignore'; it may be 'warn', 'error' or 'silent'"),
 ]
 
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from support_cases import LOWER, PYTORCH_REFUSES, SCENARIOS, SILENT
 from torch import nn
 
-from densenet_ext import DenseNetBC, functional, set_fallback
-from densenet_ext.layers import EfficientDenseLayer
+from densenet_ext import DenseNetBC, _plain_layer, functional, set_fallback
 
 torchvision = pytest.importorskip("torchvision")
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
@@ -72,16 +71,16 @@ def calls(monkeypatch):
 
     count(functional, "dense_stage")
     count(functional, "dense_layer")
-    count(EfficientDenseLayer, "_checkpointed_first")
-    count(EfficientDenseLayer, "_called")
+    count(_plain_layer, "_checkpointed_bottleneck")
+    count(_plain_layer, "call_layer")
     return counts
 
 
 def outcome(calls):
-    fused, called = calls["dense_stage"] + calls["dense_layer"], calls["_called"]
+    fused, called = calls["dense_stage"] + calls["dense_layer"], calls["call_layer"]
     if fused:
         return "partly fused" if called or calls["dense_layer"] else "fused"
-    return "checkpointed" if calls["_checkpointed_first"] else "plain"
+    return "checkpointed" if calls["_checkpointed_bottleneck"] else "plain"
 
 
 def error(got, want):
