@@ -50,37 +50,27 @@ def main(depth: int, batch_size: int, device: str | None = None) -> int:
         sys.exit(str(error))
     if device is None:
         device = "cuda" if torch.cuda.is_available() and cuda_status() is None else "cpu"
-    where = f"a CPU with {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
-    print(
-        f"One training step of DenseNet-BC, depth {depth}, k = 12: {batch_size} images of 32x32, float32, on {where}\n"
-    )
-    rows = {}
-    progress = tqdm(
-        IMPLEMENTATIONS.items(), "measuring", leave=False, disable=None, bar_format="{desc} ({n}/{total} done)"
-    )
-    for name, efficient in progress:
-        progress.set_description(f"measuring {name}")
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            rows[name] = process.submit(measure, efficient, depth, batch_size, device).result()
-    print("\n".join(table(rows)))
+    where = f"a CPU, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+    print(f"A training step of DenseNet-BC (depth {depth}, k = 12): {batch_size} images of 32x32, float32, {where}\n")
+    print(_line("implementation", "peak memory", "of plain", "a step", "of plain"))
+    plain = None
+    with tqdm(
+        IMPLEMENTATIONS.items(), leave=False, disable=None, bar_format="{desc}{n} of {total} measured"
+    ) as progress:
+        for name, efficient in progress:
+            progress.set_description(name)
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                row = process.submit(measure, efficient, depth, batch_size, device).result()
+            plain = plain or row
+            memory = "unknown" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f} MB"
+            memory_ratio, time_ratio = (_percent(*pair) for pair in zip(row, plain, strict=True))
+            progress.write(_line(name, memory, memory_ratio, f"{row.seconds:.3f} s", time_ratio))
     print('\nNext: DenseNetBC(efficient="fused") is the last row in your own training; README.md shows how.')
     return 0
 
 
-def table(rows: dict[str, Measured]) -> list[str]:
-    """Return the lines of the table: memory and time of each implementation, also in percent of the first one's."""
-    first_name, first = next(iter(rows.items()))
-    lines = [f"{'implementation':<16}{'peak memory':>12}{f'of {first_name}':>10}{'a step':>12}{f'of {first_name}':>10}"]
-    for name, row in rows.items():
-        memory = "unknown" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f} MB"
-        cells = (
-            memory,
-            _percent(row.peak_bytes, first.peak_bytes),
-            f"{row.seconds:.3f} s",
-            _percent(row.seconds, first.seconds),
-        )
-        lines.append(f"{name:<16}{cells[0]:>12}{cells[1]:>10}{cells[2]:>12}{cells[3]:>10}")
-    return lines
+def _line(name: str, *cells: str) -> str:
+    return f"{name:<16}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def _percent(value: float | None, whole: float | None) -> str:

@@ -17,6 +17,7 @@ from densenet_ext import (
     EfficientDenseLayer,
     SqueezeExcitation,
     Transition,
+    memory,
     set_fallback,
 )
 from densenet_ext.functional import dense_layer, dense_stage, dense_stem
@@ -54,6 +55,7 @@ CONSTRUCTORS = [
     (lambda: DenseNetBC(num_classes=0), "num_classes is 0"),
     (lambda: DenseNetBC(num_init_features=0), "num_init_features is 0"),
     (lambda: DenseNetBC.variant("C"), "name is 'C'; it may be 'vanilla', 'A', 'B', 'A+B', 'A+B+C'"),
+    (lambda: memory.set_limit(-1), "limit is -1; it must be at least 0"),
     (lambda: set_fallback("ignore"), "mode is 'ignore'; it may be 'warn', 'error' or 'silent'"),
 ]
 
@@ -85,6 +87,8 @@ MIXED_SE = [*layers(1), *layers(1, 7, se_reduction=2)]
 MIXED_WIDTH = [*layers(1), EfficientDenseLayer(7, 3, 5)]
 MIXED_DROP = [*layers(1), *layers(1, 7, drop_rate=0.5)]
 CALLS = [
+    (lambda: memory.set_limit(1.5), TypeError, "limit is a float; it must be an int, a number of bytes"),
+    (lambda: memory.set_limit(True), TypeError, "limit is a bool"),
     (lambda: dense_stage([1], layers()), TypeError, "x is a list; it must be a tensor"),
     (lambda: dense_stage(x(4, 6, 6), layers()), ValueError, "x has 3 dimensions; it must have 4: [N, C, H, W]"),
     (

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -242,11 +243,62 @@ def test_warns_once_for_each_reason():
         model(x)
 
 
-def test_single_layer_falls_back():
+def hooked_layer():
     layer = EfficientDenseLayer(4, 3, efficient="fused")
     layer.norm1.register_forward_hook(lambda *args: None)
+    return layer, torch.randn(2, 4, 8, 8)
+
+
+@pytest.mark.filterwarnings("error")
+def test_silent_says_nothing_and_computes():
+    layer, x = hooked_layer()
+    set_fallback("silent")
+    y = layer(x)
+    layer.efficient = False
+    torch.testing.assert_close(layer(x), y)
+
+
+def test_the_mode_of_a_with_block_ends_with_it():
+    """An error ends it, too. What was warned about outside is not warned about again afterwards."""
+    set_fallback("warn")
+    layer, x = hooked_layer()
+    with pytest.warns(UserWarning, match="norm1 has a forward hook"):
+        layer(x)
+    with set_fallback("error"):
+        with set_fallback("silent"):
+            layer(x)
+        with pytest.raises(RuntimeError, match="norm1 has a forward hook"):
+            layer(x)
+    with pytest.raises(RuntimeError, match="norm1 has a forward hook"), set_fallback("error"):
+        layer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+    set_fallback("warn")
+    with pytest.warns(UserWarning, match="norm1 has a forward hook"):
+        layer(x)
+
+
+def test_the_mode_holds_for_all_threads():
+    layer, x = hooked_layer()
+    with set_fallback("silent"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(layer, x).result().shape == (2, 3, 8, 8)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="norm1 has a forward hook"):
+        pool.submit(layer, x).result()
+
+
+def test_a_mode_that_does_not_exist_changes_nothing():
+    layer, x = hooked_layer()
+    with pytest.raises(ValueError, match="mode is None"):
+        set_fallback(None)
     with pytest.raises(RuntimeError, match="norm1 has a forward hook"):
-        layer(torch.randn(2, 4, 8, 8))
+        layer(x)
+
+
+def test_single_layer_falls_back():
+    layer, x = hooked_layer()
+    with pytest.raises(RuntimeError, match="norm1 has a forward hook"):
+        layer(x)
 
 
 def test_module_in_place_of_drop_channel_is_recomputed_with_its_own_randomness():

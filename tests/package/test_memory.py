@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from densenet_ext import _C, DenseNetBC, release_workspaces, set_workspace_limit, workspace_use
+from densenet_ext import _C, DenseNetBC, memory, release_workspaces, set_workspace_limit, workspace_use
 from densenet_ext.functional import dense_stage
 
 MB = 1e6
@@ -110,6 +110,24 @@ def test_workspaces_stay_for_the_next_step_until_released():
     assert workspace_use() == after_one
     release_workspaces()
     assert workspace_use() == (0, 0)
+
+
+def test_memory_in_the_words_of_torch_cuda():
+    """Allocated while the graph lives, reserved until the cache is emptied; the names at the top level say the same."""
+    model, x = DenseNetBC.variant("A+B+C", depth=22), torch.randn(16, 3, 32, 32)
+    memory.empty_cache()
+    assert (memory.memory_allocated(), memory.memory_reserved()) == (0, 0)
+    y = model(x)
+    features = 16 * 72 * 32 * 32 * 4  # bytes of the first block's feature buffer, which backward needs
+    assert features <= memory.memory_allocated() <= memory.memory_reserved()
+    assert workspace_use() == (memory.memory_allocated(), memory.memory_reserved())
+    y.sum().backward()
+    del y
+    assert memory.memory_allocated() == 0
+    assert memory.memory_reserved() >= features
+    memory.empty_cache()
+    assert workspace_use() == (0, 0)
+    assert (release_workspaces, set_workspace_limit) == (memory.empty_cache, memory.set_limit)
 
 
 def test_workspace_limit():
