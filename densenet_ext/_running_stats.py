@@ -10,20 +10,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def is_frozen_kind(kind: type) -> bool:
-    """Whether that is torchvision's FrozenBatchNorm2d, which timm uses too: parameters and statistics are buffers."""
+    """Return True for torchvision's FrozenBatchNorm2d, which timm uses, too: parameters and statistics are buffers."""
     misc = sys.modules.get("torchvision.ops.misc")
     return misc is not None and kind is misc.FrozenBatchNorm2d
 
 
 def is_frozen(norm: nn.Module) -> bool:
-    """Whether `norm` normalizes with its running statistics: by the rule of torch.nn.BatchNorm2d, or always."""
+    """Return True if `norm` normalizes with its running statistics: by the rule of torch.nn.BatchNorm2d, or always."""
     if norm.training:
         return not isinstance(norm, _BatchNorm)
     return norm.running_mean is not None and norm.running_var is not None
 
 
 def tracks(norm: nn.Module) -> bool:
-    """Whether a forward pass changes the running statistics of `norm`, where it has any."""
+    """Return True if a forward pass changes the running statistics of `norm`, where it has any."""
     return norm.training and isinstance(norm, _BatchNorm) and norm.track_running_stats
 
 
@@ -41,8 +41,8 @@ def update_running_statistics(
     tracking = [tracks(norm) for norm in norms]
     if not any(tracking):
         return
-    known = not isinstance(values, Tensor)
-    correction = values / (max(values - 1, 1) if known else (values - 1).clamp(min=1))
+    on_host = not isinstance(values, Tensor)
+    correction = values / (max(values - 1, 1) if on_host else (values - 1).clamp(min=1))
     means, variances = stats[0].split(widths), (stats[1] * correction).split(widths)
     batches = [
         batch for batch, tracked in zip(zip(norms, means, variances, strict=True), tracking, strict=True) if tracked
@@ -50,11 +50,11 @@ def update_running_statistics(
     while batches:
         first = {id(norm._buffers.get("running_mean")): index for index, (norm, *_) in reversed([*enumerate(batches)])}
         if len(first) == len(batches):
-            _take_in(batches, stats.dtype, not known or values > 0)
+            _take_in(batches, stats.dtype, not on_host or values > 0)
             return
-        now = set(first.values())
-        _take_in([batches[index] for index in sorted(now)], stats.dtype, not known or values > 0)
-        batches = [batch for index, batch in enumerate(batches) if index not in now]
+        turn = set(first.values())
+        _take_in([batches[index] for index in sorted(turn)], stats.dtype, not on_host or values > 0)
+        batches = [batch for index, batch in enumerate(batches) if index not in turn]
 
 
 def _take_in(batches: list[tuple], dtype: torch.dtype, any_values: bool) -> None:
