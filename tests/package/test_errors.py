@@ -145,7 +145,7 @@ def test_call(call, error, message):
 
 @pytest.mark.parametrize("efficient", [False, "checkpoint", "fused"])
 def test_one_value_a_channel_in_training(efficient):
-    """The same error as PyTorch's from every implementation; in evaluation mode one value is enough."""
+    """Every implementation raises PyTorch's error; in evaluation mode one value is enough."""
     block = EfficientDenseBlock(2, 4, 3, efficient=efficient)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         block(torch.zeros(1, 4, 1, 1))
@@ -201,16 +201,16 @@ def test_inputs_on_two_devices():
 def test_out_of_memory_leaves_nothing_behind():
     """A batch of terabytes, which costs nothing itself: it is one value, expanded."""
     block = EfficientDenseBlock(2, 4, 2, efficient="fused")
-    before = copy.deepcopy(block.state_dict())
+    state = copy.deepcopy(block.state_dict())
     huge = torch.zeros(1).expand(1 << 20, 4, 1 << 10, 1 << 10)
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory: a tensor of shape \[1048576, 8, 1024, 1024\]"):
         block(huge)
-    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in block.state_dict().items())
     assert block(torch.randn(2, 4, 5, 5)).shape == (2, 8, 5, 5)
 
 
 def types(x, weights, norms, autocast=None):
-    """The error of a fused layer with inputs, convolutions and norms of these dtypes, or None."""
+    """Return the error of a fused layer with inputs, convolutions and norms of these dtypes, or None."""
     layer = EfficientDenseLayer(4, 3, se_reduction=1, efficient="fused").to(weights)
     layer.norm1.to(norms), layer.norm2.to(norms)
     try:
@@ -250,7 +250,7 @@ def test_one_type_for_everything(dtype):
     ],
 )
 def test_mixed_types(arguments, message):
-    """As plain PyTorch: only norms may be wider than the input, only autocast changes a weight's type."""
+    """Only norms may be wider than the input, and only autocast changes a weight's type, as in plain PyTorch."""
     found = types(*arguments)
     assert found is None if message is None else found.startswith(message)
 

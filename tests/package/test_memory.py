@@ -1,4 +1,4 @@
-"""How much memory one training step of the paper's network takes: the reason for this package; and how much may stay."""
+"""The memory that a training step of the paper's network takes, which is the reason for this package, and that may stay."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +15,10 @@ MB = 1e6
 
 
 def peak_of_step(model, batch, labels):
-    """Highest level of allocated bytes in forward and backward, over what was there before; gradients exist already.
+    """Return the highest level of allocated bytes in forward and backward, over the level at the start.
 
-    Workspaces do not come from torch's allocator: all that they occupy after the step is added.
+    Gradients exist already at the start. Workspaces do not come from torch's allocator: all that they occupy after the step
+    is added.
     """
 
     def step():
@@ -27,7 +28,7 @@ def peak_of_step(model, batch, labels):
     small = batch[:2, :, :8, :8]
     F.cross_entropy(model(small), labels[:2]).backward()  # allocates the gradients
     release_workspaces()
-    before = workspace_use().occupied
+    start = workspace_use().occupied
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -37,7 +38,7 @@ def peak_of_step(model, batch, labels):
         level += event.nbytes()
         peak = max(peak, level)
     assert events
-    return peak + workspace_use().occupied - before
+    return peak + workspace_use().occupied - start
 
 
 def peak_of(samples, **options):

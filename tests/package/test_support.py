@@ -1,4 +1,4 @@
-"""docs/support.md row by row: what each implementation does under what people do, and that the numbers are right."""
+"""docs/support.md is right, row by row: about what each implementation does, and that the numbers are the same."""
 
 import copy
 import warnings
@@ -21,7 +21,7 @@ TINY = {"growth_rate": 8, "block_config": (2, 3, 2), "num_init_features": 16, "b
 
 
 def rows():
-    """(what is done, what 'fused' does, what 'checkpoint' does, what False does) of each line of the table."""
+    """Return (what is done, what 'fused' does, what 'checkpoint' does, what False does) for each line of the table."""
     lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [row[:4] for row in cells if row[1] in OUTCOMES]
@@ -57,7 +57,7 @@ def networks():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each way of computing was used."""
+    """Count how often each way of computing is used."""
     counts = Counter()
 
     def count(owner, name):
@@ -84,7 +84,7 @@ def outcome(calls):
 
 
 def error(got, want):
-    """Largest relative error of a tensor, by the norm of all its values."""
+    """Return the largest relative error of a tensor, by the norm of all its values."""
     pairs = [(a.double(), b) for a, b in zip(got, want, strict=True) if b.is_floating_point()]
     return max(((a - b).norm() / b.norm().clamp_min(1e-6)).item() for a, b in pairs)
 
