@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from densenet_ext import demo, info
+from densenet_ext import info
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,6 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("info", help="print which versions are installed and which kernels run here, for a bug report")
     chosen = parser.parse_args(arguments)
     if chosen.command == "demo":
+        from densenet_ext import demo  # needs torch and the compiled library, as `info` does not
+
         return demo.main(chosen.depth, chosen.batch_size, chosen.device)
     if chosen.command == "info":
         return info.main()

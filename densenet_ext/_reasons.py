@@ -57,9 +57,8 @@ def input_reason(inputs: Iterable[Tensor]) -> str | None:
                 return None  # functional.py raises the error
             if not carries_no_data(kind):
                 return f"the input is a {kind.__name__}, whose values the kernels cannot read"
-        handles.require_kernels(
-            x
-        )  # raises on a GPU without kernels, where falling back would hide a broken installation
+        # This raises on a GPU without kernels, where a fallback would hide that the installation is incomplete.
+        handles.require_kernels(x)
         if x.device.type not in handles.DEVICES:
             return f"this build has no kernels for {x.device.type} tensors"
         if x.layout is not torch.strided:

@@ -14,7 +14,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-# torch is imported where it is used, because __main__ imports this file and has to work for `info` without torch, too.
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from . import DenseNetBC, set_fallback
+from ._checks import check_positive
+from ._load import cuda_status
 
 IMPLEMENTATIONS = {"plain": False, "checkpoint": "checkpoint", "fused": "fused"}
 TIMED_SECONDS = 2.0
@@ -36,13 +43,6 @@ def main(depth: int, batch_size: int, device: str | None = None) -> int:
         batch_size: images of 32x32; at least 1.
         device: 'cpu' or 'cuda'; None for 'cuda' if it can be used, else 'cpu'.
     """
-    import torch
-    from tqdm import tqdm
-
-    from . import DenseNetBC
-    from ._checks import check_positive
-    from ._load import cuda_status
-
     try:
         check_positive(batch_size, "batch_size")
         DenseNetBC(depth=depth)
@@ -54,9 +54,8 @@ def main(depth: int, batch_size: int, device: str | None = None) -> int:
     print(f"A training step of DenseNet-BC (depth {depth}, k = 12): {batch_size} images of 32x32, float32, {where}\n")
     print(_line("implementation", "peak memory", "of plain", "a step", "of plain"))
     plain = None
-    with tqdm(
-        IMPLEMENTATIONS.items(), leave=False, disable=None, bar_format="{desc}{n} of {total} measured"
-    ) as progress:
+    form = "{desc}{n} of {total} measured"
+    with tqdm(IMPLEMENTATIONS.items(), leave=False, disable=None, bar_format=form) as progress:
         for name, efficient in progress:
             progress.set_description(name)
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
@@ -79,16 +78,11 @@ def _percent(value: float | None, whole: float | None) -> str:
 
 def measure(efficient: bool | str, depth: int, batch_size: int, device: str) -> Measured:
     """Train in this process, which has to be a new one, and return what a step costs."""
-    import torch
-    import torch.nn.functional as F
-
-    from . import DenseNetBC, set_fallback
-
     set_fallback("error")
     model = DenseNetBC(depth=depth, efficient=efficient).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
-    def step(images: torch.Tensor) -> None:
+    def step(images: Tensor) -> None:
         optimizer.zero_grad(set_to_none=False)
         F.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.long, device=device)).backward()
         optimizer.step()
@@ -106,7 +100,7 @@ def measure(efficient: bool | str, depth: int, batch_size: int, device: str) -> 
     return Measured(peak, statistics.median(times))
 
 
-def _peak_of_process(step: Callable, images: object) -> int | None:
+def _peak_of_process(step: Callable[[Tensor], None], images: Tensor) -> int | None:
     if not (PROC / "status").exists():
         return None
     try:
@@ -123,9 +117,7 @@ def _resident_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def _peak_of_gpu(step: Callable, images: object) -> int:
-    import torch
-
+def _peak_of_gpu(step: Callable[[Tensor], None], images: Tensor) -> int:
     step(images)  # libraries choose algorithms and take workspaces in a first step of full size
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
