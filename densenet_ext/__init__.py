@@ -25,7 +25,7 @@ try:
     from .memory import release_workspaces, set_workspace_limit, workspace_use
     from .models import DenseNetBC
 except ImportError as error:
-    # The error is raised when one of the names is used, so that `python -m densenet_ext info` can still say what is wrong.
+    # The error is raised when a name is used, so that `python -m densenet_ext info` can still say what is wrong.
     _error = error
 
     def __getattr__(name: str) -> object:

@@ -84,7 +84,7 @@ def _other_version(what: str, built: str) -> str:
 
 
 def _import_library() -> ModuleType:
-    """Import densenet_ext._C, or the file that DENSENET_EXT_LIBRARY names: the library of the tests' simulated device."""
+    """Import densenet_ext._C, or the file that DENSENET_EXT_LIBRARY names: the tests' simulated device."""
     path = os.environ.get("DENSENET_EXT_LIBRARY")
     if not path or "densenet_ext._C" in sys.modules:
         return importlib.import_module("densenet_ext._C")

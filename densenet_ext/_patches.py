@@ -1,8 +1,8 @@
 """A watch over the methods and functions that a plain layer calls.
 
-Whoever replaces one of them (`nn.BatchNorm2d.forward = ...`, `torch.nn.functional.conv2d = ...`) expects every layer to call
-the new one. The fused ops call none of them, so each call compares them with the originals: those that were there when this
-package was imported.
+Whoever replaces one of them (`nn.BatchNorm2d.forward = ...`, `torch.nn.functional.conv2d = ...`) expects every layer to
+call the new one. The fused ops call none of them, so each call compares them with the originals: those that were there
+when this package was imported.
 """
 
 from operator import attrgetter

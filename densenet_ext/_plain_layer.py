@@ -7,7 +7,7 @@ Each module is called once in forward. There are three ways to do that, which gi
     watched         no module runs a second time, because somebody may watch it; backward still computes again the
                     concatenation and the outputs of norm and ReLU, by the formula of batch normalization.
 
-`layer` has the attributes of EfficientDenseLayer throughout; `inputs` are [N, C_i, H, W]; a bottleneck is conv1's output.
+`layer` has the attributes of EfficientDenseLayer, `inputs` are [N, C_i, H, W], a bottleneck is conv1's output.
 """
 
 from collections.abc import Sequence

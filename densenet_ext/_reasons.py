@@ -42,7 +42,7 @@ _frozen_forward: dict[type, object] = {}
 
 
 def call_reason(inputs: Iterable[Tensor]) -> str | None:
-    """Check what does not depend on the modules: the switch, transforms, functions that were replaced, and the inputs."""
+    """Check what does not depend on the modules: the switch, transforms, replaced functions, and the inputs."""
     if fallback.is_disabled():
         return "DENSENET_EXT_DISABLE is set"
     return transform_reason() or patched_reason() or global_reason() or input_reason(inputs)
@@ -90,7 +90,7 @@ def layers_reason(layers: dict[str, nn.Module], layer_type: type, prefix: str) -
 
 
 def sharing_reason(layers: dict[str, nn.Module], prefix: str, *tail: tuple[str, nn.Module]) -> str | None:
-    """Check that all norms of a block, and a named one of its consumer, share batch statistics with the same processes."""
+    """Check that the norms of a block, and a named one of its consumer, share statistics with the same processes."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     norms = [(f"{prefix}{name}.{part}", layer._modules[part]) for name, layer in layers.items() for part in _NORMS]
@@ -139,8 +139,8 @@ def children_reason(layer: nn.Module, prefix: str) -> str | None:
 def may_run_again(layer: nn.Module) -> bool:
     """Return True if backward may call the modules of a dense layer up to conv1 a second time.
 
-    They have to be PyTorch's or this package's, and nobody may watch them: a hook, a parametrization or another module may
-    count its calls, or draw random numbers.
+    They have to be PyTorch's or this package's, and nobody may watch them: a hook, a parametrization or another module
+    may count its calls, or draw random numbers.
     """
     if global_reason() or patched_reason():
         return False

@@ -1,8 +1,8 @@
 """Saved-tensor hooks that keep little for backward although each module is called once.
 
 A norm with a hook must not run a second time in backward, as torch.utils.checkpoint would have it. But its input is a
-concatenation of feature maps that autograd keeps anyway, and its output after ReLU follows from the input by the formula of
-batch normalization. Backward makes both again from the feature maps, without the module.
+concatenation of feature maps that autograd keeps anyway, and its output after ReLU follows from the input by the
+formula of batch normalization. Backward makes both again from the feature maps, without the module.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from ._snapshot import Unchanged
 
 
 def in_checkpoint() -> bool:
-    """Return True inside torch.utils.checkpoint, which keeps nothing itself and hands out what it makes again only once."""
+    """Return True inside torch.utils.checkpoint, which keeps nothing itself, and hands out once what it makes again."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == checkpoint.__module__
 
@@ -77,7 +77,7 @@ class Remade(saved_tensors_hooks):
         return self.saved[-1]
 
     def finish(self, norm: nn.Module, z: Tensor) -> None:
-        """Drop z, which ops have kept inside the context, if it is relu(norm(x)) bit for bit: a hook may have changed it."""
+        """Drop z, which ops have kept in the context, if it is relu(norm(x)) bit for bit: a hook may change it."""
         # z cannot be made without x, nor from an x that a hook wrote to.
         if self.keeps_x and self.x._version == self.version and type(norm) is nn.BatchNorm2d:
             normalize, make_x = _normalization(norm), self.remake

@@ -1,4 +1,4 @@
-"""Batch normalizations: which statistics one uses, how many channels it has, and the update of its running statistics."""
+"""Batch normalizations: the statistics that one uses, and the update of its running ones."""
 
 import sys
 from collections import defaultdict
@@ -35,8 +35,8 @@ def update_running_statistics(
 
         running = (1 - momentum) * running + momentum * batch,    momentum None: 1 / num_batches_tracked
     stats [>= 2, sum of widths]: mean and biased variance in the norms' order, from `values` values a channel (on the
-    device where other processes have a part in them); the running variance gets the unbiased one. A batch without values
-    counts as a batch and changes nothing else. A norm that stands there twice takes in one after the other.
+    device where other processes have a part in them); the running variance gets the unbiased one. A batch without
+    values counts as a batch and changes nothing else. A norm that stands there twice takes in one after the other.
     """
     tracking = [tracks(norm) for norm in norms]
     if not any(tracking):

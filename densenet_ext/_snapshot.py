@@ -1,8 +1,8 @@
 """Copies of modules as they were in forward, for recomputation in backward.
 
 Between forward and backward the mode may change, running statistics see the batch, torch.func.functional_call takes its
-parameters out again, and hooks come and go; another thread may be in the middle of a forward pass. So backward runs copies,
-never the modules.
+parameters out again, and hooks come and go; another thread may be in the middle of a forward pass. So backward runs
+copies, never the modules.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
-"""State dicts of others: keys of older files, of wrappers and of other libraries are renamed as this package has them."""
+"""State dicts of others: keys of older files, wrappers and libraries are renamed as this package has them."""
 
 import re
 
-# A dense layer's parameters have other names in torchvision's files of 2017 ('norm.1', 'conv.2') and in MONAI, whose layers
-# hold a Sequential ('layers.norm1').
+# A dense layer's parameters have other names in torchvision's files of 2017 ('norm.1', 'conv.2') and in MONAI, whose
+# layers hold a Sequential ('layers.norm1').
 _LAYER_KEY = re.compile(r"(?:layers\.)?(norm|conv)\.?([12])\.")
 # The classifier may be a Sequential of it and an activation; MONAI's has another name.
 _CLASSIFIER_KEY = re.compile(r"(?:classifier\.0|class_layers\.out)\.")

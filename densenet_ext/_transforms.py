@@ -1,4 +1,6 @@
-"""Ways of running a module in which the fused ops would compute something else, or write a file that needs this package.
+"""Ways of running a module that the fused ops do not serve.
+
+They would compute something else there, or become part of a file that loads only with this package.
 
 Below autograd the ops see values alone, neither the tangent of a dual number nor the level of a functorch transform. A
 recording for another process has to consist of PyTorch's own operators.
@@ -42,14 +44,14 @@ def is_symbolic(x: object) -> bool:
 
 
 def as_node(module: torch.nn.Module, inputs: fx.Proxy | list) -> fx.Proxy | None:
-    """Return a node, of the graph that torch.fx traces, which calls `module` with `inputs`; None if `module` is the root."""
+    """Return a node of torch.fx's graph that calls `module` with `inputs`, or None if `module` is the graph's root."""
     tracer = (inputs if isinstance(inputs, fx.Proxy) else next(x for x in inputs if isinstance(x, fx.Proxy))).tracer
     path = tracer.path_of_module(module)
     return tracer.create_proxy("call_module", path, (inputs,), {}) if path else None
 
 
 def carries_no_data(kind: type[Tensor]) -> bool:
-    """Return True if tensors of this subclass consist of their values and Python attributes, so that the ops can read them."""
+    """Return True if tensors of this subclass are their values and Python attributes, so that ops can read them."""
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 

@@ -1,8 +1,9 @@
 """`python -m densenet_ext demo` measures one training step with each implementation.
 
-Each implementation runs in a process of its own. A first step, on a tiny batch, allocates gradients and momentum and starts
-the threads. The peak memory is what the next step adds to that: to the resident set of the process, whoever allocates, or on
-a GPU to the memory that tensors hold. The time is the median of the steps of the two seconds after that, at least of one.
+Each implementation runs in a process of its own. A first step, on a tiny batch, allocates gradients and momentum and
+starts the threads. The peak memory is what the next step adds to that: to the resident set of the process, whoever
+allocates, or on a GPU to the memory that tensors hold. The time is the median of the steps of the two seconds after
+that, at least of one.
 """
 
 import statistics

@@ -28,8 +28,8 @@ class set_fallback:
             model(images)
 
     The mode holds for all threads of the process, because DataParallel runs a network in several: a `with` block in one
-    thread also changes what the others do meanwhile. With the environment variable DENSENET_EXT_DISABLE=1, which is read when the package is imported,
-    nothing is fused, and 'error' is as 'warn'.
+    thread also changes what the others do meanwhile. With the environment variable DENSENET_EXT_DISABLE=1, which is
+    read when the package is imported, nothing is fused, and 'error' does what 'warn' does.
 
     Args:
         mode: 'warn', the mode at the start: call the modules, with the same numbers, and warn once for each reason.

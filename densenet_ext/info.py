@@ -1,4 +1,4 @@
-"""`python -m densenet_ext info` prints which versions are installed and which kernels run here. Start a bug report with it."""
+"""`python -m densenet_ext info` prints which versions are installed and which kernels run: for a bug report."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _torch_rows(torch: ModuleType, architectures: list[str]) -> dict[str, str]:
 
 
 def _is_translated(architectures: list[str], major: int, minor: int) -> bool:
-    """Return True if only the PTX of a build for these architectures ("8.0", "9.0+PTX") runs on a device of that version.
+    """Return True if only the PTX of a build for such architectures ("8.0", "9.0+PTX") runs on such a device.
 
     A binary runs on devices of its own major version, PTX on all later ones.
     """

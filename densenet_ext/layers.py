@@ -29,9 +29,9 @@ class EfficientDenseLayer(EfficientModule):
         in_channels: channels of the concatenation; at least 1.
         growth_rate: k, the new channels; at least 1.
         bn_size: width of the bottleneck in units of k; at least 1.
-        drop_rate: probability of a single output value to be dropped, before squeeze-and-excitation; 0 <= drop_rate < 1.
-        drop_channel: probability of a whole channel to be dropped; 0 <= drop_channel < 1. The attribute `drop_channel` is
-            the module, `drop_channel_rate` the probability.
+        drop_rate: probability of a single output value to be dropped, before `se`; 0 <= drop_rate < 1.
+        drop_channel: probability of a whole channel to be dropped; 0 <= drop_channel < 1. The attribute `drop_channel`
+            is the module, `drop_channel_rate` the probability.
         drop_channel_position: 'pre_norm': q, before norm1; 'pre_conv': r1 and r2, before both convolutions.
         se_reduction: reduction of the squeeze-and-excitation at the end, at least 1, or None for no such module.
         efficient: False: plain PyTorch. 'checkpoint': compute concatenation, norm1, relu1 and conv1 again in backward;
@@ -123,7 +123,7 @@ class EfficientDenseLayer(EfficientModule):
         return None
 
     def _traced(self, inputs: fx.Proxy | Sequence[fx.Proxy]) -> fx.Proxy:
-        """Record the layer for torch.fx: as one node if the layer chooses something each time it runs, else all parts."""
+        """Record the layer for torch.fx: as one node if it chooses something each time it runs, else all parts."""
         if self.efficient is not False or active_dropout(self) or _plain_layer.drops_channels(self):
             node = as_node(self, inputs)
             if node is not None:
@@ -140,7 +140,8 @@ class EfficientDenseLayer(EfficientModule):
 class EfficientDenseBlock(EfficientModule, nn.ModuleDict):
     """Dense layers that each read the block's input and all earlier layers' outputs.
 
-    Children are denselayer1 to denselayerL; any module that takes the list of all features so far may stand in their place.
+    Children are denselayer1 to denselayerL. Any module that takes the list of all earlier features may stand in their
+    place.
 
     Args:
         num_layers: L; at least 1.
@@ -218,7 +219,7 @@ class EfficientDenseBlock(EfficientModule, nn.ModuleDict):
     def fused(self, x: Tensor, *tail: nn.Module) -> Tensor | None:
         """Compute the block, and the norm and the convolution of its consumer if `tail` has them, by one op.
 
-        `fallback_reason` has to be None for x. Returns None, and reports, if the layers are not alike enough for one op.
+        `fallback_reason` has to be None for x. Returns None, and reports, if one op cannot serve layers so different.
         """
         try:
             return functional.dense_stage(x, self.layers, *tail, keep_bottleneck=self.keep_bottleneck)
@@ -238,7 +239,9 @@ class EfficientDenseBlock(EfficientModule, nn.ModuleDict):
 
 
 class Transition(nn.Sequential):
-    """The layers between two dense blocks: y = pool(conv(relu(norm(x)))), with a 1x1 convolution and a 2x2 average pool.
+    """The modules between two dense blocks: a 1x1 convolution and a 2x2 average pool.
+
+        y = pool(conv(relu(norm(x))))
 
     Args:
         in_channels, out_channels: channels of x and of y, at least 1; DenseNet-BC has out = floor(compression * in).

@@ -1,9 +1,10 @@
 """The memory that fused stages keep from step to step on CPU, in torch.cuda's words.
 
-On CPU, feature buffers, their gradients, the tensors that stages hand on, and scratch of at least 128 KB are workspaces:
-they come from an arena, which does not return its pages to the system when a tensor is freed. The next step uses them
-again, since mapping and clearing new pages would cost more time than much of the arithmetic. torch's profiler does not
-see workspaces, so a figure of a step's memory has to add memory_reserved(). On other devices torch's own allocator serves.
+On CPU, feature buffers, their gradients, the tensors that stages hand on, and scratch of at least 128 KB are
+workspaces: they come from an arena, which does not return its pages to the system when a tensor is freed. The next step
+uses them again, since mapping and clearing new pages would cost more time than much of the arithmetic. torch's profiler
+does not see workspaces, so a figure of a step's memory has to add memory_reserved(). On other devices torch's own
+allocator serves.
 
 The names at the top level of the package mean the same: workspace_use() is both figures at once, release_workspaces is
 empty_cache, and set_workspace_limit is set_limit.
@@ -45,10 +46,10 @@ def set_limit(limit: int) -> None:
     """Limit how much memory stays occupied while no tensor holds it.
 
     Args:
-        limit: bytes; at least 0. With 0 each workspace is returned to the system as soon as it is free: the least memory
-            between steps, and slower steps. The limit at the start is a quarter of the memory that this process may use:
-            the machine's, or what its container or batch system (Linux's control groups) leaves when the first workspace
-            is taken.
+        limit: bytes; at least 0. With 0 each workspace is returned to the system as soon as it is free: the least
+            memory between steps, and slower steps. The limit at the start is a quarter of the memory that this process
+            may use: the machine's, or what its container or batch system (Linux's control groups) leaves when the first
+            workspace is taken.
 
     Raises:
         TypeError: limit is no int.

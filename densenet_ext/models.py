@@ -32,8 +32,8 @@ VARIANTS = {
 class DenseFeatures(nn.Sequential):
     """Stem, dense blocks, transitions and last norm of a network, in order; slices are networks cut short.
 
-    If a block's `efficient` is 'fused', norm, ReLU and max pool of the stem are one op, and so is each such block with the
-    transition after it.
+    If a block's `efficient` is 'fused', norm, ReLU and max pool of the stem are one op, and so is each such block with
+    the transition after it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,12 +59,12 @@ class DenseNetBC(EfficientModule):
         drop_channel: probability of a whole channel to be dropped; 0 <= drop_channel < 1.
         drop_channel_position: 'pre_norm': before the first norm of a dense layer; 'pre_conv': before its convolutions.
         se_reduction: reduction of squeeze-and-excitation at the end of each dense layer, at least 1, or None for none.
-        efficient: False: plain PyTorch. 'checkpoint': compute concatenations and first norms again in backward instead of
-            storing them; avoids storing most activations, costs about a sixth of the time. 'fused', or True: one op for
-            each dense block and its consumer; avoids storing nearly all activations. set_fallback says what happens where
-            that op cannot serve.
-        keep_bottleneck: with 'fused', keep the bottlenecks for backward; avoids a convolution a layer in backward, costs
-            N * H * W * bn_size * k values of memory a layer.
+        efficient: False: plain PyTorch. 'checkpoint': compute concatenations and first norms again in backward instead
+            of storing them; avoids storing most activations, costs about a sixth of the time. 'fused', or True: one op
+            for each dense block and its consumer; avoids storing nearly all activations. set_fallback says what happens
+            where that op cannot serve.
+        keep_bottleneck: with 'fused', keep the bottlenecks for backward; avoids a convolution a layer in backward,
+            costs N * H * W * bn_size * k values of memory a layer.
         small_inputs: True: 3x3 convolution of stride 1 as stem, for images such as 32x32; False: 7x7 of stride 2, norm,
             ReLU, 3x3 max pool of stride 2.
         in_channels: channels of the images; at least 1.
@@ -222,7 +222,7 @@ def _stem_modules(in_channels: int, channels: int, small_inputs: bool, norm: dic
 
 
 def _initialize(module: nn.Module) -> None:
-    """Initialize as torchvision does: He et al.'s normal distribution for convolutions, biases 0, norms the identity."""
+    """Initialize as torchvision: He et al.'s normal distribution for convolutions, biases 0, norms the identity."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:

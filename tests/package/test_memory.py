@@ -1,4 +1,4 @@
-"""The memory that a training step of the paper's network takes, which is the reason for this package, and that may stay."""
+"""The memory that a training step takes, which is the reason for this package, and the memory that may stay."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +17,8 @@ MB = 1e6
 def peak_of_step(model, batch, labels):
     """Return the highest level of allocated bytes in forward and backward, over the level at the start.
 
-    Gradients exist already at the start. Workspaces do not come from torch's allocator: all that they occupy after the step
-    is added.
+    Gradients exist already at the start. Workspaces do not come from torch's allocator: all that they occupy after the
+    step is added.
     """
 
     def step():

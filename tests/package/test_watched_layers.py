@@ -88,7 +88,7 @@ def test_what_a_hook_changes_is_what_backward_sees():
 
 @pytest.mark.parametrize("efficient", ["fused", "checkpoint"])
 def test_a_parameter_that_changes_before_backward_is_noticed(efficient):
-    """A layer that is computed again from the parameter raises the error that autograd raises for tensors that it keeps."""
+    """Backward of a layer that it computes again raises the error that autograd raises for tensors that it keeps."""
     set_fallback("warn")
     layer = EfficientDenseLayer(4, 3, efficient=efficient)
     if efficient == "fused":
