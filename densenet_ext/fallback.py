@@ -8,7 +8,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 MODES = ("warn", "error", "silent")
 
@@ -49,9 +48,7 @@ class set_fallback:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global _mode, _reported
         _mode, _reported = self._previous
 
@@ -76,7 +73,7 @@ def report(reason: str) -> None:
 
 
 def warn_once(message: str) -> None:
-    """Warn, unless the same message was a warning since set_fallback was called."""
+    """Warn, but about each message only once after a call of set_fallback."""
     if message not in _reported:
         _reported.add(message)
         warnings.warn(message, stacklevel=4)
