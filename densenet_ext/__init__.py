@@ -10,6 +10,8 @@ __all__ = [
     "SqueezeExcitation",
     "Transition",
     "__version__",
+    "functional",
+    "memory",
     "release_workspaces",
     "set_fallback",
     "set_workspace_limit",
@@ -17,15 +19,16 @@ __all__ = [
 ]
 
 try:
+    from . import functional, memory
     from .fallback import set_fallback
     from .layers import DropChannel, EfficientDenseBlock, EfficientDenseLayer, SqueezeExcitation, Transition
     from .memory import release_workspaces, set_workspace_limit, workspace_use
     from .models import DenseNetBC
 except ImportError as error:
-    # Kept for whoever asks for one of the names, so that `python -m densenet_ext.info` can still say what is wrong.
+    # The error is raised when a name is used, so that `python -m densenet_ext info` can still say what is wrong.
     _error = error
 
-    def __getattr__(name: str):
+    def __getattr__(name: str) -> object:
         if name in __all__:
             raise ImportError(str(_error)) from _error
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

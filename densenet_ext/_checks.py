@@ -1,12 +1,12 @@
-"""Checks of the arguments of public modules: each returns the value, or raises ValueError that names the argument."""
+"""Checks of the arguments of public modules: each returns the value, or raises a ValueError that names the argument."""
 
 import operator
 
-POSITIONS = ("pre_norm", "pre_conv")  # of Drop-Channel in a dense layer
+POSITIONS = ("pre_norm", "pre_conv")  # where Drop-Channel may stand in a dense layer
 
 
 def check_positive(value: int, name: str) -> int:
-    """`value`, an integer of any type such as numpy's, as an int if it is positive, else ValueError."""
+    """Return `value`, an integer of any type such as numpy's, as an int; raise ValueError unless it is positive."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -17,7 +17,7 @@ def check_positive(value: int, name: str) -> int:
 
 
 def check_probability(value: float, name: str) -> float:
-    """`value` as a float if it is a probability below 1, else ValueError."""
+    """Return `value` as a float; raise ValueError unless it is a probability below 1."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -28,14 +28,16 @@ def check_probability(value: float, name: str) -> float:
 
 
 def check_position(value: str) -> str:
-    """`value` if it is a position of Drop-Channel, else ValueError."""
+    """Return `value`; raise ValueError unless it is a position of Drop-Channel."""
     if value not in POSITIONS:
         raise ValueError(f"drop_channel_position is {value!r}; it may be 'pre_norm' or 'pre_conv'")
     return value
 
 
 def check_efficient(value: bool | str) -> bool | str:
-    """`value` if it names an implementation, else ValueError."""
-    if value is not False and not (isinstance(value, str) and value in ("checkpoint", "fused")):
-        raise ValueError(f"efficient is {value!r}; it may be False, 'checkpoint' or 'fused'")
+    """Return False, 'checkpoint' or 'fused', which True stands for; raise ValueError for any other value."""
+    if isinstance(value, bool):
+        return "fused" if value else False
+    if not isinstance(value, str) or value not in ("checkpoint", "fused"):
+        raise ValueError(f"efficient is {value!r}; it may be False, 'checkpoint', 'fused' or True, which is 'fused'")
     return value

@@ -1,4 +1,4 @@
-"""Loads the compiled libraries, or says in one sentence why that failed and what to do."""
+"""Load the compiled libraries, or say in one sentence why that failed and what to do."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ INSTALL = "run `pip install --force-reinstall --no-deps .` in a clone of densene
 
 
 def load_extension() -> ModuleType:
-    """The module ``densenet_ext._C``; loading it registers the ops ``torch.ops.densenet_ext``.
+    """Return the module `densenet_ext._C`; loading it registers the ops `torch.ops.densenet_ext`.
 
-    The CUDA kernels are loaded with it where they fit; :func:`cuda_status` says whether they are.
+    The CUDA kernels are loaded with it where they fit, which cuda_status tells.
 
-    Raises ImportError, with what to do about it, where torch is missing or too old, or where the library is missing, was
-    built for another Python, or cannot be loaded.
+    Raises:
+        ImportError: torch is missing or too old, or the library is missing, was built for another Python, or cannot be
+            loaded; the message says what to do.
     """
     if "densenet_ext._C" not in sys.modules:
-        _require_torch()  # also brings the libraries that ours is linked to into the process
+        _require_torch()  # loads the libraries, too, that ours is linked to
         _use_installed_library()
     try:
         extension = _import_library()
@@ -43,13 +44,13 @@ def load_extension() -> ModuleType:
 
 
 def cuda_status() -> str | None:
-    """None where the CUDA kernels are loaded; else why not, as in "not in this build: nvcc was not found"."""
+    """Return None if the CUDA kernels are loaded, else why not, as in "not in this build: nvcc was not found"."""
     return _load_cuda(load_extension())
 
 
 @functools.cache
 def _load_cuda(extension: ModuleType) -> str | None:
-    """Registers the CUDA kernels. Who has no use for them is served all the same, so nothing here is an error."""
+    """Register the CUDA kernels. A failure here is only a warning: CPU users do not need the CUDA kernels."""
     info = extension.build_info()
     if info.get("simulated"):
         return "simulated on the CPU"
@@ -83,7 +84,7 @@ def _other_version(what: str, built: str) -> str:
 
 
 def _import_library() -> ModuleType:
-    """densenet_ext._C, from the file that DENSENET_EXT_LIBRARY names if it names one: the tests' simulated device."""
+    """Import densenet_ext._C, or the file that DENSENET_EXT_LIBRARY names: the tests' simulated device."""
     path = os.environ.get("DENSENET_EXT_LIBRARY")
     if not path or "densenet_ext._C" in sys.modules:
         return importlib.import_module("densenet_ext._C")
@@ -111,7 +112,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _use_installed_library() -> None:
-    """In a clone's root, Python finds the sources before the installed package: take the library from the latter."""
+    """Add the installed package's library to the sources, which Python finds first in a clone's root."""
     package = sys.modules["densenet_ext"]
     if PathFinder.find_spec("densenet_ext._C", package.__path__) is None:
         elsewhere = [str(Path(entry, "densenet_ext")) for entry in sys.path]
@@ -127,7 +128,7 @@ def _explain(error: ImportError) -> str:
             this = sys.implementation.cache_tag
             return f"densenet_ext was built for another Python ({others[0]}), and this is {this}: {INSTALL}"
         return f"densenet_ext's library is not built: {INSTALL}"
-    # A library that lacks a symbol, or a C++ runtime older than the compiler's: a build on this machine fits both.
+    # The library lacks a symbol, or the C++ runtime is older than the compiler's: a build on this machine fits both.
     if re.search(r"undefined symbol|[Ss]ymbol not found|version `|cannot open shared object", str(error)):
         return f"densenet_ext's library does not fit this machine's torch or system ({error}): {INSTALL}"
     return f"densenet_ext's library failed to load: {error}"

@@ -1,8 +1,8 @@
-"""Methods and functions that a plain layer calls, as they were when this package was imported.
+"""A watch over the methods and functions that a plain layer calls.
 
-Whoever replaces one of them afterwards (`nn.BatchNorm2d.forward = ...`, `torch.nn.functional.conv2d = ...`) expects every
-layer to call the new one. The fused ops call none of them, so each call compares. What was replaced before the import
-cannot be told from the original.
+Whoever replaces one of them (`nn.BatchNorm2d.forward = ...`, `torch.nn.functional.conv2d = ...`) expects every layer to
+call the new one. The fused ops call none of them, so each call compares them with the originals: those that were there
+when this package was imported.
 """
 
 from operator import attrgetter
@@ -49,18 +49,18 @@ _WATCHED = [
 
 
 def watch(*methods: tuple[type, str]) -> None:
-    """Notice from now on that one of these methods of a class is replaced."""
+    """Add methods of classes, as they are at this moment, to the originals."""
     global _owners, _read, _originals
     _WATCHED.extend(methods)
-    # One call in C reads them all, because every call of a fused module does.
+    # Every call of a fused module reads them all, so one call in C does.
     _owners = SimpleNamespace(**{f"o{i}": owner for i, (owner, _) in enumerate(_WATCHED)})
     _read = attrgetter(*(f"o{i}.{name}" for i, (_, name) in enumerate(_WATCHED)))
     _originals = _read(_owners)
 
 
 def patched_reason() -> str | None:
-    """Which of them was replaced, or None."""
-    # torch.compile reads them one by one, so that it notices when one changes.
+    """Return which method or function was replaced, or None."""
+    # torch.compile has to read them one by one, to notice when one changes.
     if not torch.compiler.is_compiling() and _read(_owners) == _originals:
         return None
     for (owner, name), original in zip(_WATCHED, _originals, strict=True):
@@ -70,7 +70,7 @@ def patched_reason() -> str | None:
 
 
 def is_replaced(owner: object, name: str) -> bool:
-    """True if that one of them was replaced."""
+    """Return True if this method or function, which has to be a watched one, was replaced."""
     return getattr(owner, name) is not _originals[_WATCHED.index((owner, name))]
 
 

@@ -1,8 +1,8 @@
-"""Keeps for backward of watched modules as little as can be made again without calling them.
+"""Saved-tensor hooks that keep little for backward although each module is called once.
 
-A norm with a hook has to be called, once, and so cannot be computed again in backward as torch.utils.checkpoint does it.
-But its input is a concatenation of feature maps that are kept anyway, and what follows from it by the formula of batch
-normalization and ReLU needs no module.
+A norm with a hook must not run a second time in backward, as torch.utils.checkpoint would have it. But its input is a
+concatenation of feature maps that autograd keeps anyway, and its output after ReLU follows from the input by the
+formula of batch normalization. Backward makes both again from the feature maps, without the module.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +18,16 @@ from ._snapshot import Unchanged
 
 
 def in_checkpoint() -> bool:
-    """True if torch.utils.checkpoint runs the caller: it keeps nothing anyway, and hands out what it makes again
-    only once."""
+    """Return True inside torch.utils.checkpoint, which keeps nothing itself, and hands out once what it makes again."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == checkpoint.__module__
 
 
-class _Kept:
-    """Tensors that backward needs, by the hooks that somebody else has set for saved tensors, if any, to move them
-    elsewhere. Without such hooks they must not be written to."""
+class _Stored:
+    """Tensors that wait for backward where the saved-tensor hooks outside put them, if there are any.
+
+    Without such hooks the tensors stay as they are, and must not be written to.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]):
         pack, self.unpack = torch._C._autograd._top_saved_tensors_default_hooks(True) or (None, None)
@@ -46,24 +47,26 @@ class _Saved:
         if self.tensor._version != self.version:
             self.get = _raise_modified
         else:
-            stored = _Kept([self.tensor])
+            stored = _Stored([self.tensor])
             self.get = lambda: stored.values()[0]
         self.tensor = None
 
 
 class Remade(saved_tensors_hooks):
-    """Inside, ops keep for backward the tensors `pieces` in place of x, which is remake(pieces), and after `finish` in
-    place of relu(norm(x)) too.
+    """A context in which ops keep the tensors `pieces` for backward in place of x, which is remake(pieces).
 
-    Raises, in backward: RuntimeError if a piece or a parameter was written to in between, as autograd does.
+    After `finish` they keep them in place of relu(norm(x)), too.
+
+    Raises:
+        RuntimeError: in backward, if a piece or a parameter has been written to, as autograd does.
     """
 
     def __init__(self, x: Tensor, pieces: Sequence[Tensor], remake: Callable[[Sequence[Tensor]], Tensor]):
         self.x, self.version = x, x._version
-        stored = _Kept(pieces)
+        stored = _Stored(pieces)
         self.remake = lambda: remake(stored.values())  # not of self, which the graph would hold in a cycle
         self.saved: list[_Saved] = []
-        self.keeps_x = False  # an op has asked to
+        self.keeps_x = False  # True once an op has kept x
         super().__init__(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> _Saved:
@@ -74,8 +77,8 @@ class Remade(saved_tensors_hooks):
         return self.saved[-1]
 
     def finish(self, norm: nn.Module, z: Tensor) -> None:
-        """After the context: keeps z no longer if it is relu(norm(x)), bit for bit, because hooks may have changed it."""
-        # Without x, or with an x that a hook wrote to, there is nothing to make z of.
+        """Drop z, which ops have kept in the context, if it is relu(norm(x)) bit for bit: a hook may change it."""
+        # z cannot be made without x, nor from an x that a hook wrote to.
         if self.keeps_x and self.x._version == self.version and type(norm) is nn.BatchNorm2d:
             normalize, make_x = _normalization(norm), self.remake
             with torch.no_grad():
@@ -91,14 +94,14 @@ class Remade(saved_tensors_hooks):
 
 
 def _normalization(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
-    """x to relu(norm(x)) as the norm is now, with the batch's statistics or a copy of its running ones."""
+    """Return the function x -> relu(norm(x)), with the batch's statistics or a copy of the norm's running ones."""
     statistics = (norm.running_mean.clone(), norm.running_var.clone()) if is_frozen(norm) else (None, None)
     present = [value is not None for value in (norm.weight, norm.bias)]
     affine, eps = Unchanged([value for value in (norm.weight, norm.bias) if value is not None]), norm.eps
 
     def normalize(x: Tensor) -> Tensor:
         values = iter(affine.values())
-        weight, bias = (next(values) if exists else None for exists in present)
+        weight, bias = (next(values) if is_present else None for is_present in present)
         return F.relu(F.batch_norm(x, *statistics, weight, bias, statistics[0] is None, 0.0, eps), inplace=True)
 
     return normalize

@@ -1,4 +1,4 @@
-"""Batch normalizations: which statistics one uses, how many channels it has, and the update of its running statistics."""
+"""Batch normalizations: the statistics that one uses, and the update of its running ones."""
 
 import sys
 from collections import defaultdict
@@ -10,20 +10,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def is_frozen_kind(kind: type) -> bool:
-    """True for torchvision's FrozenBatchNorm2d, which timm uses too: its parameters and statistics are buffers."""
+    """Return True for torchvision's FrozenBatchNorm2d, which timm uses, too: parameters and statistics are buffers."""
     misc = sys.modules.get("torchvision.ops.misc")
     return misc is not None and kind is misc.FrozenBatchNorm2d
 
 
 def is_frozen(norm: nn.Module) -> bool:
-    """True if `norm` normalizes with its running statistics: by the rule of torch.nn.BatchNorm2d, or always."""
+    """Return True if `norm` normalizes with its running statistics: by the rule of torch.nn.BatchNorm2d, or always."""
     if norm.training:
         return not isinstance(norm, _BatchNorm)
     return norm.running_mean is not None and norm.running_var is not None
 
 
 def tracks(norm: nn.Module) -> bool:
-    """True if a forward pass changes the running statistics of `norm`, where it has any."""
+    """Return True if a forward pass changes the running statistics of `norm`, where it has any."""
     return norm.training and isinstance(norm, _BatchNorm) and norm.track_running_stats
 
 
@@ -35,14 +35,14 @@ def update_running_statistics(
 
         running = (1 - momentum) * running + momentum * batch,    momentum None: 1 / num_batches_tracked
     stats [>= 2, sum of widths]: mean and biased variance in the norms' order, from `values` values a channel (on the
-    device where other processes have a part in them); the running variance gets the unbiased one. A batch without values
-    counts as a batch and changes nothing else. A norm that stands there twice takes in one after the other.
+    device where other processes have a part in them); the running variance gets the unbiased one. A batch without
+    values counts as a batch and changes nothing else. A norm that stands there twice takes in one after the other.
     """
     tracking = [tracks(norm) for norm in norms]
     if not any(tracking):
         return
-    is_number = not isinstance(values, Tensor)
-    correction = values / (max(values - 1, 1) if is_number else (values - 1).clamp(min=1))
+    on_host = not isinstance(values, Tensor)
+    correction = values / (max(values - 1, 1) if on_host else (values - 1).clamp(min=1))
     means, variances = stats[0].split(widths), (stats[1] * correction).split(widths)
     batches = [
         batch for batch, tracked in zip(zip(norms, means, variances, strict=True), tracking, strict=True) if tracked
@@ -50,10 +50,10 @@ def update_running_statistics(
     while batches:
         first = {id(norm._buffers.get("running_mean")): index for index, (norm, *_) in reversed([*enumerate(batches)])}
         if len(first) == len(batches):
-            _take_in(batches, stats.dtype, not is_number or values > 0)
+            _take_in(batches, stats.dtype, not on_host or values > 0)
             return
         turn = set(first.values())
-        _take_in([batches[index] for index in sorted(turn)], stats.dtype, not is_number or values > 0)
+        _take_in([batches[index] for index in sorted(turn)], stats.dtype, not on_host or values > 0)
         batches = [batch for index, batch in enumerate(batches) if index not in turn]
 
 

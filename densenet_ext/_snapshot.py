@@ -1,7 +1,8 @@
-"""Modules as they were in forward, for recomputation in backward.
+"""Copies of modules as they were in forward, for recomputation in backward.
 
-Between the two the mode may change, running statistics see the batch, torch.func.functional_call takes its parameters out
-again, hooks come and go, and another thread may be in the middle of a forward pass: so copies run, never the modules.
+Between forward and backward the mode may change, running statistics see the batch, torch.func.functional_call takes its
+parameters out again, and hooks come and go; another thread may be in the middle of a forward pass. So backward runs
+copies, never the modules.
 """
 
 from collections.abc import Sequence
@@ -11,16 +12,17 @@ from torch import Tensor, nn
 
 
 class Unchanged:
-    """Tensors, and a check that nobody has written to them since."""
+    """Tensors, with a check that nobody has written to them since this object was built."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.tensors = [tensor.detach() for tensor in tensors]
         self.versions = [tensor._version for tensor in self.tensors]
 
     def values(self) -> list[Tensor]:
-        """The tensors.
+        """Return the tensors.
 
-        Raises: RuntimeError if one has been written to, as autograd does for what it keeps.
+        Raises:
+            RuntimeError: one has been written to, as autograd raises for the tensors that it keeps.
         """
         if [tensor._version for tensor in self.tensors] != self.versions:
             raise RuntimeError(
@@ -31,7 +33,7 @@ class Unchanged:
 
 
 class Snapshot:
-    """`module` as it is now, but for the children that `parts` does not name: those are still the module's own."""
+    """A copy of `module` and of its children that `parts` names; other children are shared with the module."""
 
     def __init__(self, module: nn.Module, parts: Sequence[str]):
         self.twin = _copy(module, parts)
@@ -40,9 +42,10 @@ class Snapshot:
         self.copied = copied
 
     def module(self) -> nn.Module:
-        """The copy, to be called once: with buffers of its own, so that what it does to them is forgotten.
+        """Return the copy, to be called once: it has new buffers, so that its updates of them have no effect.
 
-        Raises: RuntimeError if a parameter has been written to in between.
+        Raises:
+            RuntimeError: a parameter has been written to.
         """
         self.parameters.values()
         with torch.no_grad():
@@ -52,11 +55,11 @@ class Snapshot:
 
 
 def _copy(module: nn.Module, parts: Sequence[str] | None = None) -> nn.Module:
-    """A module of that class with its own dictionaries; all children are copied, or those of these names."""
+    """Return a module of the same class with new dictionaries; `parts` names the children to copy, None means all."""
     twin = object.__new__(type(module))
     twin.__dict__ = dict(module.__dict__)
     twin._parameters = dict(module._parameters)
-    # In training mode the output does not depend on their values.
+    # In training mode the output does not depend on the buffers' values.
     twin._buffers = {
         name: b if b is None or module.training else b.detach().clone() for name, b in module._buffers.items()
     }

@@ -1,18 +1,19 @@
-"""State dicts from elsewhere: the keys of older files, of wrappers and of other libraries, as this package names them."""
+"""State dicts of others: keys of older files, wrappers and libraries are renamed as this package has them."""
 
 import re
 
-# Other names of a dense layer's parameters: in torchvision's files of 2017 ('norm.1', 'conv.2'), and in MONAI,
-# whose layers hold a Sequential ('layers.norm1').
+# A dense layer's parameters have other names in torchvision's files of 2017 ('norm.1', 'conv.2') and in MONAI, whose
+# layers hold a Sequential ('layers.norm1').
 _LAYER_KEY = re.compile(r"(?:layers\.)?(norm|conv)\.?([12])\.")
-# The classifier as a Sequential of it and an activation, and MONAI's.
+# The classifier may be a Sequential of it and an activation; MONAI's has another name.
 _CLASSIFIER_KEY = re.compile(r"(?:classifier\.0|class_layers\.out)\.")
-# Prefixes of wrappers; an attribute of theirs may follow, as in 'module.densenet121.features.conv0.weight'.
+# Wrappers put 'module.' or '_orig_mod.' in front of this key, and names of attributes, as in
+# 'module.densenet121.features.conv0.weight'.
 _FEATURES = "features.conv0.weight"
 
 
 def rename_layer_keys(state_dict: dict, prefix: str) -> None:
-    """Give the parameters of the dense layer at `prefix` the names that it has now; in place."""
+    """Rename the parameters of the dense layer at `prefix`, in place."""
     for key in [key for key in state_dict if key.startswith(prefix)]:
         match = _LAYER_KEY.match(key, len(prefix))
         if match and (name := f"{match[1]}{match[2]}.") != match[0]:
@@ -20,7 +21,7 @@ def rename_layer_keys(state_dict: dict, prefix: str) -> None:
 
 
 def rename_network_keys(state_dict: dict, prefix: str) -> None:
-    """Take off what a wrapper put in front of the keys of the network at `prefix`, and rename its classifier; in place."""
+    """Remove a wrapper's prefix from the keys of the network at `prefix`, and rename its classifier, in place."""
     if prefix == "" and _FEATURES not in state_dict:
         fronts = {key.removesuffix(_FEATURES) for key in state_dict if key.endswith("." + _FEATURES)}
         if len(fronts) == 1:
@@ -34,7 +35,7 @@ def rename_network_keys(state_dict: dict, prefix: str) -> None:
 
 
 def short_error(error: RuntimeError, limit: int = 1000) -> RuntimeError:
-    """`error`, of Module.load_state_dict, with the first keys of each kind in place of hundreds."""
+    """Return an error of Module.load_state_dict with the first keys of each kind in place of hundreds."""
     lines = str(error).splitlines()
     shortened = [_first_keys(line) for line in lines[:8]]
     if len(lines) > 8:

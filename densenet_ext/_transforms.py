@@ -1,7 +1,9 @@
-"""Ways of running a module in which the fused ops would compute something else, or write a file that needs this package.
+"""Ways of running a module that the fused ops do not serve.
 
-Below autograd the ops see values alone: the tangent of a dual number and the level of a functorch transform are not
-there. What is recorded for another process has to consist of PyTorch's own operators.
+They would compute something else there, or become part of a file that loads only with this package.
+
+Below autograd the ops see values alone, neither the tangent of a dual number nor the level of a functorch transform. A
+recording for another process has to consist of PyTorch's own operators.
 """
 
 import torch
@@ -16,7 +18,7 @@ _tracing_state = torch._C._get_tracing_state
 
 @torch.compiler.assume_constant_result  # torch.compile guards on these states itself, and cannot trace the question
 def transform_reason() -> str | None:
-    """Names the transform that runs the module right now and that only plain operators serve, or None."""
+    """Return what runs the module that only plain operators serve, or None."""
     if in_functorch():
         return "a transform of torch.func is active (grad, vmap, jvp, jacrev and others)"
     if forward_ad._current_level >= 0:
@@ -32,31 +34,32 @@ def transform_reason() -> str | None:
 
 @torch.compiler.assume_constant_result
 def in_functorch() -> bool:
-    """True if a transform of torch.func is active, or backward is vectorized, which is one."""
+    """Return True if a transform of torch.func is active; a vectorized backward is one."""
     return _functorch_level() is not None
 
 
 def is_symbolic(x: object) -> bool:
-    """True if torch.fx traces with x, or with the tensors in the list x."""
+    """Return True if torch.fx traces with x, or with a tensor in the list x."""
     return isinstance(x, fx.Proxy) or (isinstance(x, list | tuple) and any(isinstance(part, fx.Proxy) for part in x))
 
 
 def as_node(module: torch.nn.Module, inputs: fx.Proxy | list) -> fx.Proxy | None:
-    """One node of the graph that torch.fx traces, which calls `module` with `inputs`; None where `module` is the root."""
+    """Return a node of torch.fx's graph that calls `module` with `inputs`, or None if `module` is the graph's root."""
     tracer = (inputs if isinstance(inputs, fx.Proxy) else next(x for x in inputs if isinstance(x, fx.Proxy))).tracer
     path = tracer.path_of_module(module)
     return tracer.create_proxy("call_module", path, (inputs,), {}) if path else None
 
 
 def carries_no_data(kind: type[Tensor]) -> bool:
-    """True if tensors of that subclass are their values and Python attributes, so that the ops can read them."""
+    """Return True if tensors of this subclass are their values and Python attributes, so that ops can read them."""
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def refuse_scripting(module: torch.nn.Module) -> None:
-    """For __prepare_scriptable__, which torch.jit.script calls first.
+    """Stop torch.jit.script, which calls this first, as a module's __prepare_scriptable__.
 
-    Raises: NotImplementedError, always.
+    Raises:
+        NotImplementedError: always.
     """
     raise NotImplementedError(
         f"densenet_ext: torch.jit.script does not serve {type(module).__name__}, which chooses its implementation in "

@@ -1,82 +1,79 @@
-"""What the fused implementation cannot serve, and what happens then.
+"""The policy for modules and inputs that the fused implementation cannot serve: warn, raise, or say nothing.
 
-A fused stage reads the parameters of its modules and never calls them. Whatever somebody hung on an inner module, a hook,
-a parametrization, another type of norm, would be passed over in silence. So every call looks for such things first, and
-where it finds one the modules are called: by the ordinary implementation, or in a block with one such layer by the
-checkpointed one, while the block's other layers stay fused one by one.
-
-A `*_reason` function returns None where the fused implementation can be used, else a string that says why not. Modules
-are named by a prefix, "" or ending in a dot.
+_reasons.py finds what cannot be served. The modules are called there, and give the same numbers.
 """
 
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-
-from ._ops import handles
-from ._ops.sync_batch_norm import group_of
-from ._patches import patched_reason
-from ._running_stats import is_frozen, is_frozen_kind
-from ._transforms import carries_no_data, transform_reason
-from .drop_channel import DropChannel
-from .functional import DTYPES
-from .squeeze_excitation import SqueezeExcitation
-
-_CONV_KEYS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
-_CONV3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
-_MAX_POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "return_indices": False, "ceil_mode": False}
-_AVG_POOL = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False, "divisor_override": None}
-_LAYER_PARTS = frozenset(("norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "drop_channel", "se"))
-_NORMS = ("norm1", "norm2")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# What torch.nn.Module's call and a convolution's forward look up on the instance before the class.
-_METHODS = ("forward", "_conv_forward", "_call_impl")
+MODES = ("warn", "error", "silent")
 
 _disabled = os.environ.get("DENSENET_EXT_DISABLE", "0") not in ("", "0")
 _mode = "warn"
-_reported: set[str] = set()
+_reported: set[str] = set()  # warnings that need no repetition
 _thread = threading.local()
-_frozen_forward: dict[type, object] = {}  # as first seen: torchvision may be imported later than this package
 
 
-def set_fallback(mode: str) -> None:
-    """What to do where efficient='fused' cannot serve a module or an input.
+class set_fallback:
+    """Choose what happens where efficient='fused' cannot serve a module or an input.
+
+    A call takes effect at once and lasts; as a context manager, it lasts until the end of the `with` block:
+
+        densenet_ext.set_fallback("error")
+        with densenet_ext.set_fallback("silent"):
+            model(images)
+
+    The mode holds for all threads of the process, because DataParallel runs a network in several: a `with` block in one
+    thread also changes what the others do meanwhile. With the environment variable DENSENET_EXT_DISABLE=1, which is
+    read when the package is imported, nothing is fused, and 'error' does what 'warn' does.
 
     Args:
-        mode: 'warn', the default: warn once for each reason and call the modules, with the same numbers; 'error': raise
-            RuntimeError with the reason.
-
-    With the environment variable DENSENET_EXT_DISABLE=1 nothing is fused, whatever the mode is.
+        mode: 'warn', the mode at the start: call the modules, with the same numbers, and warn once for each reason.
+            'error': raise RuntimeError with the reason. 'silent': call the modules and say nothing.
 
     Raises:
-        ValueError: mode is neither.
+        ValueError: mode is none of these; nothing was changed.
     """
-    global _mode
-    if mode not in ("warn", "error"):
-        raise ValueError(f"mode is {mode!r}; it may be 'warn' or 'error'")
-    _mode = mode
-    _reported.clear()
+
+    def __init__(self, mode: str) -> None:
+        global _mode, _reported
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; it may be 'warn', 'error' or 'silent'")
+        self._previous = (_mode, _reported)
+        _mode, _reported = mode, set()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        global _mode, _reported
+        _mode, _reported = self._previous
+
+
+def is_disabled() -> bool:
+    """Return True if the environment variable DENSENET_EXT_DISABLE switches the fused implementation off."""
+    return _disabled
 
 
 def report(reason: str) -> None:
-    """Warn about `reason`, the first time, or raise RuntimeError, as set_fallback says."""
+    """Tell the user, as set_fallback says, that modules are called for this reason.
+
+    Raises:
+        RuntimeError: the mode is 'error'.
+    """
     if getattr(_thread, "reported", False):
         return
     if _mode == "error" and not _disabled:
         raise RuntimeError(f"efficient='fused' cannot be used: {reason}")
-    warn_once(f"using the plain implementation instead of efficient='fused': {reason}")
+    if _mode != "silent":
+        warn_once(f"using the plain implementation instead of efficient='fused': {reason}")
 
 
 def warn_once(message: str) -> None:
-    """Warn the first time that there is something to say."""
+    """Warn, but about each message only once after a call of set_fallback."""
     if message not in _reported:
         _reported.add(message)
         warnings.warn(message, stacklevel=4)
@@ -84,214 +81,10 @@ def warn_once(message: str) -> None:
 
 @contextmanager
 def already_reported() -> Iterator[None]:
-    """Inside, on this thread, single layers say nothing: their block has said why it falls back."""
-    before = getattr(_thread, "reported", False)
+    """Make `report` do nothing on this thread: a block has said why it falls back, so its layers need not."""
+    outer = getattr(_thread, "reported", False)
     _thread.reported = True
     try:
         yield
     finally:
-        _thread.reported = before
-
-
-def call_reason(inputs: Iterable[Tensor]) -> str | None:
-    """About the call, whatever the modules are: what is switched off, transformed, replaced everywhere, and the inputs."""
-    if _disabled:
-        return "DENSENET_EXT_DISABLE is set"
-    return transform_reason() or patched_reason() or global_reason() or input_reason(inputs)
-
-
-def input_reason(inputs: Iterable[Tensor]) -> str | None:
-    """About the inputs: other devices, layouts, dtypes, and subclasses of Tensor that are more than their values."""
-    for x in inputs:
-        kind = type(x)
-        if kind is not Tensor and kind is not nn.Parameter:
-            if not isinstance(x, Tensor):
-                return None  # for the checks of the arguments
-            if not carries_no_data(kind):
-                return f"the input is a {kind.__name__}, whose values the kernels cannot read"
-        handles.require_kernels(x)  # who trains on a GPU wants its kernels, or to be told: nothing is replaced there
-        if x.device.type not in handles.DEVICES:
-            return f"this build has no kernels for {x.device.type} tensors"
-        if x.layout is not torch.strided:
-            return f"the input's layout is {x.layout}"
-        if x.dtype not in DTYPES:
-            return f"the input's dtype is {x.dtype}"
-    return None
-
-
-def global_reason() -> str | None:
-    """About hooks that torch calls for every module."""
-    if (
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    ):
-        return "a hook is registered for all modules (torch.nn.modules.module.register_module_*_hook)"
-    return None
-
-
-def layers_reason(layers: dict[str, nn.Module], layer_type: type, prefix: str) -> str | None:
-    """About the dense layers of a block, which one op has to serve together."""
-    for name, layer in layers.items():
-        reason = module_reason(layer, prefix, name, layer_type) or inner_reason(layer, f"{prefix}{name}.")
-        if reason is not None:
-            return reason
-    return sharing_reason(layers, prefix)
-
-
-def sharing_reason(layers: dict[str, nn.Module], prefix: str, *tail: tuple[str, nn.Module]) -> str | None:
-    """About the norms of a block's layers and a named one of the tail: all take the statistics of the same processes."""
-    if not dist.is_available() or not dist.is_initialized():
-        return None
-    norms = [(f"{prefix}{name}.{part}", layer._modules[part]) for name, layer in layers.items() for part in _NORMS]
-    groups = ((name, group_of(norm)) for name, norm in (*norms, *tail) if not is_frozen(norm))
-    first = next(groups, None)
-    for name, group in groups:
-        if group != first[1]:
-            return f"{name} shares its batch statistics with other processes than {first[0]}"
-    return None
-
-
-def inner_reason(layer: nn.Module, prefix: str) -> str | None:
-    """About the modules inside a dense layer."""
-    parts, se = layer._modules, layer._modules.get("se")
-    if not _LAYER_PARTS.issuperset(parts) or len(parts) < len(_LAYER_PARTS) - ("se" not in parts):
-        return children_reason(layer, prefix)
-    reason = (
-        segment_reason(layer, prefix)
-        or norm_reason(parts["norm2"], prefix, "norm2")
-        or module_reason(parts["relu2"], prefix, "relu2", nn.ReLU)
-        or conv_reason(parts["conv2"], prefix, "conv2", _CONV3X3, False)
-    )
-    if reason is None and se is not None:
-        reason = module_reason(se, prefix, "se", SqueezeExcitation) or (
-            conv_reason(se._modules["fc1"], prefix, "se.fc1", _POINTWISE, True)
-            or conv_reason(se._modules["fc2"], prefix, "se.fc2", _POINTWISE, True)
-        )
-    elif reason is None and layer.__dict__.get("se") is not None:
-        reason = f"{prefix}se is a {type(layer.se).__name__}, not a SqueezeExcitation"
-    return reason
-
-
-def children_reason(layer: nn.Module, prefix: str) -> str | None:
-    """About children of a dense layer that no implementation calls, and those that are missing."""
-    parts = layer._modules
-    unknown = next((part for part in parts if part not in _LAYER_PARTS), None)
-    if unknown is not None:
-        return f"a dense layer does not call its child {prefix}{unknown}"
-    missing = next((part for part in _LAYER_PARTS if part not in parts and part != "se"), None)
-    return None if missing is None else f"{prefix}{missing} is not there"
-
-
-def segment_reason(layer: nn.Module, prefix: str) -> str | None:
-    """About the modules of a dense layer up to its first convolution, which backward of 'checkpoint' computes again."""
-    parts = layer._modules
-    return (
-        norm_reason(parts["norm1"], prefix, "norm1")
-        or module_reason(parts["relu1"], prefix, "relu1", nn.ReLU)
-        or conv_reason(parts["conv1"], prefix, "conv1", _POINTWISE, False)
-        or module_reason(parts["drop_channel"], prefix, "drop_channel", DropChannel)
-    )
-
-
-def may_run_again(layer: nn.Module) -> bool:
-    """Whether the modules of a dense layer up to its first convolution may be called again in backward: PyTorch's and
-    this package's own, which nobody watches. A parametrization or somebody's module may count its calls, or draw."""
-    if global_reason() or patched_reason():
-        return False
-    parts = [layer._modules.get(name) for name in ("norm1", "relu1", "conv1", "drop_channel")]
-    return all(
-        part is not None
-        and type(part).__module__.startswith(("torch.nn.modules.", "torchvision.ops.", "densenet_ext."))
-        and module_reason(part, "", "", type(part)) is None
-        for part in parts
-    )
-
-
-def transition_reason(transition: nn.Module, name: str, transition_type: type) -> str | None:
-    """About a transition and the modules inside."""
-    parts = transition._modules
-    if list(parts) != ["norm", "relu", "conv", "pool"]:
-        return f"{name} consists of {', '.join(parts) or 'nothing'}, not of norm, relu, conv and pool"
-    return (
-        module_reason(transition, "", name, transition_type)
-        or norm_reason(parts["norm"], name, ".norm")
-        or module_reason(parts["relu"], name, ".relu", nn.ReLU)
-        or conv_reason(parts["conv"], name, ".conv", _POINTWISE, False)
-        or _pool_reason(parts["pool"], name, ".pool", nn.AvgPool2d, _AVG_POOL)
-    )
-
-
-def stem_reason(modules: list[tuple[str, nn.Module]], x: Tensor) -> str | None:
-    """About norm, ReLU and max pool of the stem, with their names, and x, which is what enters the norm."""
-    (norm_name, norm), (relu_name, relu), (pool_name, pool) = modules
-    reason = (
-        call_reason([x])
-        or norm_reason(norm, "", norm_name)
-        or module_reason(relu, "", relu_name, nn.ReLU)
-        or _pool_reason(pool, "", pool_name, nn.MaxPool2d, _MAX_POOL)
-    )
-    if reason is None and group_of(norm) >= 0:
-        return f"{norm_name} shares its batch statistics with other processes"
-    return reason
-
-
-def _pool_reason(pool: nn.Module, prefix: str, name: str, kind: type, settings: dict) -> str | None:
-    reason = module_reason(pool, prefix, name, kind)
-    if reason is not None:
-        return reason
-    for key, wanted in settings.items():
-        value = pool.__dict__[key]
-        if value not in (wanted, (wanted, wanted)):
-            return f"{prefix}{name}.{key} is {value}, not {wanted}"
-    return None
-
-
-def norm_reason(norm: nn.Module, prefix: str, name: str) -> str | None:
-    """About a batch normalization, of one process or of several, or one that is always frozen."""
-    kind = type(norm)
-    if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
-        return module_reason(norm, prefix, name, kind)
-    if is_frozen_kind(kind):
-        patched = _frozen_forward.setdefault(kind, kind.forward) is not kind.forward
-        return f"{kind.__name__}.forward was replaced" if patched else module_reason(norm, prefix, name, kind)
-    return f"{prefix}{name} is a {kind.__name__}, not a BatchNorm2d"
-
-
-def conv_reason(conv: nn.Module, prefix: str, name: str, expected: tuple, bias: bool) -> str | None:
-    """About a convolution; `expected` are the values of _CONV_KEYS."""
-    reason = module_reason(conv, prefix, name, nn.Conv2d)
-    if reason is not None:
-        return reason
-    v = conv.__dict__
-    actual = (v["kernel_size"], v["stride"], v["padding"], v["dilation"], v["groups"], v["padding_mode"])
-    if actual != expected:
-        key, value, wanted = next(t for t in zip(_CONV_KEYS, actual, expected, strict=True) if t[1] != t[2])
-        return f"{prefix}{name}.{key} is {value}, not {wanted}"
-    # Replicas of DataParallel have their parameters as attributes.
-    if (v["_parameters"].get("bias", v.get("bias")) is not None) != bias:
-        return f"{prefix}{name} has {'no' if bias else 'a'} bias"
-    return None
-
-
-def module_reason(module: nn.Module, prefix: str, name: str, expected: type) -> str | None:
-    """About a module that would not be called: another type (which parametrizations make), another forward, a hook."""
-    if type(module) is not expected:
-        return f"{prefix}{name} is a {type(module).__name__}, not a {expected.__name__}"
-    v = module.__dict__
-    if not (
-        v["_forward_hooks"]
-        or v["_forward_pre_hooks"]
-        or v["_backward_hooks"]
-        or v["_backward_pre_hooks"]
-        or "forward" in v
-        or "_conv_forward" in v
-        or "_call_impl" in v
-    ):
-        return None
-    replaced = next((method for method in _METHODS if method in v), None)
-    if replaced is not None:
-        return f"{prefix}{name}.{replaced} was replaced"
-    kind = next(kind for kind in _HOOKS if v[kind])
-    return f"{prefix}{name} has a {'backward' if 'backward' in kind else 'forward'} hook"
+        _thread.reported = outer

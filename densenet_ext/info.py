@@ -1,4 +1,4 @@
-"""``python -m densenet_ext.info`` prints what is installed and what runs here: what a bug report starts with."""
+"""`python -m densenet_ext info` prints which versions are installed and which kernels run: for a bug report."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import platform
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from densenet_ext._load import cuda_status, load_extension
 from densenet_ext._version import __version__
 
 
 def collect() -> dict[str, str]:
-    """Everything that is printed, by its label. Where the library fails to load, "library" holds the reason."""
+    """Return the text of each row by its label. If the library fails to load, the row "library" holds the reason."""
     rows = {"densenet_ext": f"{__version__}, {Path(__file__).parent}"}
-    architectures = []  # of the CUDA kernels that are loaded
+    architectures = []  # the CUDA kernels were compiled for these
     try:
         extension = load_extension()
     except ImportError as error:
@@ -33,7 +34,7 @@ def collect() -> dict[str, str]:
     return rows
 
 
-def _library_rows(extension) -> dict[str, str]:
+def _library_rows(extension: ModuleType) -> dict[str, str]:
     info = extension.build_info()
     torch = f"torch {info['torch_built_with']} (runs with {info['torch_target']} and newer)"
     rows = {
@@ -48,7 +49,7 @@ def _library_rows(extension) -> dict[str, str]:
     return rows
 
 
-def _torch_rows(torch, architectures) -> dict[str, str]:
+def _torch_rows(torch: ModuleType, architectures: list[str]) -> dict[str, str]:
     rows = {"torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}", "CPU": _cpu_name()}
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -62,8 +63,11 @@ def _torch_rows(torch, architectures) -> dict[str, str]:
     return rows
 
 
-def _is_translated(architectures, major, minor) -> bool:
-    """Whether of a build for these ("8.0", "9.0+PTX") only PTX serves such a device: none is of its major version."""
+def _is_translated(architectures: list[str], major: int, minor: int) -> bool:
+    """Return True if only the PTX of a build for such architectures ("8.0", "9.0+PTX") runs on such a device.
+
+    A binary runs on devices of its own major version, PTX on all later ones.
+    """
     numbers = [tuple(map(int, a.removesuffix("+PTX").split("."))) for a in architectures]
     usable = [(a, number) for a, number in zip(architectures, numbers, strict=True) if number <= (major, minor)]
     return any(a.endswith("+PTX") for a, _ in usable) and all(number[0] != major for _, number in usable)
@@ -77,6 +81,7 @@ def _cpu_name() -> str:
 
 
 def main() -> int:
+    """Print the rows. Returns 1, a command's status of failure, if the library fails to load, else 0."""
     rows = collect()
     width = max(map(len, rows))
     for label, value in rows.items():

@@ -1,8 +1,13 @@
-"""The memory that fused stages keep from step to step on CPU.
+"""The memory that fused stages keep from step to step on CPU, in torch.cuda's words.
 
-Feature buffers, their gradients, what stages hand on and scratch of at least 128 KB come from an arena, whose pages
-stay for the next step: to map and clear them anew would cost more time than much of the arithmetic. torch's profiler
-does not see them, so every memory figure has to add `workspace_use()`. On other devices torch's allocator serves.
+On CPU, feature buffers, their gradients, the tensors that stages hand on, and scratch of at least 128 KB are
+workspaces: they come from an arena, which does not return its pages to the system when a tensor is freed. The next step
+uses them again, since mapping and clearing new pages would cost more time than much of the arithmetic. torch's profiler
+does not see workspaces, so a figure of a step's memory has to add memory_reserved(). On other devices torch's own
+allocator serves.
+
+The names at the top level of the package mean the same: workspace_use() is both figures at once, release_workspaces is
+empty_cache, and set_workspace_limit is set_limit.
 """
 
 from typing import NamedTuple
@@ -11,29 +16,40 @@ from ._load import load_extension
 
 
 class WorkspaceUse(NamedTuple):
-    """Bytes of the workspaces that tensors hold now, and bytes of memory that all of them occupy."""
+    """Bytes of the workspaces that tensors hold, and bytes that all workspaces occupy: both figures of one moment."""
 
     held: int
     occupied: int
 
 
 def workspace_use() -> WorkspaceUse:
-    """How much memory the workspaces take."""
+    """Return memory_allocated() and memory_reserved() together."""
     return WorkspaceUse(*load_extension().workspace_use())
 
 
-def release_workspaces() -> None:
-    """Give the memory of workspaces that no tensor holds back to the system. The next step takes what it needs again."""
+def memory_allocated() -> int:
+    """Return how many bytes of the workspaces tensors hold."""
+    return workspace_use().held
+
+
+def memory_reserved() -> int:
+    """Return how many bytes of memory the workspaces occupy, whether a tensor holds them or not."""
+    return workspace_use().occupied
+
+
+def empty_cache() -> None:
+    """Return the workspaces that no tensor holds to the system. The next step takes new memory, which costs time."""
     load_extension().release_workspaces()
 
 
-def set_workspace_limit(limit: int) -> None:
-    """How much memory may stay occupied while no tensor holds it.
+def set_limit(limit: int) -> None:
+    """Limit how much memory stays occupied while no tensor holds it.
 
     Args:
-        limit: bytes, at least 0; unless set a quarter of the memory that this process may use: the machine's, or what
-            a container or batch system (Linux's control groups) leaves of it when the first workspace is taken. With 0
-            every workspace is given back as soon as it is free: slower, least memory between steps.
+        limit: bytes; at least 0. With 0 each workspace is returned to the system as soon as it is free: the least
+            memory between steps, and slower steps. The limit at the start is a quarter of the memory that this process
+            may use: the machine's, or what its container or batch system (Linux's control groups) leaves when the first
+            workspace is taken.
 
     Raises:
         TypeError: limit is no int.
@@ -44,3 +60,7 @@ def set_workspace_limit(limit: int) -> None:
     if limit < 0:
         raise ValueError(f"limit is {limit}; it must be at least 0")
     load_extension().set_workspace_limit(limit)
+
+
+release_workspaces = empty_cache
+set_workspace_limit = set_limit

@@ -1,21 +1,23 @@
-"""DenseNet-BC, and the variants of it that the hybrid approach compares."""
+"""DenseNet-BC as a module, and the five variants of it that the hybrid approach compares."""
 
 import math
 import numbers
 import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import fallback, functional
-from ._checks import check_efficient, check_positive
+from . import _reasons, fallback
+from ._checks import check_positive
+from ._efficient_module import EfficientModule
+from ._features import run_features
 from ._patches import watch
 from ._state_dicts import rename_network_keys, short_error
 from ._transforms import is_symbolic, refuse_scripting
-from .layers import EfficientDenseBlock, EfficientDenseLayer, Transition, norm_relu
+from .layers import EfficientDenseBlock, Transition
 
 # A: Drop-Channel in place of dropout; B: squeeze-and-excitation; C: the memory-efficient implementation.
 VARIANTS = {
@@ -30,117 +32,43 @@ VARIANTS = {
 class DenseFeatures(nn.Sequential):
     """Stem, dense blocks, transitions and last norm of a network, in order; slices are networks cut short.
 
-    With blocks whose `efficient` is 'fused', norm, ReLU and max pool of the stem are one op, and each block with the
-    transition after it.
+    If a block's `efficient` is 'fused', norm, ReLU and max pool of the stem are one op, and so is each such block with
+    the transition after it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         return run_features(self._modules, x)[0]
 
 
-def run_features(modules: dict[str, nn.Module], x: Tensor, head: bool = False) -> tuple[Tensor, bool]:
-    """The modules one after the other, fused where the fused implementation serves them.
-
-    Returns the output, and whether the head (the last norm, ReLU, global average pool) is in it, which only `head` allows.
-    """
-    rest = list(modules.items())
-    fused = any(isinstance(m, EfficientDenseBlock) and m.efficient == "fused" for _, m in rest) and not is_symbolic(x)
-    if fused and rest[0][0] == "conv0":
-        x = _images(x)
-    while rest:
-        (name, module), after = rest.pop(0), [n for n, _ in rest]
-        if name == "norm0" and after[:1] == ["relu0"]:
-            stem = fused and after[:2] == ["relu0", "pool0"] and _stem([(name, module), *rest[:2]], x)
-            if isinstance(stem, Tensor):
-                x = stem
-                del rest[:2]
-            else:
-                x = norm_relu(module, rest.pop(0)[1], x)
-            continue
-        tail = _tail_of(name, module, rest, x, head) if fused else None
-        y = None if tail is None else module.fused(x, *tail)
-        if y is None:
-            x = module(x)
-        elif len(tail) == 1:
-            return y, True
-        else:
-            x = y
-            rest.pop(0)
-    return x, False
-
-
-def _images(x: Tensor) -> Tensor:
-    """x as conv0 gets it: channels last, which makes its output so, as the ops after it read it. (On a CPU oneDNN computes
-    a planar output in another layout first and then copies it.)"""
-    if not isinstance(x, Tensor) or x.dim() != 4 or fallback.call_reason([x]) is not None:
-        return x
-    x = x.contiguous(memory_format=torch.channels_last)
-    if x.shape[1] == 1:  # in either layout; the strides have to tell which is meant
-        x = x.reshape(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
-    return x
-
-
-def _stem(modules: list[tuple[str, nn.Module]], x: Tensor) -> Tensor | None:
-    """norm0, relu0 and pool0 by one op; None, and a report, where something hinders that."""
-    reason = fallback.stem_reason([(f"features.{name}", module) for name, module in modules], x)
-    if reason is None:
-        try:
-            return functional.dense_stem(x, modules[0][1])
-        except functional.NotServed as error:
-            reason = f"the stem{error.what}"
-    fallback.report(reason)
-    return None
-
-
-def _tail_of(name: str, block: nn.Module, rest: list, x: Tensor, head: bool) -> tuple[nn.Module, ...] | None:
-    """The norm, and the convolution if any, of what follows a block; None where both cannot be fused into a stage."""
-    if not isinstance(block, EfficientDenseBlock) or block.efficient != "fused" or not (rest and block.layers):
-        return None
-    tail_name, tail = f"features.{rest[0][0]}", rest[0][1]
-    if rest[0][0].startswith("transition"):
-        reason = fallback.transition_reason(tail, tail_name, Transition)
-    elif rest[0][0] == "norm5" and len(rest) == 1 and head:
-        reason = fallback.norm_reason(tail, "", tail_name)
-    else:
-        return None
-    reason = reason or fallback.module_reason(block, "features.", name, EfficientDenseBlock)
-    if reason is None:
-        if block.fallback_reason(x) is not None:
-            return None  # the block reports it
-        tail = (tail.norm, tail.conv) if isinstance(tail, Transition) else (tail,)
-        reason = fallback.sharing_reason(block._modules, block.name, (tail_name, tail[0]))
-    if reason is not None:
-        fallback.report(reason)
-        return None
-    return tail
-
-
-# A network with the head in its last stage does not call its features.
+# A network whose head is fused into its last stage does not call its features.
 watch((DenseFeatures, "forward"))
 
 
-class DenseNetBC(nn.Module):
+class DenseNetBC(EfficientModule):
     """DenseNet with bottlenecks and compression; its parameters have torchvision's names.
 
+        logits = classifier(global average pool(relu(norm5(block_b(... transition_1(block_1(stem(x))))))))
+
     Args:
-        growth_rate: k, new channels of a dense layer.
-        depth: 6 * n + 4 for three dense blocks of n layers; 100 unless block_config is given.
+        growth_rate: k, new channels of a dense layer; at least 1.
+        depth: 6 * n + 4 for three dense blocks of n layers; 100 unless block_config is passed.
         compression: theta, a transition has floor(theta * channels) outputs; 0 < theta <= 1.
-        num_classes: outputs of the classifier.
-        bn_size: width of the bottlenecks in units of k.
-        drop_rate: probability of a single output value of a dense layer to be dropped, in [0, 1).
-        drop_channel: probability of a whole channel to be dropped, in [0, 1).
+        num_classes: outputs of the classifier; at least 1.
+        bn_size: width of the bottlenecks in units of k; at least 1.
+        drop_rate: probability of a single output value of a dense layer to be dropped; 0 <= drop_rate < 1.
+        drop_channel: probability of a whole channel to be dropped; 0 <= drop_channel < 1.
         drop_channel_position: 'pre_norm': before the first norm of a dense layer; 'pre_conv': before its convolutions.
-        se_reduction: reduction of squeeze-and-excitation at the end of each dense layer, or None for none.
-        efficient: False: plain PyTorch. 'checkpoint': recompute concatenations and first norms in backward; saves most
-            activations, costs about a sixth of the time. 'fused': one op for each dense block and its consumer; saves
-            nearly all activations. Where that op cannot serve a module or an input, see set_fallback.
-        keep_bottleneck: with 'fused', keep the bottlenecks for backward; saves a convolution a layer, costs
-            N * H * W * bn_size * k values a layer.
+        se_reduction: reduction of squeeze-and-excitation at the end of each dense layer, at least 1, or None for none.
+        efficient: False: plain PyTorch. 'checkpoint': compute concatenations and first norms again in backward instead
+            of storing them; avoids storing most activations, costs about a sixth of the time. 'fused', or True: one op
+            for each dense block and its consumer; avoids storing nearly all activations. set_fallback says what happens
+            where that op cannot serve.
+        keep_bottleneck: with 'fused', keep the bottlenecks for backward; avoids a convolution a layer in backward,
+            costs N * H * W * bn_size * k values of memory a layer.
         small_inputs: True: 3x3 convolution of stride 1 as stem, for images such as 32x32; False: 7x7 of stride 2, norm,
             ReLU, 3x3 max pool of stride 2.
-        in_channels: channels of the images.
-        num_init_features: channels after the stem; 2 * growth_rate unless given.
+        in_channels: channels of the images; at least 1.
+        num_init_features: channels after the stem, at least 1; None for 2 * growth_rate.
         block_config: layers of each dense block, in place of depth. (6, 12, 24, 16) with growth_rate=32,
             num_init_features=64, num_classes=1000, small_inputs=False is DenseNet-121.
         eps, momentum: of all norms, as in torch.nn.BatchNorm2d.
@@ -148,7 +76,7 @@ class DenseNetBC(nn.Module):
     Shape: [N, in_channels, H, W] to [N, num_classes].
 
     Raises:
-        ValueError: an argument is out of range, or both depth and block_config are given.
+        ValueError: an argument is out of range, or depth and block_config are both passed.
 
     Source: Huang et al., Densely Connected Convolutional Networks, CVPR 2017, sections 3 and 4.
     """
@@ -172,7 +100,7 @@ class DenseNetBC(nn.Module):
         block_config: Sequence[int] | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-    ):
+    ) -> None:
         super().__init__()
         growth_rate = check_positive(growth_rate, "growth_rate")
         in_channels = check_positive(in_channels, "in_channels")
@@ -193,7 +121,7 @@ class DenseNetBC(nn.Module):
         self.features = DenseFeatures(_stem_modules(in_channels, channels, small_inputs, norm))
         for i, count in enumerate(blocks, 1):
             block = EfficientDenseBlock(count, channels, growth_rate, bn_size, **layer)
-            block.name = f"features.denseblock{i}."
+            block._prefix = f"features.denseblock{i}."
             self.features.add_module(f"denseblock{i}", block)
             channels += count * growth_rate
             if i < len(blocks):
@@ -207,16 +135,17 @@ class DenseNetBC(nn.Module):
         self.apply(_initialize)
 
     @classmethod
-    def variant(cls, name: str, **options) -> "DenseNetBC":
-        """One of the five networks of the hybrid approach.
+    def variant(cls, name: str, **options: Any) -> "DenseNetBC":
+        """Build one of the five networks of the hybrid approach.
 
         Args:
             name: 'vanilla': dropout with probability 0.2; 'A': Drop-Channel with probability 0.2 in place of dropout;
                 'B': 'vanilla' with squeeze-and-excitation; 'A+B': both; 'A+B+C': both, fused.
-            options: any argument of DenseNetBC, before the variant's own.
+            options: arguments of DenseNetBC; they override the variant's.
 
         Raises:
-            ValueError: there is no such variant.
+            ValueError: there is no such variant, or an argument is out of range.
+            TypeError: DenseNetBC has no such argument.
 
         Source: A Hybrid Approach to Image Classification on Densely Connected Convolutional Networks. The probabilities
         are those of dropout in Huang et al., CVPR 2017.
@@ -225,38 +154,13 @@ class DenseNetBC(nn.Module):
             raise ValueError(f"name is {name!r}; it may be {', '.join(map(repr, VARIANTS))}")
         return cls(**{**VARIANTS[name], **options})
 
-    @property
-    def efficient(self) -> bool | str:
-        """False, 'checkpoint' or 'fused'; may be changed at any time."""
-        return self._efficient
-
-    @efficient.setter
-    def efficient(self, value: bool | str) -> None:
-        self._efficient = check_efficient(value)
-        for module in self._dense_modules():
-            module.efficient = value
-
-    @property
-    def keep_bottleneck(self) -> bool:
-        """Whether 'fused' keeps the bottlenecks for backward; may be changed at any time."""
-        return self._keep_bottleneck
-
-    @keep_bottleneck.setter
-    def keep_bottleneck(self, value: bool) -> None:
-        self._keep_bottleneck = bool(value)
-        for module in self._dense_modules():
-            module.keep_bottleneck = value
-
-    def _dense_modules(self) -> list[nn.Module]:
-        return [m for m in self.modules() if isinstance(m, EfficientDenseBlock | EfficientDenseLayer)]
-
     def forward(self, x: Tensor) -> Tensor:
         features, pooled = self.features, False
         if self.efficient != "fused" or is_symbolic(x):
             x = features(x)
         else:
             kind = nn.Sequential if type(features) is nn.Sequential else DenseFeatures
-            reason = fallback.module_reason(features, "", "features", kind)
+            reason = _reasons.module_reason(features, "", "features", kind)
             if reason is None:
                 x, pooled = run_features(features._modules, x, head=True)
             else:
@@ -266,14 +170,20 @@ class DenseNetBC(nn.Module):
             x = F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1)
         return self.classifier(x)
 
-    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
-        """As torch.nn.Module; also with the keys of older files, of wrappers ('module.', '_orig_mod.') and of MONAI."""
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load parameters and buffers as torch.nn.Module does, with the keys that others use, too.
+
+        These are the keys of torchvision's files of 2017, of wrappers ('module.', '_orig_mod.' in front) and of MONAI.
+
+        Raises:
+            RuntimeError: keys or shapes do not fit, as in torch.nn.Module; the message names the first ones.
+        """
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
             raise short_error(error) from None
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: object) -> None:
         rename_network_keys(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -290,7 +200,7 @@ def _block_config(depth: int | None, block_config: Sequence[int] | None) -> list
             raise ValueError(f"depth is {depth!r}; it must be 6 * n + 4 with n at least 1, such as 40 or 100")
         return [(number - 4) // 6] * 3
     if depth is not None:
-        raise ValueError(f"depth is {depth} and block_config is {block_config}; only one of them may be given")
+        raise ValueError(f"depth is {depth} and block_config is {block_config}; only one of them may be passed")
     try:
         block_config = list(block_config)
     except TypeError:
@@ -312,7 +222,7 @@ def _stem_modules(in_channels: int, channels: int, small_inputs: bool, norm: dic
 
 
 def _initialize(module: nn.Module) -> None:
-    """As torchvision: He et al.'s normal distribution for convolutions, biases 0, norms the identity."""
+    """Initialize as torchvision: He et al.'s normal distribution for convolutions, biases 0, norms the identity."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:

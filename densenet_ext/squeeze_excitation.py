@@ -7,13 +7,16 @@ from ._checks import check_positive
 
 
 class SqueezeExcitation(nn.Module):
-    """Squeeze-and-excitation: x * sigmoid(fc2(relu(fc1(mean of x over its pixels)))).
+    """Scale each channel by a gate that is computed from the means of all channels.
+
+        y = x * sigmoid(fc2(relu(fc1(mean of x over its pixels))))
+    fc1 and fc2 are 1x1 convolutions with bias.
 
     Args:
-        channels: channels of the input.
-        reduction: fc1 has max(1, channels // reduction) outputs.
+        channels: C, channels of the input; at least 1.
+        reduction: fc1 has max(1, C // reduction) outputs; at least 1.
 
-    Shape: [N, channels, H, W] to the same. fc1 and fc2 are 1x1 convolutions with bias.
+    Shape: [N, C, H, W] to [N, C, H, W].
 
     Raises:
         ValueError: an argument is no positive integer.
@@ -21,7 +24,7 @@ class SqueezeExcitation(nn.Module):
     Source: Hu et al., Squeeze-and-Excitation Networks, CVPR 2018, section 3.
     """
 
-    def __init__(self, channels: int, reduction: int = 16):
+    def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
         channels = check_positive(channels, "channels")
         hidden = max(1, channels // check_positive(reduction, "reduction"))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,6 +87,7 @@ def test_unknown_cpu_capability_fails_the_import(tmp_path):
 
 LOAD = """
 import sys
+import tarfile
 from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if not (Path(entry) / "densenet_ext").is_dir()]
 sys.path.insert(0, ".")
@@ -350,6 +352,16 @@ def test_every_source_is_compiled_and_nothing_of_the_simulated_device():
     compiled = result.stdout.split()
     sources = {path.relative_to(ROOT) for suffix in ("cpp", "cu") for path in ROOT.glob(f"csrc/**/*.{suffix}")}
     assert sorted(compiled) == sorted(str(path) for path in sources if path.parts[1] != "simt"), result.stderr
+
+
+def test_wheel_and_sdist_have_the_marker_of_type_annotations(source_tree):
+    (source_tree / "densenet_ext" / "__init__.py").touch()
+    shutil.copy(PACKAGE / "py.typed", source_tree / "densenet_ext")
+    result = run(sys.executable, "setup.py", "-q", "build_py", "--build-lib", "lib", "sdist", cwd=source_tree)
+    assert (source_tree / "lib" / "densenet_ext" / "py.typed").exists(), result.stderr
+    (sdist,) = (source_tree / "dist").iterdir()
+    with tarfile.open(sdist) as archive:
+        assert f"{sdist.name.removesuffix('.tar.gz')}/densenet_ext/py.typed" in archive.getnames()
 
 
 def test_no_compiler(source_tree):

@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 import torch
 
-from densenet_ext import _stage_arguments, fallback, functional
+from densenet_ext import _reasons, _stage_arguments, functional
 from densenet_ext._ops import autograd
 from fuzz import compare
 from fuzz.draw import LAYOUTS, MODES, PRECISIONS, draw_network
@@ -114,7 +114,7 @@ def test_other_masks_are_found(monkeypatch, precision):
 
 
 def test_a_quiet_fallback_is_found(monkeypatch):
-    monkeypatch.setattr(fallback, "input_reason", lambda inputs: "of a whim")
+    monkeypatch.setattr(_reasons, "input_reason", lambda inputs: "of a whim")
     assert "cannot be used: of a whim" in compare.differences(small_network())[0]
 
 

@@ -18,7 +18,7 @@ from decisions import clear_input
 from torch import nn
 
 import densenet_ext
-from densenet_ext import DenseNetBC, EfficientDenseBlock, EfficientDenseLayer, _stage_arguments, layers
+from densenet_ext import DenseNetBC, EfficientDenseBlock, EfficientDenseLayer, _plain_layer, _stage_arguments
 from densenet_ext._masks import Masks, draw_masks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,12 +128,12 @@ def synchronized_step(net, masks, sizes, rank):
 @contextmanager
 def drawing(draw):
     """Inside, layers get their masks from that function, whichever implementation they have."""
-    before = _stage_arguments.draw_masks
-    _stage_arguments.draw_masks = layers.draw_masks = draw
+    original = _stage_arguments.draw_masks
+    _stage_arguments.draw_masks = _plain_layer.draw_masks = draw
     try:
         yield
     finally:
-        _stage_arguments.draw_masks = layers.draw_masks = before
+        _stage_arguments.draw_masks = _plain_layer.draw_masks = original
 
 
 def drawn_masks(net, x):

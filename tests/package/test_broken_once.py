@@ -1,4 +1,4 @@
-"""Things that people do to a network of which each went wrong once; the right values are plain PyTorch's."""
+"""Things that people do to a network, each of which went wrong once; the right values are plain PyTorch's."""
 
 import copy
 import gc
@@ -54,7 +54,7 @@ def assert_all_equal_plain(run):
 
 @pytest.mark.parametrize("efficient", EFFICIENT)
 def test_a_watched_step_leaves_nothing_behind(efficient):
-    """Without the garbage collector: nothing may hold itself in a cycle."""
+    """Nothing may hold itself in a cycle: all is freed without the garbage collector."""
     block = EfficientDenseBlock(3, 4, 3, efficient=efficient)
     left = []
     for layer in block.layers:
@@ -138,7 +138,7 @@ def test_a_weight_written_to_before_backward_is_noticed(efficient, name):
 
 
 def test_weights_that_are_attributes_and_change():
-    """Fast weights, as MAML has them: backward belongs to those of its forward."""
+    """Backward uses the weights of its forward, not later ones: MAML's fast weights are such."""
 
     def run(efficient):
         model = network(efficient)
@@ -260,7 +260,7 @@ def test_call_of_a_class_replaced(kind, monkeypatch):
 
 
 def test_dropout_of_torch_replaced(monkeypatch):
-    """Who makes it drop in evaluation, too, means this layer as any other."""
+    """A user who makes it drop in evaluation, too, means this layer as any other."""
 
     def run(efficient):
         return [network(efficient, drop_rate=0.3).eval()(images())]
@@ -309,7 +309,7 @@ def test_a_transition_whose_weight_is_3x3():
 
 @pytest.mark.parametrize("efficient", EFFICIENT)
 def test_dropout_of_everything(efficient):
-    """Set later, because the constructor refuses it; torch.nn.functional.dropout gives zeros."""
+    """The constructor refuses drop_rate 1, but it may be set later; torch.nn.functional.dropout gives zeros."""
     layer = EfficientDenseLayer(4, 3, efficient=efficient)
     layer.drop_rate = 1.0
     y = layer(torch.randn(2, 4, 6, 6, requires_grad=True))

@@ -17,6 +17,7 @@ from densenet_ext import (
     EfficientDenseLayer,
     SqueezeExcitation,
     Transition,
+    memory,
     set_fallback,
 )
 from densenet_ext._protocol import Options
@@ -36,8 +37,14 @@ CONSTRUCTORS = [
     (lambda: EfficientDenseLayer(3, 3, drop_rate=1), "drop_rate is 1"),
     (lambda: EfficientDenseLayer(3, 3, drop_channel=-1), "drop_channel is -1"),
     (lambda: EfficientDenseLayer(3, 3, drop_channel_position="post"), "is 'post'; it may be 'pre_norm' or 'pre_conv'"),
-    (lambda: EfficientDenseLayer(3, 3, efficient=True), "efficient is True; it may be False, 'checkpoint' or 'fused'"),
+    (lambda: EfficientDenseLayer(3, 3, efficient=1), "efficient is 1; it may be False, 'checkpoint', 'fused' or True"),
     (lambda: EfficientDenseLayer(3, 3, efficient="fast"), "efficient is 'fast'"),
+    (lambda: EfficientDenseBlock(2, 3, 3, efficient=None), "efficient is None"),
+    (lambda: DenseNetBC(efficient="on"), "efficient is 'on'"),
+    (
+        lambda: setattr(EfficientDenseLayer(3, 3), "drop_channel_rate", 1.0),
+        "drop_channel_rate is 1.0; it must be at least",
+    ),
     (lambda: EfficientDenseBlock(0, 3, 3), "num_layers is 0"),
     (lambda: DenseNetBC(depth=41), "depth is 41; it must be 6 * n + 4 with n at least 1"),
     (lambda: DenseNetBC(depth=4), "depth is 4"),
@@ -49,7 +56,8 @@ CONSTRUCTORS = [
     (lambda: DenseNetBC(num_classes=0), "num_classes is 0"),
     (lambda: DenseNetBC(num_init_features=0), "num_init_features is 0"),
     (lambda: DenseNetBC.variant("C"), "name is 'C'; it may be 'vanilla', 'A', 'B', 'A+B', 'A+B+C'"),
-    (lambda: set_fallback("ignore"), "mode is 'ignore'; it may be 'warn' or 'error'"),
+    (lambda: memory.set_limit(-1), "limit is -1; it must be at least 0"),
+    (lambda: set_fallback("ignore"), "mode is 'ignore'; it may be 'warn', 'error' or 'silent'"),
 ]
 
 
@@ -80,6 +88,8 @@ MIXED_SE = [*layers(1), *layers(1, 7, se_reduction=2)]
 MIXED_WIDTH = [*layers(1), EfficientDenseLayer(7, 3, 5)]
 MIXED_DROP = [*layers(1), *layers(1, 7, drop_rate=0.5)]
 CALLS = [
+    (lambda: memory.set_limit(1.5), TypeError, "limit is a float; it must be an int, a number of bytes"),
+    (lambda: memory.set_limit(True), TypeError, "limit is a bool"),
     (lambda: dense_stage([1], layers()), TypeError, "x is a list; it must be a tensor"),
     (lambda: dense_stage(x(4, 6, 6), layers()), ValueError, "x has 3 dimensions; it must have 4: [N, C, H, W]"),
     (
@@ -136,7 +146,7 @@ def test_call(call, error, message):
 
 @pytest.mark.parametrize("efficient", [False, "checkpoint", "fused"])
 def test_one_value_a_channel_in_training(efficient):
-    """The same error as PyTorch's from every implementation; in evaluation mode one value is enough."""
+    """Every implementation raises PyTorch's error; in evaluation mode one value is enough."""
     block = EfficientDenseBlock(2, 4, 3, efficient=efficient)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         block(torch.zeros(1, 4, 1, 1))
@@ -192,16 +202,16 @@ def test_inputs_on_two_devices():
 def test_out_of_memory_leaves_nothing_behind():
     """A batch of terabytes, which costs nothing itself: it is one value, expanded."""
     block = EfficientDenseBlock(2, 4, 2, efficient="fused")
-    before = copy.deepcopy(block.state_dict())
+    state = copy.deepcopy(block.state_dict())
     huge = torch.zeros(1).expand(1 << 20, 4, 1 << 10, 1 << 10)
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory: a tensor of shape \[1048576, 8, 1024, 1024\]"):
         block(huge)
-    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in block.state_dict().items())
     assert block(torch.randn(2, 4, 5, 5)).shape == (2, 8, 5, 5)
 
 
 def types(x, weights, norms, autocast=None):
-    """The error of a fused layer with inputs, convolutions and norms of these dtypes, or None."""
+    """Return the error of a fused layer with inputs, convolutions and norms of these dtypes, or None."""
     layer = EfficientDenseLayer(4, 3, se_reduction=1, efficient="fused").to(weights)
     layer.norm1.to(norms), layer.norm2.to(norms)
     try:
@@ -241,7 +251,7 @@ def test_one_type_for_everything(dtype):
     ],
 )
 def test_mixed_types(arguments, message):
-    """As plain PyTorch: only norms may be wider than the input, only autocast changes a weight's type."""
+    """Only norms may be wider than the input, and only autocast changes a weight's type, as in plain PyTorch."""
     found = types(*arguments)
     assert found is None if message is None else found.startswith(message)
 

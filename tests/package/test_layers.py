@@ -42,9 +42,9 @@ def test_drop_channel_drops_channels_and_keeps_the_mean():
     x = torch.ones(200, 50, 2, 3)
     y = DropChannel(0.2)(x)
     assert torch.equal(y.amax((2, 3)), y.amin((2, 3)))
-    kept = y[:, :, 0, 0]
-    assert set(kept.unique().tolist()) == {0.0, 1.25}
-    assert abs((kept == 0).double().mean() - 0.2) < 0.02
+    scales = y[:, :, 0, 0]
+    assert set(scales.unique().tolist()) == {0.0, 1.25}
+    assert abs((scales == 0).double().mean() - 0.2) < 0.02
 
 
 def test_drop_channel_takes_a_mask():
@@ -171,7 +171,7 @@ def test_checkpoint_recomputes_in_the_mode_of_forward():
 
 
 def test_watched_layers_recompute_in_the_mode_of_forward():
-    """Where a hook lets a layer be called once only, its mask before the norm is applied again."""
+    """A layer with a hook is called once only, and backward applies its mask before the norm again."""
     grads = []
     for efficient in (False, "checkpoint"):
         torch.manual_seed(0)
@@ -186,7 +186,7 @@ def test_watched_layers_recompute_in_the_mode_of_forward():
 
 
 def test_evaluation_recomputes_with_the_statistics_of_forward():
-    """Which a batch in training mode may have changed since."""
+    """A batch in training mode may have changed them by then."""
     grads = []
     for efficient in (False, "checkpoint"):
         torch.manual_seed(0)

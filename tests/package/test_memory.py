@@ -1,4 +1,4 @@
-"""How much memory one training step of the paper's network takes: the reason for this package; and how much may stay."""
+"""The memory that a training step takes, which is the reason for this package, and the memory that may stay."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from densenet_ext import _C, DenseNetBC, release_workspaces, set_workspace_limit, workspace_use
+from densenet_ext import _C, DenseNetBC, memory, release_workspaces, set_workspace_limit, workspace_use
 from densenet_ext.functional import dense_stage
 
 MB = 1e6
 
 
 def peak_of_step(model, batch, labels):
-    """Highest level of allocated bytes in forward and backward, over what was there before; gradients exist already.
+    """Return the highest level of allocated bytes in forward and backward, over the level at the start.
 
-    Workspaces do not come from torch's allocator: all that they occupy after the step is added.
+    Gradients exist already at the start. Workspaces do not come from torch's allocator: all that they occupy after the
+    step is added.
     """
 
     def step():
@@ -27,7 +28,7 @@ def peak_of_step(model, batch, labels):
     small = batch[:2, :, :8, :8]
     F.cross_entropy(model(small), labels[:2]).backward()  # allocates the gradients
     release_workspaces()
-    before = workspace_use().occupied
+    start = workspace_use().occupied
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -37,7 +38,7 @@ def peak_of_step(model, batch, labels):
         level += event.nbytes()
         peak = max(peak, level)
     assert events
-    return peak + workspace_use().occupied - before
+    return peak + workspace_use().occupied - start
 
 
 def peak_of(samples, **options):
@@ -110,6 +111,24 @@ def test_workspaces_stay_for_the_next_step_until_released():
     assert workspace_use() == after_one
     release_workspaces()
     assert workspace_use() == (0, 0)
+
+
+def test_memory_in_the_words_of_torch_cuda():
+    """Allocated while the graph lives, reserved until the cache is emptied; the names at the top level say the same."""
+    model, x = DenseNetBC.variant("A+B+C", depth=22), torch.randn(16, 3, 32, 32)
+    memory.empty_cache()
+    assert (memory.memory_allocated(), memory.memory_reserved()) == (0, 0)
+    y = model(x)
+    features = 16 * 72 * 32 * 32 * 4  # bytes of the first block's feature buffer, which backward needs
+    assert features <= memory.memory_allocated() <= memory.memory_reserved()
+    assert workspace_use() == (memory.memory_allocated(), memory.memory_reserved())
+    y.sum().backward()
+    del y
+    assert memory.memory_allocated() == 0
+    assert memory.memory_reserved() >= features
+    memory.empty_cache()
+    assert workspace_use() == (0, 0)
+    assert (release_workspaces, set_workspace_limit) == (memory.empty_cache, memory.set_limit)
 
 
 def test_workspace_limit():

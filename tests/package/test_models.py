@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 import shutil
-import statistics
 import threading
 
 import pytest
@@ -65,7 +64,7 @@ def assert_same_training(model, efficient, tolerance=1e-9, **options):
 @pytest.mark.parametrize("position", ["pre_norm", "pre_conv"])
 @pytest.mark.parametrize("efficient", EFFICIENT)
 def test_ten_steps_equal_plain(efficient, position):
-    """Weights, running statistics and num_batches_tracked after ten steps with every kind of mask."""
+    """Weights, running statistics and num_batches_tracked are equal after ten steps with every kind of mask."""
     assert_same_training(small(**EVERYTHING, drop_channel_position=position), efficient)
 
 
@@ -137,14 +136,14 @@ def test_evaluation_equals_plain_and_changes_nothing(efficient):
     train(model, False, steps=2)
     model.eval()
     want = model(images())
-    before = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(model.state_dict())
     model.efficient = efficient
     torch.testing.assert_close(model(images()), want, rtol=1e-11, atol=1e-11)
     with torch.no_grad():
         torch.testing.assert_close(model(images()), want, rtol=1e-11, atol=1e-11)
     with torch.inference_mode():
         torch.testing.assert_close(model(images()), want, rtol=1e-11, atol=1e-11)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("efficient", EFFICIENT)
@@ -218,61 +217,6 @@ def test_first_convolution_is_called_and_writes_what_the_fused_ops_read(layout, 
     torch.testing.assert_close(seen[:2], seen[2:], rtol=1e-3, atol=1e-3)
 
 
-def relative_error(got, want):
-    """Largest error of the output and of each gradient, relative to its largest entry, on average.
-
-    A gradient of rounding noise, such as those of a gate that is hardly used, counts against a thousandth of the largest.
-    """
-    floor = 1e-3 * max(b.abs().max() for b in want)
-    errors = [(a.double() - b).abs().max() / b.abs().max().clamp_min(floor) for a, b in zip(got, want, strict=True)]
-    return (sum(errors) / len(errors)).item()
-
-
-def output_and_gradients(model, x, efficient, autocast=None):
-    model = copy.deepcopy(model)
-    model.efficient = efficient
-    torch.manual_seed(7)
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        y = model(x)
-        loss = F.cross_entropy(y.double(), torch.arange(len(x)) % 5)
-    loss.backward()
-    return [y.detach(), *[p.grad for p in model.parameters()]]
-
-
-def test_float32_error_at_most_twice_plain():
-    """Against float64, over all gradients of eight networks together."""
-    plain = fused = 0.0
-    for seed in range(8):
-        torch.manual_seed(seed)
-        model = DenseNetBC(**SMALL)
-        x = clear_input(model, lambda _: torch.randn(4, 3, 8, 8))
-        want = output_and_gradients(copy.deepcopy(model).double(), x.double(), False)
-        plain += relative_error(output_and_gradients(model, x, False), want)
-        fused += relative_error(output_and_gradients(model, x, "fused"), want)
-    assert fused <= 2 * plain
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["autocast", "model"])
-def test_half_precision_error_at_most_twice_plain(kind, dtype):
-    """Against float64, in the median of eight networks: where a rectifier decides otherwise than in float64, an error grows
-    by an order of magnitude, in the plain implementation of one network and in the fused one of another."""
-    ratios = []
-    for seed in range(8):
-        torch.manual_seed(seed)
-        model = DenseNetBC(**SMALL, se_reduction=2)
-        x = torch.randn(4, 3, 8, 8)
-        want = output_and_gradients(copy.deepcopy(model).double(), x.double(), False)
-        autocast = dtype if kind == "autocast" else None
-        if autocast is None:
-            model, x = model.to(dtype), x.to(dtype)
-        runs = [output_and_gradients(model, x, efficient, autocast) for efficient in (False, "fused")]
-        assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in zip(*runs, strict=True))
-        plain, fused = (relative_error(run, want) for run in runs)
-        ratios.append(fused / plain)
-    assert statistics.median(ratios) <= 2
-
-
 def test_autocast_keeps_float64():
     model = small()
     model.efficient = "fused"
@@ -330,13 +274,13 @@ def test_one_sample_and_odd_sizes_equal_plain():
 @pytest.mark.parametrize("efficient", [False, *EFFICIENT])
 def test_empty_batch_counts_and_changes_nothing_else(efficient):
     model = small(se_reduction=2)
-    before = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(model.state_dict())
     model.efficient = efficient
     y = model(images(0))
     assert y.shape == (0, 5)
     y.sum().backward()
     for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key] + 1 if "num_batches" in key else before[key]), key
+        assert torch.equal(value, state[key] + 1 if "num_batches" in key else state[key]), key
     assert all(p.grad is None or p.grad.count_nonzero() == 0 for p in model.parameters())
 
 

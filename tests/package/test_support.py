@@ -1,4 +1,4 @@
-"""docs/support.md row by row: what each implementation does under what people do, and that the numbers are right."""
+"""docs/support.md is right, row by row: about what each implementation does, and that the numbers are the same."""
 
 import copy
 import warnings
@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from support_cases import LOWER, PYTORCH_REFUSES, SCENARIOS, SILENT
 from torch import nn
 
-from densenet_ext import DenseNetBC, functional, set_fallback
-from densenet_ext.layers import EfficientDenseLayer
+from densenet_ext import DenseNetBC, _plain_layer, functional, set_fallback
 
 torchvision = pytest.importorskip("torchvision")
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
@@ -22,7 +21,7 @@ TINY = {"growth_rate": 8, "block_config": (2, 3, 2), "num_init_features": 16, "b
 
 
 def rows():
-    """(what is done, what 'fused' does, what 'checkpoint' does, what False does) of each line of the table."""
+    """Return (what is done, what 'fused' does, what 'checkpoint' does, what False does) for each line of the table."""
     lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [row[:4] for row in cells if row[1] in OUTCOMES]
@@ -58,7 +57,7 @@ def networks():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each way of computing was used."""
+    """Count how often each way of computing is used."""
     counts = Counter()
 
     def count(owner, name):
@@ -72,20 +71,20 @@ def calls(monkeypatch):
 
     count(functional, "dense_stage")
     count(functional, "dense_layer")
-    count(EfficientDenseLayer, "_checkpointed_first")
-    count(EfficientDenseLayer, "_called")
+    count(_plain_layer, "_checkpointed_bottleneck")
+    count(_plain_layer, "call_layer")
     return counts
 
 
 def outcome(calls):
-    fused, called = calls["dense_stage"] + calls["dense_layer"], calls["_called"]
+    fused, called = calls["dense_stage"] + calls["dense_layer"], calls["call_layer"]
     if fused:
         return "partly fused" if called or calls["dense_layer"] else "fused"
-    return "checkpointed" if calls["_checkpointed_first"] else "plain"
+    return "checkpointed" if calls["_checkpointed_bottleneck"] else "plain"
 
 
 def error(got, want):
-    """Largest relative error of a tensor, by the norm of all its values."""
+    """Return the largest relative error of a tensor, by the norm of all its values."""
     pairs = [(a.double(), b) for a, b in zip(got, want, strict=True) if b.is_floating_point()]
     return max(((a - b).norm() / b.norm().clamp_min(1e-6)).item() for a, b in pairs)
 

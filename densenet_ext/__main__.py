@@ -1,0 +1,32 @@
+"""`python -m densenet_ext` lists the package's commands and runs one of them."""
+
+import argparse
+import sys
+
+from densenet_ext import info
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command that the arguments name, by default those of the command line, and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m densenet_ext", description="densenet_ext trains DenseNets in a fraction of the memory."
+    )
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    options = commands.add_parser("demo", help="measure a training step with each implementation: half a minute")
+    options.add_argument("--depth", type=int, default=100, help="of the network, 6 * n + 4 (default: %(default)s)")
+    options.add_argument("--batch-size", type=int, default=16, help="images of 32x32 (default: %(default)s)")
+    options.add_argument("--device", help="cpu or cuda (default: cuda if it can be used)")
+    commands.add_parser("info", help="print which versions are installed and which kernels run here, for a bug report")
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "demo":
+        from densenet_ext import demo  # needs torch and the compiled library, as `info` does not
+
+        return demo.main(chosen.depth, chosen.batch_size, chosen.device)
+    if chosen.command == "info":
+        return info.main()
+    parser.print_help()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

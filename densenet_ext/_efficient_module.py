@@ -1,0 +1,42 @@
+"""The choice of implementation that dense layers, dense blocks and networks have in common."""
+
+from torch import nn
+
+from ._checks import check_efficient
+
+
+class EfficientModule(nn.Module):
+    """A module whose implementation may be changed at any time; a change reaches all such modules inside, too.
+
+    The implementations give the same numbers and read the same parameters. They differ in memory and time.
+    """
+
+    _efficient: bool | str = False
+    _keep_bottleneck: bool = False
+
+    @property
+    def efficient(self) -> bool | str:
+        """False, 'checkpoint' or 'fused'. Setting it to True sets 'fused'.
+
+        Raises:
+            ValueError: it is set to anything else; nothing was changed.
+        """
+        return self._efficient
+
+    @efficient.setter
+    def efficient(self, value: bool | str) -> None:
+        self._set_everywhere("_efficient", check_efficient(value))
+
+    @property
+    def keep_bottleneck(self) -> bool:
+        """True if 'fused' keeps the outputs of all conv1 for backward instead of computing them again."""
+        return self._keep_bottleneck
+
+    @keep_bottleneck.setter
+    def keep_bottleneck(self, value: bool) -> None:
+        self._set_everywhere("_keep_bottleneck", bool(value))
+
+    def _set_everywhere(self, name: str, value: bool | str) -> None:
+        for module in self.modules():
+            if isinstance(module, EfficientModule):
+                setattr(module, name, value)

@@ -1,0 +1,1 @@
+"""Data sets, their images, and batches of them on the device."""
