@@ -2,8 +2,6 @@
 
 import operator
 
-POSITIONS = ("pre_norm", "pre_conv")  # where Drop-Channel may stand in a dense layer
-
 
 def check_positive(value: int, name: str) -> int:
     """Return `value`, an integer of any type such as numpy's, as an int; raise ValueError unless it is positive."""
@@ -25,13 +23,6 @@ def check_probability(value: float, name: str) -> float:
     if isinstance(value, str) or not 0 <= number < 1:
         raise ValueError(f"{name} is {value!r}; it must be at least 0 and less than 1")
     return number
-
-
-def check_position(value: str) -> str:
-    """Return `value`; raise ValueError unless it is a position of Drop-Channel."""
-    if value not in POSITIONS:
-        raise ValueError(f"drop_channel_position is {value!r}; it may be 'pre_norm' or 'pre_conv'")
-    return value
 
 
 def check_efficient(value: bool | str) -> bool | str:

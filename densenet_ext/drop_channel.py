@@ -7,6 +7,8 @@ from ._checks import check_probability
 from ._layout import arithmetic_dtype
 from ._transforms import in_functorch
 
+POSITIONS = ("pre_norm", "pre_conv")  # where Drop-Channel may stand in a dense layer
+
 
 class DropChannel(nn.Module):
     """Drop whole channels of a sample, as torch.nn.Dropout2d does; the mask may also be passed in.
@@ -65,3 +67,10 @@ def bernoulli(like: Tensor, size: tuple[int, ...], dtype: torch.dtype, p: float)
     if not in_functorch():
         return torch.empty(size, dtype=dtype, device=like.device).bernoulli_(p)
     return torch.bernoulli(torch.full(size, p, device=like.device)).to(dtype)
+
+
+def check_position(value: str) -> str:
+    """Return `value`; raise ValueError unless it is a position of Drop-Channel."""
+    if value not in POSITIONS:
+        raise ValueError(f"drop_channel_position is {value!r}; it may be 'pre_norm' or 'pre_conv'")
+    return value

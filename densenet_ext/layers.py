@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import _plain_layer, _reasons, fallback, functional
-from ._checks import check_position, check_positive, check_probability
+from ._checks import check_positive, check_probability
 from ._efficient_module import EfficientModule
 from ._masks import active_dropout
 from ._patches import watch
 from ._state_dicts import rename_layer_keys
 from ._transforms import as_node, is_symbolic, refuse_scripting
-from .drop_channel import DropChannel
+from .drop_channel import DropChannel, check_position
 from .squeeze_excitation import SqueezeExcitation
 
 __all__ = ["DropChannel", "EfficientDenseBlock", "EfficientDenseLayer", "SqueezeExcitation", "Transition"]

@@ -122,7 +122,9 @@ class Reader:
         """Yield images uint8 [B, C, S, S] for each tensor of indices [B]. It ends an earlier iterator of this reader."""
         self._batches[:] = [indices.tolist() for indices in batches]
         remedy = "try --workers 0, which reads them in the training process, or --data-in memory"
-        with explain(RuntimeError, what="a worker process that reads images failed", remedy=remedy):  # killed, no memory
+        with explain(
+            RuntimeError, what="a worker process that reads images failed", remedy=remedy
+        ):  # killed, no memory
             for images in self._loader:
                 if isinstance(images, UserError):
                     raise images
