@@ -124,8 +124,8 @@ def _watched_convolutions(layer: nn.Module, inputs: Sequence[Tensor], masks: Mas
         return _new_channels(layer, layer.conv1(norm_relu(layer.norm1, layer.relu1, x)), masks)
 
     def concatenate(pieces: Sequence[Tensor]) -> Tensor:
-        again = torch.cat(pieces, 1)
-        return again if mask is None else scale_channels(again, mask)
+        concatenation = torch.cat(pieces, 1)
+        return concatenation if mask is None else scale_channels(concatenation, mask)
 
     remade = Remade(x, inputs, concatenate)
     with remade:

@@ -106,9 +106,9 @@ def bare_package(tmp_path):
     return package
 
 
-def load_in(package, before="import torch", then="load_extension()"):
+def load_in(package, start="import torch", end="load_extension()"):
     """The last line of what `load_extension()` prints there, with no other densenet_ext in sight."""
-    code = before + LOAD.format(module="_load") + "_load." + then
+    code = start + LOAD.format(module="_load") + "_load." + end
     result = run(sys.executable, "-c", code, cwd=package.parent)
     return (result.stderr or result.stdout).splitlines()[-1]
 
@@ -158,14 +158,14 @@ def test_torch_too_old(bare_package):
     old = bare_package.parent / "torch"
     old.mkdir()
     (old / "__init__.py").write_text("__version__ = '2.9.1+cu128'\n")
-    message = load_in(bare_package, before="")
+    message = load_in(bare_package, start="")
     assert message == (
         "ImportError: densenet_ext needs PyTorch 2.11 or newer, but this is 2.9.1+cu128: pip install --upgrade torch"
     )
 
 
 def test_torch_missing(bare_package):
-    message = load_in(bare_package, before="import sys; sys.modules['torch'] = None")
+    message = load_in(bare_package, start="import sys; sys.modules['torch'] = None")
     assert message == "ImportError: densenet_ext needs PyTorch 2.11 or newer: pip install 'torch>=2.11'"
 
 
@@ -175,7 +175,7 @@ def test_sources_without_library_use_the_installed_one(bare_package):
     installed.mkdir(parents=True)
     for library in Path(load_extension().__file__).parent.glob(f"_*{SUFFIX}"):
         shutil.copy(library, installed)
-    line = load_in(bare_package, then="sys.path.append('installed'); print(_load.load_extension().__file__)")
+    line = load_in(bare_package, end="sys.path.append('installed'); print(_load.load_extension().__file__)")
     assert Path(line).name == f"_C{SUFFIX}" and "installed" in line
 
 
@@ -431,8 +431,8 @@ def test_header_rebuilds_what_includes_it_and_nothing_else(source_tree):
         assert f"compiling csrc/cpu/kernels/b.cpp for {name}\n" in first.stdout
     assert "compiling" not in build(source_tree).stdout
     header.write_text("// changed\n")
-    again = build(source_tree).stdout
-    assert "compiling csrc/a.cpp\n" in again and "b.cpp" not in again
+    second = build(source_tree).stdout
+    assert "compiling csrc/a.cpp\n" in second and "b.cpp" not in second
 
 
 @needs_compiler
@@ -453,14 +453,14 @@ def test_build_without_ninja(source_tree):
     assert first.returncode == 0, first.stderr
     assert "pip install ninja" in first.stdout
     assert "compiling csrc/a.cpp\n" in first.stdout and f"linking _C{SUFFIX}\n" in first.stdout
-    again = build(source_tree, **environment).stdout
-    assert "compiling" not in again and "linking" not in again
+    second = build(source_tree, **environment).stdout
+    assert "compiling" not in second and "linking" not in second
     header.write_text("int f() { return missing; }\n")
     error = last_error(build(source_tree, **environment))
     assert error.startswith("compiling csrc/a.cpp failed:\n") and "missing" in error
     header.write_text("int f();\n")
-    again = build(source_tree, **environment).stdout
-    assert "compiling csrc/a.cpp\n" in again and "linking" in again and "b.cpp" not in again
+    second = build(source_tree, **environment).stdout
+    assert "compiling csrc/a.cpp\n" in second and "linking" in second and "b.cpp" not in second
 
 
 # ---- building the CUDA kernels ----------------------------------------------------------------------------------------

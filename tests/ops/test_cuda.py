@@ -42,12 +42,12 @@ def shared_memory():
 def test_which_layers_conv3x3_forward_leaves_to_a_library(bottleneck, growth, dtype):
     """Wide ones, but not those of 16 bits up to 128 and 32 channels where shared memory has room for them."""
     has_room = dtype != torch.float32 and shared_memory() >= 160 * 1024
-    own = (bottleneck <= 64 and growth <= 16) or (bottleneck <= 128 and growth <= 32 and has_room)
+    has_kernel = (bottleneck <= 64 and growth <= 16) or (bottleneck <= 128 and growth <= 32 and has_room)
     shape = Shape("", height=14, width=14, bottleneck=bottleneck, growth=growth)
     arguments = to_device(Problem(shape, dtype, device=DEVICE).conv3x3_forward(), DEVICE)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         torch.ops.densenet_ext.conv3x3_forward(*arguments)
-    assert ("aten::convolution" in {event.name for event in recorded.events()}) != own
+    assert ("aten::convolution" in {event.name for event in recorded.events()}) != has_kernel
 
 
 @needs_device
@@ -189,12 +189,12 @@ def test_empty_batch():
 def test_repeated_steps_are_bit_equal():
     model = small_net(dtype=torch.float32, efficient="fused")
     x, labels = torch.randn(4, 3, 16, 16, device=DEVICE), torch.tensor([0, 3, 1, 4], device=DEVICE)
-    first, again = step(model, x, labels), step(model, x, labels)
+    first, second = step(model, x, labels), step(model, x, labels)
     first = [g.clone() for g in first]
-    again = step(model, x, labels)
+    second = step(model, x, labels)
     # the first convolution and the classifier are PyTorch's own
     names = ["loss", *(name for name, _ in model.named_parameters())]
-    differing = [n for n, a, b in zip(names, first, again, strict=True) if not a.equal(b)]
+    differing = [n for n, a, b in zip(names, first, second, strict=True) if not a.equal(b)]
     assert not [n for n in differing if "conv0" not in n and "classifier" not in n]
 
 
@@ -279,7 +279,7 @@ def test_out_of_memory_leaves_nothing_behind():
     model = small_net(dtype=torch.float64, efficient="fused")
     x, labels = torch.randn(4, 3, 16, 16, dtype=torch.float64, device=DEVICE), torch.tensor([0, 3, 1, 4], device=DEVICE)
     want = [g.clone() for g in step(model, x, labels)]
-    before = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(model.state_dict())
     large = torch.empty(1 << 11, 3, 256, 256, dtype=torch.float64, device=DEVICE)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
@@ -290,7 +290,7 @@ def test_out_of_memory_leaves_nothing_behind():
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     del large
-    model.load_state_dict(before)
+    model.load_state_dict(state)
     assert error(step(model, x, labels), want) < 1e-9
 
 

@@ -88,17 +88,17 @@ def check(op, args, dtype, device="cpu", **options):
     units = is_channels_last(torch.empty(0, device=device)) or (TILE_UNIT and dtype == torch.bfloat16)
     operands = OPERANDS.get(torch.float16 if options else dtype, 0.0) if units and op in PRODUCTS else 0.0
     schema = getattr(torch.ops.densenet_ext, op).default._schema
-    for argument, got, want, before in zip(schema.arguments[: len(args)], actual, expected, args, strict=True):
+    for argument, got, want, original in zip(schema.arguments[: len(args)], actual, expected, args, strict=True):
         if not isinstance(got, torch.Tensor):
             continue
         written = argument.alias_info is not None or any(
             got is actual[i] for i in range(len(args)) if is_written(schema, i)
         )
-        assert_gaps_unchanged(got, before, argument.name)
+        assert_gaps_unchanged(got, original, argument.name)
         if written:
             assert_near(got, want, argument.name, operands * SUMS.get(argument.name, 1))
         else:
-            assert bits(got).equal(bits(before)), f"{argument.name} was changed"
+            assert bits(got).equal(bits(original)), f"{argument.name} was changed"
 
 
 def is_written(schema, index):
@@ -110,12 +110,12 @@ def bits(x):
     return x.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
-def assert_gaps_unchanged(got, before, name):
-    if before._base is None:
+def assert_gaps_unchanged(got, original, name):
+    if original._base is None:
         return
-    inside = torch.zeros_like(before._base, dtype=torch.bool)
-    inside.as_strided(before.shape, before.stride(), before.storage_offset()).fill_(True)
-    assert bits(got._base[~inside]).equal(bits(before._base[~inside])), f"{name} was changed between its planes"
+    inside = torch.zeros_like(original._base, dtype=torch.bool)
+    inside.as_strided(original.shape, original.stride(), original.storage_offset()).fill_(True)
+    assert bits(got._base[~inside]).equal(bits(original._base[~inside])), f"{name} was changed between its planes"
 
 
 def assert_near(got, want, name, operands):
@@ -190,10 +190,10 @@ def test_repeated_run_is_bit_equal(op, device):
     problem = problems(shape, torch.float32, op, device)[-1]
     for options in first_and_last(op):
         args = getattr(problem, op)(**options)
-        first, again = to_device(args, device), to_device(args, device)
+        first, second = to_device(args, device), to_device(args, device)
         getattr(torch.ops.densenet_ext, op)(*first)
-        getattr(torch.ops.densenet_ext, op)(*again)
-        for a, b in zip(first, again, strict=True):
+        getattr(torch.ops.densenet_ext, op)(*second)
+        for a, b in zip(first, second, strict=True):
             assert not isinstance(a, torch.Tensor) or bits(a).equal(bits(b))
 
 
@@ -230,8 +230,8 @@ def assert_rejected(op, args, message, device):
     actual = to_device(args, device)
     with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops.densenet_ext, op)(*actual)
-    for argument, got, before in zip(op_arguments(op), to_device(actual, "cpu"), args, strict=False):
-        assert not isinstance(got, torch.Tensor) or bits(got).equal(bits(before)), f"{argument.name} was changed"
+    for argument, got, original in zip(op_arguments(op), to_device(actual, "cpu"), args, strict=False):
+        assert not isinstance(got, torch.Tensor) or bits(got).equal(bits(original)), f"{argument.name} was changed"
 
 
 def op_arguments(op):

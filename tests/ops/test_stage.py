@@ -134,9 +134,9 @@ def test_channels_last_input_changes_no_bit_but_the_layout_of_its_gradient(size,
 def test_channels_last_backward_equals_reference():
     """In each layout that dx may have."""
     case = Case(tail=2, height=17, breadth=18)
-    output, _, features, *kept = reference.dense_stage(*case.args())
+    output, _, features, *state = reference.dense_stage(*case.args())
     for layout in (0, 1, 2):
-        rest = case.backward_args(torch.ones_like(output), features, kept, layout)
+        rest = case.backward_args(torch.ones_like(output), features, state, layout)
         got, want = torch.ops.densenet_ext.dense_stage_backward(*rest), reference.dense_stage_backward(*rest)
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
         assert got[0].stride() == want[0].stride()
@@ -146,7 +146,7 @@ def test_channels_last_backward_equals_reference():
 
 def parts_of_backward(case, ops, layout=1):
     """Results of dense_tail_backward and dense_block_backward of those ops, one after the other, and their arguments."""
-    output, _, features, stats, *kept = reference.dense_stage(*case.args())
+    output, _, features, stats, *state = reference.dense_stage(*case.args())
     count = tail_params(case.tail)
     options = [*case.options()]
     tail = (None, features, case.params[-count:], stats, case.eps[-1], bool(case.frozen[-1]), options)
@@ -155,7 +155,7 @@ def parts_of_backward(case, ops, layout=1):
     started = buffer.clone(), coef.clone()
     numbers = (*case.numbers(), case.in_channels, layout)
     dparams = ops.new_gradients(case.params[:-count])
-    block = (buffer, coef, dparams, features, case.params[:-count], case.masks, stats, *kept, *numbers)
+    block = (buffer, coef, dparams, features, case.params[:-count], case.masks, stats, *state, *numbers)
     dx = ops.dense_block_backward(*block)
     return [*started, *dtail, dx, buffer, coef, *dparams], tail, block
 
@@ -210,12 +210,12 @@ NOT_SERVED = {
 def test_what_is_not_served_is_refused_in_one_sentence(message):
     """By forward and by backward alike."""
     case = Case()
-    output, _, _, *kept = torch.ops.densenet_ext.dense_stage(*case.args())
+    output, _, _, *state = torch.ops.densenet_ext.dense_stage(*case.args())
     options = [*case.options()._replace(**NOT_SERVED[message])]
     *args, _ = case.args()
     with pytest.raises(RuntimeError, match=message):
         torch.ops.densenet_ext.dense_stage(*args, options)
-    *args, _, in_channels, layout = case.backward_args(output, output, kept)
+    *args, _, in_channels, layout = case.backward_args(output, output, state)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.densenet_ext.dense_stage_backward(*args, options, in_channels, layout)
 
@@ -228,8 +228,8 @@ def test_options_of_another_length_are_refused():
 
 def test_a_gradient_of_what_no_tail_hands_out_is_refused():
     case = Case(tail=1)
-    output, _, features, *kept = torch.ops.densenet_ext.dense_stage(*case.args())
-    args = case.backward_args(output, features, kept)
+    output, _, features, *state = torch.ops.densenet_ext.dense_stage(*case.args())
+    args = case.backward_args(output, features, state)
     with pytest.raises(RuntimeError, match=r"a gradient of relu\(norm\) is not served yet"):
         torch.ops.densenet_ext.dense_stage_backward(args[0], features, *args[2:])
 
@@ -275,8 +275,8 @@ def test_repeated_runs_are_bit_equal(threads):
         x, params = case.leaves()
         output = case.fused(x, params)
         results.append([output, *gradients(output, x, params, torch.ones_like(output))])
-    for again in results[1:]:
-        assert all(a.equal(b) for a, b in zip(results[0], again, strict=True))
+    for repeated in results[1:]:
+        assert all(a.equal(b) for a, b in zip(results[0], repeated, strict=True))
 
 
 @pytest.mark.parametrize("wanted", ["x", "params", "one", "every second", "tail", "last"])
@@ -307,8 +307,8 @@ def test_backward_twice_gives_the_same(tail):
     output = case.fused(x, params)
     grad = torch.randn_like(output)
     first = torch.autograd.grad(output, [x, *params], grad, retain_graph=True)
-    again = torch.autograd.grad(output, [x, *params], grad)
-    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+    second = torch.autograd.grad(output, [x, *params], grad)
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -380,11 +380,11 @@ def test_a_kept_gradient_of_the_input_keeps_its_values(tail):
     case = Case(tail=tail, **sizes)
     x, params = case.leaves()
     case.fused(x, params).sum().backward()
-    kept, values = x.grad, x.grad.clone()
+    gradient, values = x.grad, x.grad.clone()
     for _ in range(2):
         other = case.x.clone().requires_grad_()
         case.fused(other * 3, params).square().sum().backward()
-    assert kept.equal(values) and kept.count_nonzero() > 0
+    assert gradient.equal(values) and gradient.count_nonzero() > 0
 
 
 def test_same_parameters_twice_in_one_graph():

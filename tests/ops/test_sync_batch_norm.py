@@ -119,9 +119,9 @@ def synchronized_step(net, masks, sizes, rank):
     """One process's part of a step; sizes: its number of samples and that of the others."""
     net = synchronized(net)
     x, labels = batch(sum(sizes))
-    before = sum(sizes[:rank])
-    mine = slice(before, before + sizes[rank])
-    with drawing(given(masks, mine)):
+    start = sum(sizes[:rank])
+    mine = slice(start, start + sizes[rank])
+    with drawing(prepared(masks, mine)):
         return step(net, x[mine], labels[mine], sum(sizes))
 
 
@@ -149,7 +149,7 @@ def drawn_masks(net, x):
     return masks
 
 
-def given(masks, samples):
+def prepared(masks, samples):
     """Draws those masks one after the other, of them the rows of some samples."""
     rest = iter(masks)
     return lambda *_: Masks(*(m if m is None else m[samples].contiguous() for m in next(rest)))
@@ -193,7 +193,7 @@ def test_two_processes_equal_one(processes, options, sizes):
     """Outputs, gradients and running statistics, against plain PyTorch with the whole batch in one process."""
     net, (x, labels) = network(**options), batch()
     masks = drawn_masks(net, x)
-    with drawing(given(masks, slice(None))):
+    with drawing(prepared(masks, slice(None))):
         want = step(plain(net), x, labels, len(x))
     got = merged(processes(synchronized_step, net, masks, sizes))
     torch.testing.assert_close(got, want, **TOLERANCE)

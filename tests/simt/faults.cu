@@ -129,11 +129,11 @@ KERNEL syncwarp_before_ldmatrix(Buffers b) {
   wait_for_earlier_kernels();
   DYNAMIC_SHARED(shared);
   const int t = thread_id();
-  uint32_t* const own = reinterpret_cast<uint32_t*>(shared) + t / 32 * 128;
-  for (int i = 0; i < 4; ++i) own[i * 32 + t % 32] = bits_of(b.input[t]);
+  uint32_t* const matrix = reinterpret_cast<uint32_t*>(shared) + t / 32 * 128;
+  for (int i = 0; i < 4; ++i) matrix[i * 32 + t % 32] = bits_of(b.input[t]);
   if (!planted) __syncwarp();
   uint32_t r[4];
-  ldmatrix_x4(r, own + t % 32 * 4);  // FAULT syncwarp_before_ldmatrix
+  ldmatrix_x4(r, matrix + t % 32 * 4);  // FAULT syncwarp_before_ldmatrix
   b.output[t] = float_of(r[0]);
 }
 

@@ -1,4 +1,4 @@
-// What a warp computes together, as kernels whose results Python compares with its own.
+// What a warp computes together, as kernels whose results Python compares with its value.
 #include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 #include "faults.h"
@@ -39,10 +39,10 @@ KERNEL ldmatrix_kernel(LdmatrixBuffers m) {
 KERNEL shuffle_kernel(uint32_t* out) {
   wait_for_earlier_kernels();
   const int lane = lane_id();
-  const auto own = static_cast<uint32_t>(100 + lane);
-  out[lane] = __shfl_sync(0xffffffff, own, 5 + lane);
-  out[32 + lane] = __shfl_xor_sync(0xffffffff, own, 3);
-  out[64 + lane] = __shfl_down_sync(0xffffffff, own, 2);
+  const auto value = static_cast<uint32_t>(100 + lane);
+  out[lane] = __shfl_sync(0xffffffff, value, 5 + lane);
+  out[32 + lane] = __shfl_xor_sync(0xffffffff, value, 3);
+  out[64 + lane] = __shfl_down_sync(0xffffffff, value, 2);
   out[96 + lane] = __ballot_sync(0xffffffff, lane % 2);
 }
 

@@ -94,10 +94,10 @@ class Case:
         x, params = self.x if x is None else x, self.params if params is None else params
         return x, params, self.masks, self.frozen_stats, *self.numbers(keep_bottleneck)
 
-    def backward_args(self, grad, features, kept, layout=GradientLayout.OWN, keep_bottleneck=False):
-        """The arguments of dense_stage_backward; kept: stats, gates and bottlenecks of the forward pass."""
+    def backward_args(self, grad, features, state, layout=GradientLayout.OWN, keep_bottleneck=False):
+        """The arguments of dense_stage_backward; state: stats, gates and bottlenecks of the forward pass."""
         numbers = (*self.numbers(keep_bottleneck), self.in_channels, layout)
-        return grad, None, features, self.params, self.masks, *kept, *numbers
+        return grad, None, features, self.params, self.masks, *state, *numbers
 
     def fused(self, x=None, params=None, keep_bottleneck=False):
         """The output of the compiled op."""
@@ -112,12 +112,12 @@ class Case:
         """The output as a graph of ordinary differentiable functions."""
         params = list(self.params if params is None else params)
         norms = iter(zip(self.eps, self.frozen, strict=True))
-        masks, given = iter(self.masks), iter(self.frozen_stats)
+        masks, statistics = iter(self.masks), iter(self.frozen_stats)
         each = 10 if self.squeeze_excite else 6
 
         def norm_relu(x, weight, bias):
             eps, frozen = next(norms)
-            mean, var = (next(given), next(given)) if frozen else (None, None)
+            mean, var = (next(statistics), next(statistics)) if frozen else (None, None)
             return F.relu(F.batch_norm(x, mean, var, weight, bias, not frozen, 0.0, eps))
 
         def masked(x, bit):
