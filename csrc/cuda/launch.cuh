@@ -115,8 +115,13 @@ constexpr int kMaxThreads = 256;  // of a block, where a kernel needs no other n
 // The grid of kMaxThreads threads a block that has a thread for each of n elements.
 inline Grid cover(int64_t n) { return {ceil_div(n, kMaxThreads)}; }
 
-// X(S) for each storage type of maps: the last line of a kernel file, which instantiates its
-// launch functions so.
+// The last line of a kernel file: DENSENET_EXT_INSTANTIATE(function, Arguments) makes a launch
+// function for the four storage types; DENSENET_EXT_STORAGE_TYPES(X) is X(S) for each of them.
 #define DENSENET_EXT_STORAGE_TYPES(X) X(float) X(double) X(BFloat16) X(Float16)
+#define DENSENET_EXT_INSTANTIATE(function, Arguments)                     \
+  template void function<float>(const Arguments<float>&, Context&);       \
+  template void function<double>(const Arguments<double>&, Context&);     \
+  template void function<BFloat16>(const Arguments<BFloat16>&, Context&); \
+  template void function<Float16>(const Arguments<Float16>&, Context&);
 
 }  // namespace densenet_ext::cuda

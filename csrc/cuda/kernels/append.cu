@@ -187,12 +187,9 @@ void append(const Append<S>& f, Context& context) {
   a.x = f.x, a.data = f.features.data + f.offset;
   a.pitch = f.features.pitch, a.pixels = f.features.pixels();
   if (channels_are_neighbors(f.x)) {
-    with_vector<S>(spacing(f.x) | spacing(f.features, f.offset), [&](auto vector) {
-      constexpr int V = decltype(vector)::value;
-      const Partition p = partition(f.x.channels, V, f.x.samples, a.pixels);
-      a.ranges = p.ranges, a.map = p.map;
-      launch(context, append_rows_kernel<S, V>, p.grid(), p.threads, 0, a);
-    });
+    with_partition<S>(spacing(f.x) | spacing(f.features, f.offset), f.x.channels, f.x.samples,
+                      a.pixels,
+                      [&](auto V, auto& p) { launch(context, append_rows_kernel<S, V>, p, 0, a); });
   } else {
     launch(context, append_planes_kernel<S>, tile_grid(f.x), kMaxThreads, kTileBytes<S>, a);
   }
@@ -208,20 +205,14 @@ void finish_gradient(const FinishGradient<S>& f, Context& context) {
   if (channels_are_neighbors(f.out)) {
     const uint64_t distances =
         spacing(f.features, f.offset) | spacing(f.grad, f.offset) | spacing(f.out);
-    with_vector<S>(distances, [&](auto vector) {
-      constexpr int V = decltype(vector)::value;
-      const Partition p = partition(f.out.channels, V, f.out.samples, a.pixels);
-      a.ranges = p.ranges, a.map = p.map;
-      launch(context, finish_rows_kernel<S, V>, p.grid(), p.threads, 0, a);
-    });
+    with_partition<S>(distances, f.out.channels, f.out.samples, a.pixels,
+                      [&](auto V, auto& p) { launch(context, finish_rows_kernel<S, V>, p, 0, a); });
   } else {
     launch(context, finish_planes_kernel<S>, tile_grid(f.out), kMaxThreads, kTileBytes<S>, a);
   }
 }
 
-#define INSTANTIATE(S)                                 \
-  template void append<S>(const Append<S>&, Context&); \
-  template void finish_gradient<S>(const FinishGradient<S>&, Context&);
-DENSENET_EXT_STORAGE_TYPES(INSTANTIATE)
+DENSENET_EXT_INSTANTIATE(append, Append)
+DENSENET_EXT_INSTANTIATE(finish_gradient, FinishGradient)
 
 }  // namespace densenet_ext::cuda

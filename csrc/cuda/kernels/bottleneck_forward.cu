@@ -304,7 +304,6 @@ void bottleneck_forward(const BottleneckForward<S>& f, Context& context) {
   });
 }
 
-#define INSTANTIATE(S) template void bottleneck_forward(const BottleneckForward<S>&, Context&);
-DENSENET_EXT_STORAGE_TYPES(INSTANTIATE)
+DENSENET_EXT_INSTANTIATE(bottleneck_forward, BottleneckForward)
 
 }  // namespace densenet_ext::cuda

@@ -86,6 +86,23 @@ inline Partition partition(int64_t channels, int V, int64_t samples, int64_t pix
           {samples, pixels, length == 0 ? 1 : ceil_div(pixels, length), length}};
 }
 
+// Calls body(V, partition) with the largest V that these distances allow (packed_access.cuh).
+template <class S, int kMaxVector = kVector<S>, class F>
+void with_partition(uint64_t distances, int64_t channels, int64_t samples, int64_t pixels,
+                    const F& body) {
+  with_vector<S, kMaxVector>(distances, [&](auto vector) {
+    const Partition p = partition(channels, vector, samples, pixels);
+    body(vector, p);
+  });
+}
+// Launches a kernel whose arguments have the map and ranges of a partition.
+template <class A>
+void launch(const Context& context, void (*kernel)(A), const Partition& p, int64_t shared_bytes,
+            A arguments) {
+  arguments.map = p.map, arguments.ranges = p.ranges;
+  launch(context, kernel, p.grid(), p.threads, shared_bytes, arguments);
+}
+
 // Calls body(p, x) for the pixels p of a thread, x[k] its values there of K maps: `source` at the
 // sample's first pixel and the thread's first channel. A thread has 128 bytes in flight, in the
 // storage type: widened, they would need twice the registers.

@@ -234,12 +234,8 @@ void conv3x3_input(const S* bottleneck, const ScaleShiftTable<Arithmetic<S>>& sc
   a.width = width, a.h = h;
   const uint64_t distances =
       spacing(bottleneck, a.pitch * kBytes<S>) | spacing(h, width * kBytes<S>);
-  with_vector<S>(distances, [&](auto vector) {
-    constexpr int V = decltype(vector)::value;
-    const Partition p = partition(width, V, samples, pixels);
-    a.ranges = p.ranges, a.map = p.map;
-    launch(context, conv3x3_input_kernel<S, V>, p.grid(), p.threads, 0, a);
-  });
+  with_partition<S>(distances, width, samples, pixels,
+                    [&](auto V, auto& p) { launch(context, conv3x3_input_kernel<S, V>, p, 0, a); });
 }
 
 template <class S>
@@ -248,12 +244,9 @@ void conv3x3_output(const Conv3x3Forward<S>& f, const S* y, Context& context) {
   a.y = y, a.growth = f.growth, a.dropout = dropout_of(f);
   a.slice = f.features.data + f.offset, a.pitch = f.features.pitch;
   const uint64_t distances = spacing(f.features, f.offset) | spacing(y, f.growth * kBytes<S>);
-  with_vector<S, kSummedVector<S>>(distances, [&](auto vector) {
-    constexpr int V = decltype(vector)::value;
-    const Partition p = partition(f.growth, V, f.features.samples, f.features.pixels());
-    a.ranges = p.ranges, a.map = p.map;
-    launch(context, conv3x3_output_kernel<S, V>, p.grid(), p.threads, 0, a);
-  });
+  with_partition<S, kSummedVector<S>>(
+      distances, f.growth, f.features.samples, f.features.pixels(),
+      [&](auto V, auto& p) { launch(context, conv3x3_output_kernel<S, V>, p, 0, a); });
 }
 
 template <class S>
@@ -265,12 +258,9 @@ void conv3x3_output_gradient(const Conv3x3Backward<S>& f, S* dy, Context& contex
   a.dropout = dropout_of(f), a.dy = dy;
   const uint64_t distances =
       spacing(f.features, f.offset) | spacing(f.grad, f.offset) | spacing(dy, f.growth * kBytes<S>);
-  with_vector<S>(distances, [&](auto vector) {
-    constexpr int V = decltype(vector)::value;
-    const Partition p = partition(f.growth, V, f.features.samples, f.features.pixels());
-    a.ranges = p.ranges, a.map = p.map;
-    launch(context, conv3x3_output_gradient_kernel<S, V>, p.grid(), p.threads, 0, a);
-  });
+  with_partition<S>(
+      distances, f.growth, f.features.samples, f.features.pixels(),
+      [&](auto V, auto& p) { launch(context, conv3x3_output_gradient_kernel<S, V>, p, 0, a); });
 }
 
 template <class S>
@@ -285,14 +275,11 @@ void conv3x3_input_gradient(const Conv3x3Backward<S>& f, const S* dh,
   weight.weight_blocks = ceil_div(kTaps * f.growth * f.width, kMaxThreads);
   const uint64_t distances = spacing(f.bottleneck, a.pitch * kBytes<S>) | spacing(f.dv, 0) |
                              spacing(dh, f.width * kBytes<S>);
-  with_vector<S>(distances, [&](auto vector) {
-    constexpr int V = decltype(vector)::value;
-    const Partition p = partition(a.pitch, V, f.features.samples, f.features.pixels());
-    a.ranges = p.ranges, a.map = p.map;
+  const int64_t samples = f.features.samples, pixels = f.features.pixels();
+  with_partition<S>(distances, a.pitch, samples, pixels, [&](auto V, auto& p) {
     weight.norm.count = p.ranges.count(), weight.norm.step = 2 * f.width;
     weight.norm.parts = a.parts = context.scratch<T>(weight.norm.count * weight.norm.step);
-    launch(context, conv3x3_input_gradient_kernel<S, V>, p.grid(), p.threads,
-           2 * V * p.threads * kBytes<T>, a);
+    launch(context, conv3x3_input_gradient_kernel<S, V>, p, 2 * V * p.threads * kBytes<T>, a);
   });
   launch(context, conv3x3_weight_kernel<S>, {weight.weight_blocks + narrow_blocks(f.width)},
          kMaxThreads, kSumBytes, weight);

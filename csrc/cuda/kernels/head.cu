@@ -134,9 +134,9 @@ void head_forward(const HeadForward<S>& f, Context& context) {
   const bool is_split = p.ranges.splits > 1;
   ForwardArguments<S> a = {};
   a.features = f.features, a.scale_shift = f.scale_shift, a.out = f.out;
-  a.ranges = p.ranges, a.map = p.map;
+  a.ranges = p.ranges;
   if (is_split) a.sums = context.scratch<T>(p.ranges.count() * channels);
-  launch(context, head_forward_kernel<S, V>, p.grid(), p.threads, V * p.threads * sizeof(T), a);
+  launch(context, head_forward_kernel<S, V>, p, V * p.threads * sizeof(T), a);
   if (is_split) {
     launch(context, head_mean_kernel<S>, {f.features.samples, narrow_blocks(channels)}, kMaxThreads,
            kMaxThreads * sizeof(T), a);
@@ -162,9 +162,7 @@ void head_backward(const HeadBackward<S>& f, Context& context) {
                 context);
 }
 
-#define INSTANTIATE(S)                                            \
-  template void head_forward<S>(const HeadForward<S>&, Context&); \
-  template void head_backward<S>(const HeadBackward<S>&, Context&);
-DENSENET_EXT_STORAGE_TYPES(INSTANTIATE)
+DENSENET_EXT_INSTANTIATE(head_forward, HeadForward)
+DENSENET_EXT_INSTANTIATE(head_backward, HeadBackward)
 
 }  // namespace densenet_ext::cuda

@@ -135,25 +135,24 @@ void slice_moments(const Maps<const S>& features, int64_t offset, int64_t channe
                    const Moments<Arithmetic<S>>& moments, Context& context) {
   using T = Arithmetic<S>;
   if (!moments.mean || channels == 0) return;
-  with_vector<S, kSummedVector<S>>(spacing(features, offset), [&](auto vector) {
-    constexpr int V = decltype(vector)::value;
-    const Partition p = partition(channels, V, features.samples, features.pixels());
+  const int64_t samples = features.samples, pixels = features.pixels();
+  const uint64_t distances = spacing(features, offset);
+  with_partition<S, kSummedVector<S>>(distances, channels, samples, pixels, [&](auto V, auto& p) {
     T* const mean = moments.mean + offset;
     T* const m2 = moments.m2 + offset;
     const bool is_split = p.ranges.splits > 1;
     Arguments<S> a = {};
     a.data = features.data + offset, a.pitch = features.pitch, a.channels = channels;
-    a.ranges = p.ranges, a.map = p.map;
     a.mean = is_split ? context.scratch<T>(p.ranges.count() * channels) : mean;
     a.m2 = is_split ? context.scratch<T>(p.ranges.count() * channels) : m2;
     a.out_pitch = is_split ? channels : moments.channels;
-    launch(context, moments_kernel<S, V>, p.grid(), p.threads, V * p.threads * sizeof(T), a);
+    launch(context, moments_kernel<S, V>, p, V * p.threads * sizeof(T), a);
     if (!is_split) return;
     MergeArguments<T> merge = {};
     merge.mean = a.mean, merge.m2 = a.m2, merge.channels = channels, merge.ranges = p.ranges;
     merge.mean_out = mean, merge.m2_out = m2, merge.out_pitch = moments.channels;
-    launch(context, merge_moments_kernel<T>, {features.samples, narrow_blocks(channels)},
-           kMaxThreads, kMaxThreads * sizeof(T), merge);
+    launch(context, merge_moments_kernel<T>, {samples, narrow_blocks(channels)}, kMaxThreads,
+           kMaxThreads * sizeof(T), merge);
   });
 }
 

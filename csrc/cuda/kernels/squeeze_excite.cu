@@ -239,14 +239,12 @@ void squeeze_excite_forward(const SqueezeExciteForward<S>& f, Context& context) 
   launch(context, gate_kernel<S>, {f.features.samples},
          threads_for(std::max(f.growth, f.hidden_width)), (f.growth + f.hidden_width) * sizeof(T),
          f);
-  with_vector<S>(spacing(f.features, f.offset), [&](auto vector) {
-    constexpr int V = decltype(vector)::value;
-    const Partition p = partition(f.growth, V, f.features.samples, f.features.pixels());
-    ScaleArguments<S> a = {};
-    a.data = f.features.data + f.offset, a.pitch = f.features.pitch, a.channels = f.growth;
-    a.gate = f.gate, a.ranges = p.ranges, a.map = p.map;
-    launch(context, scale_kernel<S, V>, p.grid(), p.threads, 0, a);
-  });
+  ScaleArguments<S> a = {};
+  a.data = f.features.data + f.offset, a.pitch = f.features.pitch, a.channels = f.growth;
+  a.gate = f.gate;
+  with_partition<S>(spacing(f.features, f.offset), f.growth, f.features.samples,
+                    f.features.pixels(),
+                    [&](auto V, auto& p) { launch(context, scale_kernel<S, V>, p, 0, a); });
 }
 
 template <class S>
@@ -257,25 +255,22 @@ void squeeze_excite_backward(const SqueezeExciteBackward<S>& f, Context& context
   SampleArguments<S> s = {};
   s.op = f;
   s.dlogit = context.scratch<T>(samples * k), s.dhidden = context.scratch<T>(samples * r);
-  with_vector<S>(spacing(f.features, f.offset) | spacing(f.grad, f.offset), [&](auto vector) {
-    constexpr int V = decltype(vector)::value;
-    const Partition p = partition(k, V, samples, f.features.pixels());
-    DotArguments<S> a = {};
-    a.x = f.features.data + f.offset, a.x_pitch = f.features.pitch;
-    a.grad = f.grad.data + f.offset, a.grad_pitch = f.grad.pitch;
-    a.channels = k, a.offset = f.offset, a.coef = f.coef, a.ranges = p.ranges, a.map = p.map;
-    a.sums = context.scratch<T>(p.ranges.count() * k);
-    launch(context, dot_kernel<S, V>, p.grid(), p.threads, V * p.threads * sizeof(T), a);
-    s.sums = a.sums, s.splits = p.ranges.splits;
+  DotArguments<S> a = {};
+  a.x = f.features.data + f.offset, a.x_pitch = f.features.pitch;
+  a.grad = f.grad.data + f.offset, a.grad_pitch = f.grad.pitch;
+  a.channels = k, a.offset = f.offset, a.coef = f.coef;
+  const uint64_t distances = spacing(f.features, f.offset) | spacing(f.grad, f.offset);
+  const int64_t pixels = f.features.pixels();
+  with_partition<S>(distances, k, samples, pixels, [&](auto V, auto& p) {
+    s.sums = a.sums = context.scratch<T>(p.ranges.count() * k), s.splits = p.ranges.splits;
+    launch(context, dot_kernel<S, V>, p, V * p.threads * sizeof(T), a);
   });
   launch(context, sample_kernel<S>, {samples}, kMaxThreads, (kMaxThreads + k + r) * sizeof(T), s);
   launch(context, parameter_kernel<S>, {narrow_blocks(2 * k * r + k + r)}, kMaxThreads,
          kMaxThreads * sizeof(T), s);
 }
 
-#define INSTANTIATE(S)                                                               \
-  template void squeeze_excite_forward<S>(const SqueezeExciteForward<S>&, Context&); \
-  template void squeeze_excite_backward<S>(const SqueezeExciteBackward<S>&, Context&);
-DENSENET_EXT_STORAGE_TYPES(INSTANTIATE)
+DENSENET_EXT_INSTANTIATE(squeeze_excite_forward, SqueezeExciteForward)
+DENSENET_EXT_INSTANTIATE(squeeze_excite_backward, SqueezeExciteBackward)
 
 }  // namespace densenet_ext::cuda

@@ -272,15 +272,11 @@ ScaleShiftTable<Arithmetic<S>> fold_stem(const StemForward<S>& a, Context& conte
 template <class S>
 void stem_forward(const StemForward<S>& f, Context& context) {
   const auto table = fold_stem<S>(f, context);
-  with_vector<S>(spacing(f.x) | spacing(f.out), [&](auto vector) {
-    constexpr int V = decltype(vector)::value;
-    const Partition p = partition(f.x.channels, V, f.x.samples, f.out.pixels());
-    PoolArguments<S> a = {};
-    a.x = f.x, a.out = f.out, a.windows = windows_of(f.x, f.out);
-    a.scale = table.scale.data, a.shift = table.shift.data;
-    a.ranges = p.ranges, a.map = p.map;
-    launch(context, stem_pool_kernel<S, V>, p.grid(), p.threads, 0, a);
-  });
+  PoolArguments<S> a = {};
+  a.x = f.x, a.out = f.out, a.windows = windows_of(f.x, f.out);
+  a.scale = table.scale.data, a.shift = table.shift.data;
+  with_partition<S>(spacing(f.x) | spacing(f.out), f.x.channels, f.x.samples, f.out.pixels(),
+                    [&](auto V, auto& p) { launch(context, stem_pool_kernel<S, V>, p, 0, a); });
 }
 
 template <class S>
@@ -306,10 +302,8 @@ void stem_backward(const StemBackward<S>& f, Context& context) {
 
   const uint64_t distances =
       spacing(f.x) | spacing(f.grad_out) | (f.dx.data ? spacing(f.dx) : uint64_t{0});
-  with_vector<S, kSummedVector<S>>(distances, [&](auto vector) {
-    constexpr int V = decltype(vector)::value;
-    const Partition p = partition(channels, V, samples, pixels);
-    maxima.ranges = input.ranges = p.ranges, maxima.map = input.map = p.map;
+  with_partition<S, kSummedVector<S>>(distances, channels, samples, pixels, [&](auto V, auto& p) {
+    maxima.ranges = p.ranges, maxima.map = p.map;
     maxima.ranges_per_block = p.ranges_per_block();
     const int64_t blocks = ceil_div(p.ranges.count(), maxima.ranges_per_block);
     maxima.sums = context.scratch<T>(blocks * 2 * channels);
@@ -318,13 +312,11 @@ void stem_backward(const StemBackward<S>& f, Context& context) {
     norm_backward(
         norm_backward_of<T>(f, input.coef, maxima.sums, blocks, channels, samples * f.x.pixels()),
         context);
-    if (f.dx.data) launch(context, stem_input_kernel<S, V>, p.grid(), p.threads, 0, input);
+    if (f.dx.data) launch(context, stem_input_kernel<S, V>, p, 0, input);
   });
 }
 
-#define INSTANTIATE(S)                                            \
-  template void stem_forward<S>(const StemForward<S>&, Context&); \
-  template void stem_backward<S>(const StemBackward<S>&, Context&);
-DENSENET_EXT_STORAGE_TYPES(INSTANTIATE)
+DENSENET_EXT_INSTANTIATE(stem_forward, StemForward)
+DENSENET_EXT_INSTANTIATE(stem_backward, StemBackward)
 
 }  // namespace densenet_ext::cuda

@@ -191,8 +191,8 @@ void clear_edge(const Maps<S>& grad, const Windows& windows, Context& context) {
   if (pixels == 0) return;
   const Partition p = partition(grad.channels, V, grad.samples, pixels);
   EdgeArguments<S> a = {};
-  a.grad = grad, a.windows = windows, a.ranges = p.ranges, a.map = p.map;
-  launch(context, clear_edge_kernel<S, V>, p.grid(), p.threads, 0, a);
+  a.grad = grad, a.windows = windows;
+  launch(context, clear_edge_kernel<S, V>, p, 0, a);
 }
 
 // G of the pixels in windows, and zp in scratch memory. Returns the parts of S1 and S2, and sets
@@ -259,7 +259,6 @@ void transition_backward(const TransitionBackward<S>& f, Context& context) {
                 context);
 }
 
-#define INSTANTIATE(S) template void transition_backward<S>(const TransitionBackward<S>&, Context&);
-DENSENET_EXT_STORAGE_TYPES(INSTANTIATE)
+DENSENET_EXT_INSTANTIATE(transition_backward, TransitionBackward)
 
 }  // namespace densenet_ext::cuda

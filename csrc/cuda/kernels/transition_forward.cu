@@ -118,9 +118,8 @@ void transition_forward(const TransitionForward<S>& f, Context& context) {
   const Partition p = partition(channels, V, samples, windows.pooled_pixels());
   PoolArguments<S> pool = {};
   pool.features = f.features, pool.scale_shift = f.scale_shift, pool.windows = windows;
-  pool.ranges = p.ranges, pool.map = p.map;
   pool.pooled = context.scratch<S>(rows * pitch), pool.pitch = pitch;
-  launch(context, pool_kernel<S, V>, p.grid(), p.threads, 0, pool);
+  launch(context, pool_kernel<S, V>, p, 0, pool);
   dispatch_math<S>(context, [&](auto math) {
     using Math = decltype(math);
     using P = Product<Math>;
@@ -133,7 +132,6 @@ void transition_forward(const TransitionForward<S>& f, Context& context) {
   });
 }
 
-#define INSTANTIATE(S) template void transition_forward<S>(const TransitionForward<S>&, Context&);
-DENSENET_EXT_STORAGE_TYPES(INSTANTIATE)
+DENSENET_EXT_INSTANTIATE(transition_forward, TransitionForward)
 
 }  // namespace densenet_ext::cuda
