@@ -1,4 +1,5 @@
-// Kernels that copy channels into a feature buffer, and gradients out of the gradient buffer:
+// append copies channels into a feature buffer, finish_gradient gradients out of the gradient
+// buffer:
 //
 //   features[n, p, offset + c] = x[n, c, p]
 //   out[n, c, p] = coef0[n, c] G[n, p, offset + c] + coef1[n, c] + coef2[n, c] x[n, p, offset + c]

@@ -1,4 +1,4 @@
-// The backward of norm1, ReLU and the 1x1 convolution: one read of x and of G, one write of G.
+// The backward of norm1, ReLU and the 1x1 convolution reads x and G once, and writes G once.
 //
 //   db = a0 dv + a1 + a2 b        (the gradient through norm2, [M, K2])
 //   dW = db^T z, dz = db W        (z = relu(scale x + shift), made again)
@@ -13,7 +13,7 @@
 // Meanwhile x and G of the next tiles come by cp.async, dv and b of the next one into registers. A
 // barrier a tile; two where warps share their channels.
 //
-// Where K2 is wider than kUnits * 16, db is formed in panels of so many columns, one after the
+// If K2 is wider than kUnits * 16, db is formed in panels of so many columns, one after the
 // other for dz, and blocks with another grid.z make the other rows of dW; they leave G alone.
 //
 // Sums over parts: partial results in scratch memory, added in their order by a second kernel.
@@ -46,12 +46,7 @@ KERNEL __launch_bounds__(Tiling<Math, kUnits, kWide, kMasked>::kThreads,
     load_operands<K>(p, block.tile * K::kRows, first_panel, thread_id(), operands);
   int stage = 0;
   for (int i = block.tile; i < block.tile_end; ++i) {
-    const int thread = fresh(thread_id());
-    const bool idle = block.channel0 + thread / kWarp % K::kGroups * 16 >= block.channel_end;
-    S* const x = block.maps + stage * 2 * K::kMapSize;
-    S* const db = block.db + (i - block.tile) % K::kBuffers * K::kDbSize;
-    const Tile<S> tile = {i * K::kRows,    thread, thread % kWarp / 4, thread % 4, x,
-                          x + K::kMapSize, db};
+    const Tile<K> tile(block, i, stage);
     T wide_dz[kWide ? K::kRowUnits : 1][2][4] = {};
     const int panels = block.makes_gradient ? p.panels : 1;
     // The panel of db that this block's dW needs comes last and stays.
@@ -60,15 +55,16 @@ KERNEL __launch_bounds__(Tiling<Math, kUnits, kWide, kMasked>::kThreads,
       const bool is_last = !kWide || j == panels - 1;
       if (j > 0) {
         __syncthreads();  // the previous panel has been read
-        load_operands<K>(p, tile.row0, panel, thread, operands);
+        load_operands<K>(p, tile.row0, panel, tile.thread, operands);
       }
-      form_db<K>(p, tile.row0, panel, thread, operands, block.db_affine, tile.db);
+      form_db<K>(p, tile.row0, panel, tile.thread, operands, block.db_affine, tile.db);
       if (is_last) cp_async_wait<K::kStages - 2>();
       __syncthreads();  // db and this tile's maps are stored; the previous maps have been read
       if (is_last) {
-        load_tile(p, block, i + K::kStages - 1, stage > 0 ? stage - 1 : K::kStages - 1, thread);
+        load_tile(p, block, i + K::kStages - 1, stage > 0 ? stage - 1 : K::kStages - 1,
+                  tile.thread);
         if (i + 1 < block.tile_end)
-          load_operands<K>(p, tile.row0 + K::kRows, first_panel, thread, operands);
+          load_operands<K>(p, tile.row0 + K::kRows, first_panel, tile.thread, operands);
       }
       if constexpr (kWide) {
         if (block.makes_gradient) {
@@ -81,7 +77,7 @@ KERNEL __launch_bounds__(Tiling<Math, kUnits, kWide, kMasked>::kThreads,
 
     constexpr int kUnrolled = kWide ? K::kRowUnits : 1;  // more would need more registers
 #pragma unroll kUnrolled
-    for (int j = 0; j < (idle ? 0 : K::kRowUnits / K::kSplit); ++j) {
+    for (int j = 0; j < (tile.idle ? 0 : K::kRowUnits / K::kSplit); ++j) {
       const int m = block.split + j * K::kSplit;
       if constexpr (kWide) {
         update_gradient(p, block, tile, m, wide_dz[m], sums);
@@ -97,7 +93,7 @@ KERNEL __launch_bounds__(Tiling<Math, kUnits, kWide, kMasked>::kThreads,
       }
     }
     if constexpr (K::kSplit > 1) __syncthreads();  // all of z is stored
-    multiply_z(block, tile, idle, dweight);
+    multiply_z(block, tile, dweight);
     if constexpr (K::kBuffers == 1) __syncthreads();  // db has been read
     stage = stage + 1 < K::kStages ? stage + 1 : 0;
   }
@@ -106,8 +102,8 @@ KERNEL __launch_bounds__(Tiling<Math, kUnits, kWide, kMasked>::kThreads,
   if (block.makes_gradient) store_sums(p, block, sums);
 }
 
-// Sums over the parts: first blocks with kWarp times V elements of dW each, whose warps share out
-// the parts, then blocks that end the backward of norm1.
+// Adds the parts: first blocks with kWarp times V elements of dW each, whose warps share out the
+// parts, then blocks that end the backward of norm1.
 template <class T>
 struct SumArguments {
   const T* parts;  // [count, elements]
@@ -146,8 +142,9 @@ KERNEL __launch_bounds__(kMaxThreads) bottleneck_sum_kernel(SumArguments<T> p) {
   store<V>(p.dweight + i, sum);
 }
 
-// Tiles of a part. There are as many parts as run at once and not one more, which would wait for
-// all others; but no more partial sums than a half of what the kernel reads and writes anyway.
+// Returns the tiles of a part. There are as many parts as run at once and not one more, which would
+// wait for all others; but no more partial sums than a half of what the kernel reads and writes
+// anyway.
 template <class K, class S>
 int64_t tiles_of_part(const BottleneckBackward<S>& f, int64_t tiles, int64_t blocks_of_part) {
   const int64_t bytes = f.features.count() * (3 * f.channels + 2 * f.width) *

@@ -98,7 +98,7 @@ struct Sums {
 // Writes z over x and the new gradient over the old one, for 16 rows of the warp's channels; each
 // element belongs to one thread.
 template <class K, class S, class T>
-DEVICE void update_gradient(const Arguments<S>& p, const Block<K>& block, const Tile<S>& tile,
+DEVICE void update_gradient(const Arguments<S>& p, const Block<K>& block, const Tile<K>& tile,
                             int m, const T (&dz)[2][4], Sums<T>& sums) {
   const int g = tile.g, t = tile.t;
   S values[2][2][2] = {}, old_grad[2][2][2] = {};  // all are loaded at once
@@ -144,7 +144,7 @@ DEVICE void update_gradient(const Arguments<S>& p, const Block<K>& block, const 
 
 // Stores 16 rows of the warp's channels of G, in vectors of 16 bytes.
 template <class K, class S>
-DEVICE void store_gradient(const Arguments<S>& p, const Block<K>& block, const Tile<S>& tile,
+DEVICE void store_gradient(const Arguments<S>& p, const Block<K>& block, const Tile<K>& tile,
                            int m) {
   constexpr int kVectors = 16 / kVector<S>;
 #pragma unroll
@@ -164,12 +164,12 @@ DEVICE void store_gradient(const Arguments<S>& p, const Block<K>& block, const T
 }
 
 // Adds db^T z of a tile to the warp's dW.
-template <class K, class S, class T>
-DEVICE void multiply_z(const Block<K>& block, const Tile<S>& tile, bool idle,
+template <class K, class T>
+DEVICE void multiply_z(const Block<K>& block, const Tile<K>& tile,
                        T (&dweight)[K::kWarpUnits][2][4]) {
   using Math = typename K::Math;
 #pragma unroll(Math::kTensor ? K::kRows / Math::kDepth : 1)
-  for (int k = 0; k < (idle ? 0 : K::kRows); k += Math::kDepth) {
+  for (int k = 0; k < (tile.idle ? 0 : K::kRows); k += Math::kDepth) {
     typename Math::B z;
     Math::load_b_t(z, [=](int r) { return tile.x + (k + r) * K::kMapPitch; }, block.warp_channel);
 #pragma unroll

@@ -121,11 +121,25 @@ struct Block {
 template <class K>
 using RegisterWeight = typename K::Math::B[K::kRegisterSteps > 0 ? K::kRegisterSteps : 1];
 
-// A tile in shared memory.
-template <class S>
+// A tile in shared memory, and the thread's place in it.
+template <class K>
 struct Tile {
-  int row0, thread, g, t;
-  S *x, *grad, *db;
+  using S = typename K::S;
+  int thread;
+  bool idle;  // the warp has no channel
+  S *x, *db;
+  int row0, g, t;
+  S* grad;
+
+  DEVICE Tile(const Block<K>& block, int index, int stage)
+      : thread(fresh(thread_id())),
+        idle(block.channel0 + thread / kWarp % K::kGroups * 16 >= block.channel_end),
+        x(block.maps + stage * 2 * K::kMapSize),
+        db(block.db + (index - block.tile) % K::kBuffers * K::kDbSize),
+        row0(index * K::kRows),
+        g(thread % kWarp / 4),
+        t(thread % 4),
+        grad(x + K::kMapSize) {}
 };
 
 template <class K, class S>

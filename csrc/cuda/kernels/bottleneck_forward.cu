@@ -1,4 +1,4 @@
-// bottleneck = relu(scale * x + shift) W^T, and its moments.
+// bottleneck_forward computes bottleneck = relu(scale * x + shift) W^T, and its moments.
 //
 // x [M, C] are rows of the feature buffer, W [K2, C]. A block makes kRows rows of the whole width
 // (of kUnits * 16 columns where K2 is wider: then x is read once for each such part), so x is read

@@ -230,7 +230,7 @@ DEVICE void zero_shared(S* shared, int elements) {
 // Their kMaxThreads threads have kSumBytes of shared memory.
 constexpr int kSumBytes = 2 * kMaxThreads * static_cast<int>(sizeof(double));
 
-// The backward of norm2, once S1 = sum dv and S2 = sum dv (b - mean) are there in parts.
+// The backward of norm2, once there are parts of S1 = sum dv and S2 = sum dv (b - mean).
 template <class T>
 struct BottleneckNormBackward {
   const T* parts;  // part r of S1 and S2: parts[r * step + c] and parts[r * step + width + c]
@@ -242,7 +242,7 @@ struct BottleneckNormBackward {
   T* dnorm_bias;
   T* db_affine;  // [3, width]
 };
-// All of it but the parts, for the layer f.
+// Sets everything but the parts, for the layer f.
 template <class S>
 BottleneckNormBackward<Arithmetic<S>> norm_backward_of(const Conv3x3Backward<S>& f) {
   BottleneckNormBackward<Arithmetic<S>> a = {};

@@ -15,7 +15,7 @@
 //   block, as S1 and S2 stay in shared memory. Then they go to scratch memory, and a second kernel
 //   adds the blocks' sums in order.
 //
-// Where a tap leaves the map, a row of zeros takes the row's place.
+// If a tap leaves the map, a row of zeros takes the row's place.
 //
 // Bytes a row: K2 + 2k read, K2 written; the halo of G and x comes from L2. Partial sums are
 // 4 * 9 * k * K2 bytes a block, written once and read once, in L2.
@@ -102,8 +102,8 @@ KERNEL __launch_bounds__(kMaxThreads) conv3x3_sum_kernel(SumArguments<T> a) {
   }
 }
 
-// Rows of a tile: as many as fill the device and fit in half of a multiprocessor's shared memory;
-// 48 or 16 if need be; 0 where not even they fit.
+// Returns the rows of a tile: as many as fill the device and fit in half of a multiprocessor's
+// shared memory; 48 or 16 if need be; 0 where not even they fit.
 template <class K>
 int tile_rows(const MapSizes& maps) {
   const int64_t limit = shared_limit();

@@ -77,8 +77,8 @@ struct Block {
         tile(zeros + K::kGradientPitch),
         gradient(tile + a.tile_rows * K::kPitch) {}
 
-  // The row of dy that a tap takes to row i of the tile. Where p - tap is outside the map, so is
-  // the opposite tap of p.
+  // The row of dy that a tap takes to row i of the tile. If p - tap is outside the map, so is the
+  // opposite tap of p.
   DEVICE const S* gradient_row(const Arguments<S>& a, int i, int tap) const {
     return taps[i] >> (kTaps - 1 - tap) & 1
                ? gradient + (i + a.halo - tap_distance(a.maps, tap)) * K::kGradientPitch
@@ -191,7 +191,7 @@ DEVICE T sum_over_rows(T (&v)[8]) {
   return v[0];
 }
 
-// dh of 16 rows of the tile.
+// Computes dh of 16 rows of the tile.
 template <class K, class S, class T>
 DEVICE void multiply_taps(const Arguments<S>& a, const Block<K>& block, int warp_row, int lane,
                           T (&dh)[K::kUnits][2][4]) {
@@ -251,7 +251,7 @@ DEVICE void normalize_unit(const Block<K>& block, int rows, int warp_row, int la
   block.sums[u * kThreads + warp_id() * kWarp + lane] += sum_over_rows(sum);
 }
 
-// dv, S1, S2 and h of 16 rows of a tile, which has `rows` rows from row0 on.
+// Makes dv, S1, S2 and h of 16 rows of a tile, which has `rows` rows from row0 on.
 template <class K, class S, class T>
 DEVICE void input_gradient(const Arguments<S>& a, const Block<K>& block, int64_t row0, int rows,
                            int warp_row, int lane) {

@@ -1,4 +1,4 @@
-// The slice = dropout(conv3x3(relu(scale * b + shift))), in one pass:
+// conv3x3_forward makes the slice = dropout(conv3x3(relu(scale * b + shift))) in one pass:
 //
 //   y[p, o] = sum_{tap, c} h[p + tap, c] W[o, c, tap]
 //   h = relu(scale * b + shift), 0 outside a map
@@ -6,7 +6,7 @@
 // b [M, pitch] are rows of pixels, map after map, and a tile is some consecutive rows, whatever the
 // maps' size: they and a halo of one map row and one pixel on each side go to shared memory by
 // cp.async, each thread normalizes what it has fetched, and then a tap is the tile's rows, shifted.
-// Where a tap leaves the map (the shifted row is a pixel of another map row, or of another sample)
+// If a tap leaves the map (the shifted row is a pixel of another map row, or of another sample)
 // its row is one of zeros, so padding is 0 behind ReLU.
 //
 // A warp has 32 rows and all output columns: per tap and step of depth, two loads of h and one of W
@@ -217,7 +217,7 @@ DEVICE void store_pair(S* target, const Arithmetic<S> (&v)[2], bool is_aligned, 
   }
 }
 
-// Stores dropout(y) of the 32 rows of a warp, the first of them row `row0` of all maps.
+// Stores dropout(y) of the 32 rows of a warp. The tile starts at row `tile_row` of all maps.
 template <class K, class S, class T>
 DEVICE void store_outputs(const Arguments<S>& a, const Block<K>& block, const Cursor& cursor,
                           int64_t tile_row, int warp_row, int lane,
@@ -282,11 +282,11 @@ KERNEL __launch_bounds__(Tiling<Math, kUnits, kTiles>::kMaxRows,
   }
 }
 
-// Rows of a tile, 32 for each warp: the number that takes the multiprocessors the least time, which
-// is that of the rows they read, halos included, and of waiting; 0 where not even 32 fit. Narrow
-// layers get small tiles where large ones leave no room for a second block that could work while
-// one waits for memory. Wide ones get 0 where 256 do not fit: so few warps would wait for memory
-// and for each other most of the time.
+// Returns the rows of a tile, 32 for each warp: the number that takes the multiprocessors the least
+// time, which is that of the rows they read, halos included, and of waiting; 0 where not even 32
+// fit. Narrow layers get small tiles where large ones leave no room for a second block that could
+// work while one waits for memory. Wide ones get 0 where 256 do not fit: so few warps would wait
+// for memory and for each other most of the time.
 template <class K>
 int tile_rows(const MapSizes& maps) {
   constexpr int kWaiting = 128;  // in rows, for each tile: an estimate
@@ -317,7 +317,7 @@ void launch_forward(const Conv3x3Forward<S>& f, Context& context) {
   a.pairs_are_aligned = spacing(f.features, f.offset) % (2 * sizeof(S)) == 0;
   a.tiles = static_cast<unsigned>(ceil_div(a.maps.rows, rows));
   const int64_t bytes = K::shared_bytes(rows, a.maps.width);
-  // As many blocks as run at the same time: one more would wait for all others.
+  // All blocks run at the same time: one more would wait for all others.
   const int64_t limit = Math::kTensor ? K::kBlocks * K::kMaxRows / rows : 8;
   const int64_t blocks =
       multiprocessors() * std::min<int64_t>(limit, std::max<int64_t>(1, shared_limit() / bytes));

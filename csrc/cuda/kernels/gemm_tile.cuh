@@ -63,7 +63,7 @@ struct TileProduct {
     __syncthreads();
   }
 
-  // body(row, column, value) for the accumulators of this thread.
+  // Calls body(row, column, value) for the accumulators of this thread.
   template <class F>
   DEVICE void for_accumulators(const F& body) {
     const int row = warp_id() % kWarpsM * 32 + lane_id() / 4,
@@ -83,7 +83,7 @@ struct TileProduct {
   }
 
   // Writes the tile to shared memory, [kM] rows kPitchC apart, for all threads to read.
-  DEVICE void share(T* result) {
+  DEVICE void store_shared(T* result) {
     for_accumulators(
         [&](int row, int column, T& value) { result[row * kPitchC + column] = value; });
     __syncthreads();

@@ -49,8 +49,10 @@ KERNEL __launch_bounds__(kMergeColumns* kMergeLanes) merge_tiles_kernel(MergeArg
     __syncthreads();
     return sum;
   };
-  const int64_t rows = p.rows - first * p.tile_rows, most = p.tiles_per_block * p.tile_rows;
-  const double count = static_cast<double>(rows <= 0 ? 1 : rows < most ? rows : most);
+  const int64_t remaining = p.rows - first * p.tile_rows, rows = p.tiles_per_block * p.tile_rows;
+  const double count = static_cast<double>(remaining <= 0     ? 1
+                                           : remaining < rows ? remaining
+                                                              : rows);
   const double center = total([](double n, double mu, double) { return n * mu; }) / count;
   const double spread = total([&](double n, double mu, double square) {
     return square + n * (mu - center) * (mu - center);
@@ -68,7 +70,7 @@ void launch_merge(const MergeArguments<T>& p, Context& context) {
          kMergeColumns * kMergeLanes, kMergeColumns * kMergeLanes * sizeof(double), p);
 }
 
-// mean and m2 [width] of all rows, from those of tiles of tile_rows rows.
+// Makes mean and m2 [width] of all rows from the moments of tiles of tile_rows rows.
 template <class T>
 void merge_tiles(const T* partial, int64_t tiles, int64_t tile_rows, int64_t rows, int64_t width,
                  T* mean, T* m2, Context& context) {

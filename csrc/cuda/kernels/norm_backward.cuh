@@ -3,10 +3,10 @@
 //   S1 = sum dv = dbeta,   S2 = sum dv*xhat = dgamma,   xhat = (q*x - mean)*rstd
 //   coef1 = -q*g (S1 - mean*rstd*S2)/M,  coef2 = -q^2*g*rstd*S2/M,  g = gamma*rstd
 //
-// Where the gradient buffer starts (transition, head) these are the coefficients, beside coef0 = 1;
-// a layer adds them to the coefficients so far. They are 0 unless the statistics are those of the
-// batch. The sums come in parts, added in their order. A block has 8 channels; its 32 lines of
-// threads walk down the parts, then down the samples' rows of coefficients.
+// The transition and the head, which start the gradient buffer, set these coefficients, beside
+// coef0 = 1; a layer adds them to the coefficients so far. They are 0 unless the statistics are
+// those of the batch. The sums come in parts, added in their order. A block has 8 channels; its 32
+// lines of threads walk down the parts, then down the samples' rows of coefficients.
 #pragma once
 
 #include "channel_loops.cuh"
@@ -110,7 +110,7 @@ void norm_backward(const NormBackward<T>& a, Context& context) {
          kNormBackwardBytes, a);
 }
 
-// gamma*rstd of V channels.
+// Computes gamma*rstd of V channels.
 template <int V, class T>
 DEVICE void load_gains(const Norm<T>& norm, int64_t c, int valid, T (&gain)[V]) {
 #pragma unroll

@@ -231,7 +231,7 @@ KERNEL __launch_bounds__(kMaxThreads, 2) stem_input_kernel(InputArguments<S> a) 
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         dv[v] *= gain[v];
-        // in inference a NaN in x must not reach dx through a factor of 0
+        // In inference a NaN in x must not reach dx through a factor of 0
         if (a.norm.training) dv[v] += affine(widen(x[i][v]), factor[v], constant[v]);
       }
       store_first<V>(a.dx.row(pixel[i]) + group.first, group.valid, dv);

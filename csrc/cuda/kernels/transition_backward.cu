@@ -8,7 +8,7 @@
 // Their dzp (gemm_tile.cuh) goes to shared memory; then threads take groups of channels of pooled
 // pixels: x of the four pixels, G, both sums, and zp for the next launch, which makes dW in parts
 // of the pooled pixels. Parts of dW, S1 and S2 are added in their order by two further launches.
-// Where a size is odd, the last row or column was not used: one launch clears its G. Bytes moved a
+// If a size is odd, the last row or column was not used: one launch clears its G. Bytes moved a
 // pixel of the map: x and G once, C*e each; zp C/4*e written and read; dout O/4*e for every 64
 // channels, from L2 but once.
 #include "norm_backward.cuh"
@@ -57,7 +57,7 @@ KERNEL __launch_bounds__(PooledProduct<Math>::kThreads, sizeof(typename Math::T)
                              a.dout.columns};
     if (place.m >= a.dout.rows) break;
     product.compute(memory, a.dout, a.weight, place);
-    product.share(dzp);
+    product.store_shared(dzp);
 
     NormGroup<T, V> norm;
     load_scale_shift<V>(a.scale_shift, 0, group.first, group.valid, norm.scale, norm.shift);
@@ -195,8 +195,8 @@ void clear_edge(const Maps<S>& grad, const Windows& windows, Context& context) {
   launch(context, clear_edge_kernel<S, V>, p, 0, a);
 }
 
-// G of the pixels in windows, and zp in scratch memory. Returns the parts of S1 and S2, and sets
-// how many they are.
+// Makes G of the pixels in windows, and zp in scratch memory. Returns the parts of S1 and S2, and
+// sets how many they are.
 template <class Math, class S = typename Math::Storage>
 const Arithmetic<S>* launch_spread(SpreadArguments<S>& a, int64_t& parts, Context& context) {
   using P = PooledProduct<Math>;
@@ -210,7 +210,7 @@ const Arithmetic<S>* launch_spread(SpreadArguments<S>& a, int64_t& parts, Contex
   return a.sums;
 }
 
-// The parts of dW. Returns them, and sets how many they are.
+// Makes the parts of dW. Returns them, and sets how many they are.
 template <class Math, class S = typename Math::Storage>
 const Arithmetic<S>* launch_weight(const Matrix<S>& dout, const Matrix<S>& pooled, int64_t& parts,
                                    Context& context) {

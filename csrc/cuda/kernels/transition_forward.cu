@@ -76,7 +76,7 @@ KERNEL __launch_bounds__(Product<Math>::kThreads, sizeof(typename Math::T) == 8 
   P product;
   product.compute(memory, a.pooled, a.weight, place);
   T* const result = reinterpret_cast<T*>(memory);
-  product.share(result);
+  product.store_shared(result);
 
   const StridedMaps<S>& out = a.out;
   const int64_t pixels = out.height * out.width;
@@ -94,7 +94,7 @@ KERNEL __launch_bounds__(Product<Math>::kThreads, sizeof(typename Math::T) == 8 
     }
     return;
   }
-  // Threads go along what lies side by side.
+  // Neighboring threads have neighboring elements of `out`.
   const bool along_channels = out.stride_c == 1;
   for (int i = thread_id(); i < P::kM * P::kN; i += P::kThreads) {
     const int row = along_channels ? i / P::kN : i % P::kM,
