@@ -29,7 +29,6 @@ KERNEL __launch_bounds__(Tiling<Math, kUnits, kWide, kMasked>::kThreads,
     bottleneck_backward_kernel(Arguments<typename Math::Storage> p) {
   wait_for_earlier_kernels();
   using K = Tiling<Math, kUnits, kWide, kMasked>;
-  using S = typename Math::Storage;
   using T = typename Math::T;
   DYNAMIC_SHARED(shared);
   const Block<K> block(p, shared);
@@ -175,7 +174,7 @@ void launch_backward(const BottleneckBackward<typename Math::Storage>& f, Contex
   a.db_affine = f.db_affine;
   a.weight = packed.weight, a.weight_pitch = as_int(panels * K::kWidth);
   a.scale_shift = packed.scale_shift, a.pre_mask = f.pre_mask, a.post_mask = f.post_mask;
-  as_int(f.features.samples * depth);  // an index of scale and shift
+  as_int(f.features.samples * depth);  // scale and shift are indexed with an int
   a.norm = f.norm, a.panels = as_int(panels);
   a.tiles_of_part = as_int(tiles_of_part<K>(f, tiles, chunks * panels));
   const int64_t parts = tiles > 0 ? ceil_div(tiles, a.tiles_of_part) : 0;

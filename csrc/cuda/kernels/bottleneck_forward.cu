@@ -274,7 +274,7 @@ void launch_masked(const BottleneckForward<typename Math::Storage>& f, Context& 
   a.x = f.features.data, a.x_pitch = as_int(f.features.pitch);
   a.rows = as_int(rows), a.pixels = as_int(f.features.pixels());
   a.channels = as_int(f.channels), a.depth = as_int(depth);
-  as_int(f.features.samples * depth);  // an index of scale and shift
+  as_int(f.features.samples * depth);  // scale and shift are indexed with an int
   a.weight = packed.weight, a.scale_shift = packed.scale_shift;
   a.out = f.bottleneck, a.width = as_int(f.width), a.pitch = as_int(round_up(f.width, kLanes));
   if (f.mean) a.partial = context.scratch<T>(tiles * 2 * f.width);

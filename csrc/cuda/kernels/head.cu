@@ -20,7 +20,7 @@ struct ForwardArguments {
   ScaleShiftTable<T> scale_shift;
   PixelRanges ranges;
   ThreadMap map;
-  T* sums;  // [items, channels], where samples are split
+  T* sums;  // [ranges, channels], where samples are split
   S* out;   // [samples, channels], where they are not
 };
 
