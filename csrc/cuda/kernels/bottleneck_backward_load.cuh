@@ -125,21 +125,19 @@ using RegisterWeight = typename K::Math::B[K::kRegisterSteps > 0 ? K::kRegisterS
 template <class K>
 struct Tile {
   using S = typename K::S;
-  int thread;
+  int row0, thread, g, t;
   bool idle;  // the warp has no channel
-  S *x, *db;
-  int row0, g, t;
-  S* grad;
+  S *x, *grad, *db;
 
   DEVICE Tile(const Block<K>& block, int index, int stage)
-      : thread(fresh(thread_id())),
-        idle(block.channel0 + thread / kWarp % K::kGroups * 16 >= block.channel_end),
-        x(block.maps + stage * 2 * K::kMapSize),
-        db(block.db + (index - block.tile) % K::kBuffers * K::kDbSize),
-        row0(index * K::kRows),
+      : row0(index * K::kRows),
+        thread(fresh(thread_id())),
         g(thread % kWarp / 4),
         t(thread % 4),
-        grad(x + K::kMapSize) {}
+        idle(block.channel0 + thread / kWarp % K::kGroups * 16 >= block.channel_end),
+        x(block.maps + stage * 2 * K::kMapSize),
+        grad(x + K::kMapSize),
+        db(block.db + (index - block.tile) % K::kBuffers * K::kDbSize) {}
 };
 
 template <class K, class S>
