@@ -53,7 +53,7 @@ struct StridedMaps {
   int64_t stride_n = 0, stride_c = 0, stride_h = 0, stride_w = 0;
 };
 
-// The backend of kernel_ops/kernel_arguments.h.
+// CUDA as a backend of kernel_ops/kernel_arguments.h.
 struct Cuda {
   template <class E>
   using Maps = cuda::Maps<E>;
@@ -77,8 +77,8 @@ using arguments::FoldNorm;
 template <class T>
 void fold_norm(const FoldNorm<T>& arguments, Context& context);
 
-// Moments of channels [offset, offset + channels) as they stand in the maps; nothing where they are
-// not wanted.
+// Takes the moments of channels [offset, offset + channels) of the maps, unless they are not
+// wanted.
 template <class S>
 void slice_moments(const Maps<const S>& features, int64_t offset, int64_t channels,
                    const Moments<Arithmetic<S>>& moments, Context& context);
@@ -92,17 +92,17 @@ bool conv3x3_forward_fits(const Conv3x3Forward<S>& arguments, const Context& con
 template <class S>
 bool conv3x3_backward_fits(const Conv3x3Backward<S>& arguments, const Context& context);
 
-// h [M, width] = relu(scale * b + shift)
+// Makes h [M, width] = relu(scale * b + shift).
 template <class S>
 void conv3x3_input(const S* bottleneck, const ScaleShiftTable<Arithmetic<S>>& scale_shift,
                    int64_t samples, int64_t pixels, int64_t width, S* h, Context& context);
-// The slice = dropout(y [M, growth])
+// Makes the slice = dropout(y [M, growth]).
 template <class S>
 void conv3x3_output(const Conv3x3Forward<S>& arguments, const S* y, Context& context);
-// dy [M, growth], the true gradient of the slice, after dropout
+// Makes dy [M, growth], the true gradient of the slice through dropout.
 template <class S>
 void conv3x3_output_gradient(const Conv3x3Backward<S>& arguments, S* dy, Context& context);
-// From the gradients of h and of the weight, dh [M, width] and dw, to all that is written.
+// Makes all that the backward writes, from the gradients of h and of the weight: dh [M, width], dw.
 template <class S>
 void conv3x3_input_gradient(const Conv3x3Backward<S>& arguments, const S* dh,
                             const StridedMaps<const S>& dw, Context& context);

@@ -1,4 +1,4 @@
-// Starting a kernel, and what has to be known about the device for that.
+// This file starts kernels, and asks the device for what that takes.
 #pragma once
 
 #include <limits>
@@ -25,7 +25,7 @@ struct Grid {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // so that the next call starts without it
+  cudaGetLastError();  // clears it for the next call
   throw std::runtime_error(std::string("densenet_ext: ") + what + ": " + cudaGetErrorString(error));
 }
 
@@ -54,11 +54,11 @@ inline std::string device_name(int device) {
   return properties.name;
 }
 
-// Whether kernels may be started before those in front of them have ended: the code that runs on
+// True if kernels may be started before those in front of them have ended: the code that runs on
 // this device has to wait for them itself (device_support.cu).
 bool starts_early(int device);
 
-// Nothing is launched where the grid is empty. Shared memory is whole units of 16 bytes, because
+// Launches nothing where the grid is empty. Shared memory is whole units of 16 bytes, because
 // the compiler may read it in such units, past the last value that is used.
 template <class... P>
 void launch(const Context& context, void (*kernel)(P...), Grid grid, int threads,
@@ -103,14 +103,25 @@ void launch(const Context&, void (*kernel)(P...), Grid grid, int threads, int64_
 
 #endif
 
-// Kernels count pixels in 32 bits, a tile beyond the last one included.
+// Kernels count pixels in 32 bits, a tile beyond the last pixel included.
 inline int as_int(int64_t value) {
   if (value > std::numeric_limits<int>::max() - 1024)
     throw std::runtime_error("densenet_ext: 2^31 pixels or more are too many");
   return static_cast<int>(value);
 }
 
-// How many blocks of `threads` cover n items.
-inline Grid cover(int64_t n, int threads) { return {ceil_div(n, threads)}; }
+constexpr int kMaxThreads = 256;  // of a block, where a kernel needs no other number
+
+// The grid of kMaxThreads threads a block that has a thread for each of n elements.
+inline Grid cover(int64_t n) { return {ceil_div(n, kMaxThreads)}; }
+
+// The last line of a kernel file: DENSENET_EXT_INSTANTIATE(function, Arguments) makes a launch
+// function for the four storage types; DENSENET_EXT_STORAGE_TYPES(X) is X(S) for each of them.
+#define DENSENET_EXT_STORAGE_TYPES(X) X(float) X(double) X(BFloat16) X(Float16)
+#define DENSENET_EXT_INSTANTIATE(function, Arguments)                     \
+  template void function<float>(const Arguments<float>&, Context&);       \
+  template void function<double>(const Arguments<double>&, Context&);     \
+  template void function<BFloat16>(const Arguments<BFloat16>&, Context&); \
+  template void function<Float16>(const Arguments<Float16>&, Context&);
 
 }  // namespace densenet_ext::cuda

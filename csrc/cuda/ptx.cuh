@@ -1,6 +1,6 @@
-// Every primitive of the GPU that C++ has no word for, one function each. Only this file and
+// Every primitive of the GPU that C++ has no word for has a function here. Only this file and
 // launch.cuh know which compiler reads them: nvcc gets PTX, a C++ compiler the twins that run on a
-// CPU (tests/simt).
+// CPU (csrc/simt).
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,10 @@ namespace densenet_ext::cuda {
 
 constexpr int kWarp = 32;
 
+DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
+DEVICE int lane_id() { return thread_id() % kWarp; }
+DEVICE int warp_id() { return thread_id() / kWarp; }
+
 // 16 bytes, the widest access.
 struct alignas(16) Bytes16 {
   uint32_t word[4];
@@ -27,9 +31,9 @@ struct alignas(16) Bytes16 {
 
 #ifdef __CUDACC__
 
-// The first thing that every kernel does. On devices that can, its blocks start while the last ones
-// of the kernel before are still running (launch.cuh); here they wait until that one has ended and
-// what it has written is there.
+// Every kernel calls this first. On devices that can, its blocks start while the last ones of the
+// previous kernel are still running (launch.cuh); here they wait until that one has ended and what
+// it has written can be read.
 DEVICE void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
@@ -37,18 +41,18 @@ DEVICE void wait_for_earlier_kernels() {
 #endif
 }
 
-DEVICE Bytes16 ld16(const void* from) {
-  const uint4 v = *static_cast<const uint4*>(from);
+DEVICE Bytes16 ld16(const void* source) {
+  const uint4 v = *static_cast<const uint4*>(source);
   return {{v.x, v.y, v.z, v.w}};
 }
-DEVICE void st16(void* to, const Bytes16& v) {
-  *static_cast<uint4*>(to) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+DEVICE void st16(void* target, const Bytes16& v) {
+  *static_cast<uint4*>(target) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
 
-// The same to global memory, in one access wherever the values come from: compilers make four of
-// some stores.
-DEVICE void st16_global(void* to, const Bytes16& v) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(to)),
+// Stores to global memory, in one access wherever the values come from: compilers make four of some
+// st16.
+DEVICE void st16_global(void* target, const Bytes16& v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(target)),
                "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
                : "memory");
 }
@@ -57,30 +61,30 @@ DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// 16 bytes from global to shared memory, past the registers and L1; the last 16 - bytes of them
-// become 0. Both addresses are multiples of 16. With bytes == 0 nothing is read.
+// Copies 16 bytes from global to shared memory, past the registers and L1; the last 16 - bytes of
+// them become 0. Both addresses are multiples of 16. With bytes == 0 nothing is read.
 DEVICE void cp_async16(void* shared, const void* global, int bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
                "l"(global), "r"(bytes)
                : "memory");
 }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-// Until at most `pending` of this thread's committed groups are on their way.
+// Waits until at most `pending` of this thread's committed groups are in flight.
 template <int pending>
 DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
 }
 
-// 8x8 matrices of 16-bit elements (8x4 of 32 bits): lane l gives the address of row l%8 of matrix
-// l/8, 16 bytes, and gets in r[i] word l%4 of row l/4 of matrix i.
+// Loads four 8x8 matrices of 16-bit elements (8x4 of 32 bits): lane l gives the address of row l%8
+// of matrix l/8, 16 bytes, and gets in r[i] word l%4 of row l/4 of matrix i.
 DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
 }
-// The same, each matrix transposed: lane l gets in r[i] elements (2*(l%4), l/4) and (2*(l%4)+1,
-// l/4) of matrix i.
+// Loads each matrix transposed: lane l gets in r[i] elements (2*(l%4), l/4) and (2*(l%4)+1, l/4) of
+// matrix i.
 DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -116,7 +120,7 @@ DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// To the nearest value with 10 bits of mantissa, ties away from 0.
+// Rounds to the nearest value with 10 bits of mantissa, ties away from 0.
 DEVICE float round_tf32(float v) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(v));
@@ -126,7 +130,7 @@ DEVICE float round_tf32(float v) {
 DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
 DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-// To the nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest, ties to even; NaN stays NaN.
 template <class S>
 DEVICE S narrow(float v);
 template <>
@@ -164,7 +168,7 @@ DEVICE uint32_t narrow2<Float16>(float low, float high) {
   return word;
 }
 
-// The same of max(v, 0); NaN stays NaN.
+// Two values max(v, 0) in one word; NaN stays NaN.
 template <class S>
 DEVICE uint32_t narrow2_relu(float low, float high);
 template <>
@@ -194,7 +198,7 @@ DEVICE S store_as(Arithmetic<S> v) {
     return narrow<S>(v);
   }
 }
-// What v becomes when it is stored and loaded again.
+// The value that v becomes when it is stored and loaded again.
 template <class S>
 DEVICE Arithmetic<S> rounded(Arithmetic<S> v) {
   return widen(store_as<S>(v));

@@ -1,4 +1,4 @@
-// Whether this library holds code for a device.
+// check_device tells whether this library holds code for a device.
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -6,7 +6,7 @@
 #include "cuda/architectures.h"
 #include "cuda/launch.cuh"
 
-// Of the build, as in 8.0:9.0+PTX.
+// The build says what it compiled for, as in 8.0:9.0+PTX.
 #ifndef DENSENET_EXT_CUDA_ARCHITECTURES
 #define DENSENET_EXT_CUDA_ARCHITECTURES 8.0
 #endif
@@ -26,13 +26,13 @@ std::string text(Capability c) { return std::to_string(c.major) + "." + std::to_
 // Code for 9.0 or newer waits (ptx.cuh). A binary is preferred to PTX, and newer PTX to older, so
 // where some such code serves the device, it is what runs.
 bool starts_early(int device) {
-  static std::atomic<signed char> known[64];  // 1: yes, -1: no
-  signed char found = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
+  static std::atomic<signed char> early_devices[64];  // 1: yes, -1: no
+  signed char found = device < 64 ? early_devices[device].load(std::memory_order_relaxed) : 0;
   if (found == 0) {
     const bool early = served(DENSENET_EXT_TEXT_OF(DENSENET_EXT_CUDA_ARCHITECTURES),
                               device_capability(device), {9, 0});
     found = early ? 1 : -1;
-    if (device < 64) known[device].store(found, std::memory_order_relaxed);
+    if (device < 64) early_devices[device].store(found, std::memory_order_relaxed);
   }
   return found > 0;
 }

@@ -1,5 +1,5 @@
-// Weights and tables as the matrix kernels read them: in the storage type, padded with zeros to
-// whole tiles, so that no kernel has to ask where they end.
+// The matrix kernels read weights, scale and shift as this file packs them: in the storage type,
+// padded with zeros to whole tiles, so that no kernel has to ask where they end.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -7,33 +7,25 @@
 
 namespace densenet_ext::cuda {
 
-template <class T>
-struct Table {
-  const ScaleShift<T>* data;
-  int64_t sample_stride;  // 0 where all samples share a row
-
-  DEVICE const ScaleShift<T>* row(int64_t n) const { return data + n * sample_stride; }
-};
-
 template <class S>
 struct Packing {
   using T = Arithmetic<S>;
   const T* weight;  // [rows, columns]
   int64_t rows, columns;
-  S* packed;  // [packed_rows, packed_columns], or transposed
+  S* packed;  // [packed_rows, packed_columns], of the weight or of its transpose
   int64_t packed_rows, packed_columns;
   bool transposed;
-  ScaleShiftTable<T> norm;
-  ScaleShift<T>* table;  // [samples, table_columns]
-  int64_t samples, channels, table_columns;
+  ScaleShiftTable<T> table;
+  ScaleShift<T>* scale_shift;  // [samples, packed_channels]; samples may be 0
+  int64_t samples, channels, packed_channels;
 };
 
-// A thread an element: first the weights, then the table.
+// Each thread has an element: first those of the weight, then scale and shift.
 template <class Math>
-KERNEL __launch_bounds__(256) pack_kernel(Packing<typename Math::Storage> p) {
+KERNEL __launch_bounds__(kMaxThreads) pack_kernel(Packing<typename Math::Storage> p) {
   wait_for_earlier_kernels();
   using T = typename Math::T;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x;
   const int64_t weights = p.packed_rows * p.packed_columns;
   if (i < weights) {
     int64_t row = i / p.packed_columns, column = i % p.packed_columns;
@@ -41,44 +33,55 @@ KERNEL __launch_bounds__(256) pack_kernel(Packing<typename Math::Storage> p) {
       const int64_t swap = row;
       row = column, column = swap;
     }
-    const bool inside = row < p.rows && column < p.columns;
-    p.packed[i] = Math::operand(inside ? p.weight[row * p.columns + column] : T(0));
-  } else if (i - weights < p.samples * p.table_columns) {
-    const int64_t n = (i - weights) / p.table_columns, c = (i - weights) % p.table_columns;
-    ScaleShift<T> entry = {T(0), T(0)};
-    if (c < p.channels) entry = {p.norm.scale.row(n)[c], p.norm.shift.row(n)[c]};
-    p.table[i - weights] = entry;
+    const bool exists = row < p.rows && column < p.columns;
+    p.packed[i] = Math::operand(exists ? p.weight[row * p.columns + column] : T(0));
+  } else if (i - weights < p.samples * p.packed_channels) {
+    const int64_t n = (i - weights) / p.packed_channels, c = (i - weights) % p.packed_channels;
+    ScaleShift<T> pair = {T(0), T(0)};
+    if (c < p.channels) pair = {p.table.scale.row(n)[c], p.table.shift.row(n)[c]};
+    p.scale_shift[i - weights] = pair;
   }
 }
 
-// What packing leaves behind.
+template <class Math>
+void launch_pack(const Packing<typename Math::Storage>& p, Context& context) {
+  launch(context, pack_kernel<Math>,
+         cover(p.packed_rows * p.packed_columns + p.samples * p.packed_channels), kMaxThreads, 0,
+         p);
+}
+
+template <class T>
+bool has_sample_stride(const ScaleShiftTable<T>& table) {
+  return table.scale.sample_stride != 0 || table.shift.sample_stride != 0;
+}
+
 template <class S>
 struct Packed {
   S* weight;
-  Table<Arithmetic<S>> table;
+  PerChannel<ScaleShift<Arithmetic<S>>> scale_shift;
 };
 
-// weight [rows, columns] padded to [packed_rows, packed_columns], transposed before that if so
-// asked, and the table of `channels` channels padded to table_columns.
-template <class Math>
-Packed<typename Math::Storage> pack(const typename Math::T* weight, int64_t rows, int64_t columns,
-                                    int64_t packed_rows, int64_t packed_columns, bool transposed,
-                                    const ScaleShiftTable<typename Math::T>& norm, int64_t samples,
-                                    int64_t channels, int64_t table_columns, Context& context) {
+// Packs the weight [width, channels] of a layer's 1x1 convolution to packed_width rows, or columns
+// if it is transposed, and packed_channels of the others; and scale and shift of its input.
+template <class Math, class Layer>
+Packed<typename Math::Storage> pack(const Layer& layer, int64_t packed_width,
+                                    int64_t packed_channels, bool transposed, Context& context) {
   using S = typename Math::Storage;
   using T = typename Math::T;
-  const bool per_sample = norm.scale.sample_stride != 0 || norm.shift.sample_stride != 0;
-  const int64_t table_rows = per_sample ? samples : 1;
-  S* const packed = context.scratch<S>(packed_rows * packed_columns);
-  ScaleShift<T>* const table = context.scratch<ScaleShift<T>>(table_rows * table_columns);
-  const Packing<S> p = {weight,     rows, columns, packed,     packed_rows, packed_columns,
-                        transposed, norm, table,   table_rows, channels,    table_columns};
-  launch(context, pack_kernel<Math>,
-         cover(packed_rows * packed_columns + table_rows * table_columns, 256), 256, 0, p);
-  return {packed, {table, per_sample ? table_columns : 0}};
+  const bool per_sample = has_sample_stride(layer.scale_shift);
+  Packing<S> p = {};
+  p.weight = layer.weight, p.rows = layer.width, p.columns = layer.channels;
+  p.packed = context.scratch<S>(packed_width * packed_channels), p.transposed = transposed;
+  p.packed_rows = transposed ? packed_channels : packed_width;
+  p.packed_columns = transposed ? packed_width : packed_channels;
+  p.table = layer.scale_shift, p.samples = per_sample ? layer.features.samples : 1;
+  p.scale_shift = context.scratch<ScaleShift<T>>(p.samples * packed_channels);
+  p.channels = layer.channels, p.packed_channels = packed_channels;
+  launch_pack<Math>(p, context);
+  return {p.packed, {p.scale_shift, per_sample ? packed_channels : 0}};
 }
 
-// Calls body.template operator()<Math>() for the arithmetic of S.
+// Calls body(Math{}) for the arithmetic of S.
 template <class S, class F>
 void dispatch_math(const Context& context, const F& body) {
   if constexpr (sizeof(S) == 2) {

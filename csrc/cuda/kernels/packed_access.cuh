@@ -1,7 +1,7 @@
-// Runs of neighboring channels in one access: V values of storage type S, V * sizeof(S) bytes at an
-// address that is a multiple of them.
+// Neighboring channels are read and written in one access: V values of storage type S, V *
+// sizeof(S) bytes at an address that is a multiple of them.
 //
-// Slices of a feature buffer start at any channel, so what V may be depends on the slice: kernels
+// Slices of a feature buffer start at any channel, so the largest V depends on the slice: kernels
 // are templates of V, and with_vector picks the widest one that all its addresses allow. Channels
 // beyond the slice are never touched: the last group of a row goes element by element.
 #pragma once
@@ -13,41 +13,45 @@
 
 namespace densenet_ext::cuda {
 
+// Elements of the widest access, 16 bytes.
+template <class S>
+constexpr int kVector = 16 / static_cast<int>(sizeof(S));
+
 template <int bytes>
 using Word = std::conditional_t<
     bytes == 16, Bytes16,
     std::conditional_t<bytes == 8, uint64_t, std::conditional_t<bytes == 4, uint32_t, uint16_t>>>;
 
 template <int bytes>
-DEVICE Word<bytes> load_word(const void* from) {
+DEVICE Word<bytes> load_word(const void* source) {
   if constexpr (bytes == 16) {
-    return ld16(from);
+    return ld16(source);
   } else {
-    return *static_cast<const Word<bytes>*>(from);
+    return *static_cast<const Word<bytes>*>(source);
   }
 }
 template <int bytes>
-DEVICE void store_word(void* to, const Word<bytes>& word) {
+DEVICE void store_word(void* target, const Word<bytes>& word) {
   if constexpr (bytes == 16) {
-    st16(to, word);
+    st16(target, word);
   } else {
-    *static_cast<Word<bytes>*>(to) = word;
+    *static_cast<Word<bytes>*>(target) = word;
   }
 }
 
 template <int V, class S>
-DEVICE void load(const S* from, Arithmetic<S> (&v)[V]) {
+DEVICE void load(const S* source, Arithmetic<S> (&v)[V]) {
   constexpr int bytes = V * sizeof(S);
   static_assert(bytes <= 16, "the widest access");
-  const Word<bytes> word = load_word<bytes>(from);
+  const Word<bytes> word = load_word<bytes>(source);
   S s[V];
   memcpy(s, &word, bytes);
 #pragma unroll
   for (int i = 0; i < V; ++i) v[i] = widen(s[i]);
 }
-// With kRectify max(v, 0); NaN stays NaN.
+// Stores v, with kRectify max(v, 0); NaN stays NaN.
 template <int V, bool kRectify = false, class S>
-DEVICE void store(S* to, const Arithmetic<S> (&v)[V]) {
+DEVICE void store(S* target, const Arithmetic<S> (&v)[V]) {
   constexpr int bytes = V * sizeof(S);
   Word<bytes> word;
   if constexpr (sizeof(S) == 2 && V > 1) {
@@ -64,10 +68,10 @@ DEVICE void store(S* to, const Arithmetic<S> (&v)[V]) {
     for (int i = 0; i < V; ++i) s[i] = store_as<S>(kRectify ? relu(v[i]) : v[i]);
     memcpy(&word, s, bytes);
   }
-  store_word<bytes>(to, word);
+  store_word<bytes>(target, word);
 }
 
-// v becomes what it is when it is stored and loaded again.
+// Gives v the values that it has when it is stored and loaded again.
 template <class S, int V>
 DEVICE void round_values(Arithmetic<S> (&v)[V]) {
   if constexpr (sizeof(S) == 2 && V > 1) {
@@ -82,65 +86,65 @@ DEVICE void round_values(Arithmetic<S> (&v)[V]) {
   }
 }
 
-// Runs of values as operands of a product.
+// Stores values as operands of a product.
 template <class Math, bool kRectify = false, int V>
-DEVICE void store_operands(typename Math::Storage* to, const typename Math::T (&from)[V]) {
+DEVICE void store_operands(typename Math::Storage* target, const typename Math::T (&source)[V]) {
   if constexpr (sizeof(typename Math::Storage) == 2) {  // stored is rounded
-    store<V, kRectify>(to, from);
+    store<V, kRectify>(target, source);
   } else {
     typename Math::T v[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = Math::operand(kRectify ? relu(from[i]) : from[i]);
-    store<V>(to, v);
+    for (int i = 0; i < V; ++i) v[i] = Math::operand(kRectify ? relu(source[i]) : source[i]);
+    store<V>(target, v);
   }
 }
 
-// The first `valid` values as they are stored, 0 beyond them.
+// Loads the first `valid` values as they are stored, 0 beyond them.
 template <int V, class S>
-DEVICE void load_raw(const S* from, int valid, S (&v)[V]) {
+DEVICE void load_raw(const S* source, int valid, S (&v)[V]) {
   if (valid >= V) {
-    const Word<V * sizeof(S)> word = load_word<V * sizeof(S)>(from);
+    const Word<V * sizeof(S)> word = load_word<V * sizeof(S)>(source);
     memcpy(v, &word, sizeof v);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < V; ++i) v[i] = i < valid ? from[i] : S{};
+  for (int i = 0; i < V; ++i) v[i] = i < valid ? source[i] : S{};
 }
 
-// load and store for the first `valid` values; those beyond are loaded as 0.
+// Loads or stores the first `valid` values; those beyond are loaded as 0.
 template <int V, class S>
-DEVICE void load_first(const S* from, int valid, Arithmetic<S> (&v)[V]) {
-  if (valid >= V) return load<V>(from, v);
+DEVICE void load_first(const S* source, int valid, Arithmetic<S> (&v)[V]) {
+  if (valid >= V) return load<V>(source, v);
 #pragma unroll
-  for (int i = 0; i < V; ++i) v[i] = i < valid ? widen(from[i]) : Arithmetic<S>(0);
+  for (int i = 0; i < V; ++i) v[i] = i < valid ? widen(source[i]) : Arithmetic<S>(0);
 }
 template <int V, class S>
-DEVICE void store_first(S* to, int valid, const Arithmetic<S> (&v)[V]) {
-  if (valid >= V) return store<V>(to, v);
+DEVICE void store_first(S* target, int valid, const Arithmetic<S> (&v)[V]) {
+  if (valid >= V) return store<V>(target, v);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    if (i < valid) to[i] = store_as<S>(v[i]);
+    if (i < valid) target[i] = store_as<S>(v[i]);
   }
 }
-// Copies them as they are.
+// Copies the first `valid` values as they are.
 template <int V, class S>
-DEVICE void copy_first(const S* from, int valid, S* to) {
+DEVICE void copy_first(const S* source, int valid, S* target) {
   constexpr int bytes = V * sizeof(S);
-  if (valid >= V) return store_word<bytes>(to, load_word<bytes>(from));
+  if (valid >= V) return store_word<bytes>(target, load_word<bytes>(source));
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    if (i < valid) to[i] = from[i];
+    if (i < valid) target[i] = source[i];
   }
 }
-// The same as load_first, wherever they lie.
+// Loads the first `valid` values from any address, one by one; those beyond are 0.
 template <int V, class S>
-DEVICE void load_each(const S* from, int valid, Arithmetic<S> (&v)[V]) {
+DEVICE void load_each(const S* source, int valid, Arithmetic<S> (&v)[V]) {
 #pragma unroll
-  for (int i = 0; i < V; ++i) v[i] = i < valid ? widen(from[i]) : Arithmetic<S>(0);
+  for (int i = 0; i < V; ++i) v[i] = i < valid ? widen(source[i]) : Arithmetic<S>(0);
 }
 
-// All distances between the addresses that a kernel uses, or-ed: their common alignment is that of
-// the result.
+// Ors all distances between the addresses that a kernel uses: the result is aligned as they all
+// are.
 inline uint64_t spacing(const void* data, int64_t pitch_bytes) {
   return reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(pitch_bytes);
 }
@@ -156,13 +160,13 @@ uint64_t spacing(const StridedMaps<E>& maps) {
   return spacing(maps.data, pitch * static_cast<int64_t>(sizeof(E)));
 }
 
-// Values of a thread where it keeps several numbers for each: with 16 bytes of 16-bit types its
-// registers would not do.
+// Values of a thread that keeps several numbers for each: with 16 bytes of 16-bit types it would
+// have too few registers.
 template <class S>
-constexpr int kFew = sizeof(S) == 8 ? 2 : 4;
+constexpr int kSummedVector = sizeof(S) == 8 ? 2 : 4;
 
 // Calls body with the largest V, as a constant, that these distances allow.
-template <class S, int V = 16 / sizeof(S), class F>
+template <class S, int V = kVector<S>, class F>
 void with_vector(uint64_t distances, const F& body) {
   if constexpr (V > 1) {
     if (distances % (V * sizeof(S)) != 0) return with_vector<S, V / 2>(distances, body);

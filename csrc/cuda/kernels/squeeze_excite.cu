@@ -1,17 +1,18 @@
-// Squeeze-and-excitation on the k channels that a dense layer has just written, in place (Hu et al.
-// 2018), with a hidden width r:
+// Squeeze-and-excitation (Hu et al. 2018) works in place on the k channels that a dense layer has
+// just written, with a hidden width r:
 //
 //   pooled = mean,  hidden = relu(W1 pooled + b1),  gate = sigmoid(W2 hidden + b2),  x *= gate
 //
-// and the moments follow: mean*gate, M2*gate^2. Two launches: a block a sample for the two small
+// and the moments follow: mean*gate, M2*gate^2. Two launches: a block for each sample's two small
 // products, then one pass over the slice. Backward, with g the gradient of the scaled x:
 //
 //   u = sum_p g*x = gate*dgate,  so the gradient of the sigmoid's argument is u*(1 - gate)
 //
 // without a division by the gate; the gradient of the unscaled x is again coef0*G + coef1 +
-// coef2*x, which stands for gate*g + dpooled/P. Three launches: u (in pieces where a sample is cut,
-// channel_loops.cuh), a block a sample for what hangs on it, and the gradients of the parameters,
-// sums over samples. Bytes moved a pixel: forward k*e read and written, backward 2*k*e read.
+// coef2*x, which stands for gate*g + dpooled/P. Three launches: u (in parts where a sample is
+// split, channel_loops.cuh), a block for each sample's gradients through the gate, and the
+// gradients of the weights and biases, sums over samples. Bytes moved a pixel: forward k*e read and
+// written, backward 2*k*e read.
 #include "channel_loops.cuh"
 
 namespace densenet_ext::cuda {
@@ -51,27 +52,27 @@ KERNEL __launch_bounds__(kMaxThreads) gate_kernel(SqueezeExciteForward<S> a) {
 }
 
 template <class S>
-struct ScaleArgs {
+struct ScaleArguments {
   using T = Arithmetic<S>;
   S* data;  // at the first channel
   int64_t pitch, channels;
   const T* gate;  // [samples, channels]
-  Items items;
+  PixelRanges ranges;
   ThreadMap map;
 };
 
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads, 2) scale_kernel(ScaleArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, 2) scale_kernel(ScaleArguments<S> a) {
   wait_for_earlier_kernels();
   using T = Arithmetic<S>;
-  const Run run = a.items[blockIdx.x];
+  const PixelRange range = a.ranges[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.channels);
-  S* const data = a.data + run.sample * a.items.pixels * a.pitch + group.first;
+  S* const data = a.data + range.sample * a.ranges.pixels * a.pitch + group.first;
   T gate[V];
-  load_each<V>(a.gate + run.sample * a.channels + group.first, group.valid, gate);
-  const S* const from[1] = {data};
+  load_each<V>(a.gate + range.sample * a.channels + group.first, group.valid, gate);
+  const S* const source[1] = {data};
   const int64_t pitch[1] = {a.pitch};
-  for_pixels<V, 1>(run, a.map, group.valid, from, pitch, [&](int64_t p, T(&x)[1][V]) {
+  for_pixels<V, 1>(range, a.map, group.valid, source, pitch, [&](int64_t p, T(&x)[1][V]) {
 #pragma unroll
     for (int v = 0; v < V; ++v) x[0][v] *= gate[v];
     store_first<V>(data + p * a.pitch, group.valid, x[0]);
@@ -79,41 +80,41 @@ KERNEL __launch_bounds__(kMaxThreads, 2) scale_kernel(ScaleArgs<S> a) {
 }
 
 template <class S>
-struct DotArgs {
+struct DotArguments {
   using T = Arithmetic<S>;
   const S* x;  // at the first channel
   const S* grad;
   int64_t x_pitch, grad_pitch, channels, offset;
   Coefficients<T> coef;
-  Items items;
+  PixelRanges ranges;
   ThreadMap map;
-  T* sums;  // [items, channels]: sum of g*x over the pixels of an item
+  T* sums;  // [ranges, channels]: sum of g*x over the pixels of a range
 };
 
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads, 2) dot_kernel(DotArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, 2) dot_kernel(DotArguments<S> a) {
   wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
-  const Run run = a.items[blockIdx.x];
+  const PixelRange range = a.ranges[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.channels);
   T coef[3][V], sums[V] = {};
 #pragma unroll
   for (int i = 0; i < 3; ++i)
-    load_each<V>(&a.coef.at(i, run.sample, a.offset + group.first), group.valid, coef[i]);
-  const int64_t first = run.sample * a.items.pixels;
-  const S* const from[2] = {a.grad + first * a.grad_pitch + group.first,
-                            a.x + first * a.x_pitch + group.first};
+    load_each<V>(&a.coef.at(i, range.sample, a.offset + group.first), group.valid, coef[i]);
+  const int64_t first = range.sample * a.ranges.pixels;
+  const S* const source[2] = {a.grad + first * a.grad_pitch + group.first,
+                              a.x + first * a.x_pitch + group.first};
   const int64_t pitch[2] = {a.grad_pitch, a.x_pitch};
-  for_pixels<V, 2>(run, a.map, group.valid, from, pitch, [&](int64_t, T(&in)[2][V]) {
+  for_pixels<V, 2>(range, a.map, group.valid, source, pitch, [&](int64_t, T(&in)[2][V]) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const T g = affine(in[0][v], coef[0][v], affine(in[1][v], coef[2][v], coef[1][v]));
       sums[v] = affine(in[1][v], g, sums[v]);
     }
   });
-  sum_rows(sums, reinterpret_cast<T*>(memory), a.map);
-  if (a.map.row() != 0) return;
+  sum_lines(sums, reinterpret_cast<T*>(memory), a.map);
+  if (a.map.line() != 0) return;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     if (v < group.valid)
@@ -122,8 +123,8 @@ KERNEL __launch_bounds__(kMaxThreads, 2) dot_kernel(DotArgs<S> a) {
 }
 
 template <class S>
-struct SampleArgs {
-  SqueezeExciteBackward<S> a;
+struct SampleArguments {
+  SqueezeExciteBackward<S> op;
   const Arithmetic<S>* sums;  // [samples, splits, growth]
   int64_t splits;
   Arithmetic<S>* dlogit;   // [samples, growth]: of the sigmoid's argument
@@ -131,11 +132,11 @@ struct SampleArgs {
 };
 
 template <class S>
-KERNEL __launch_bounds__(kMaxThreads) sample_kernel(SampleArgs<S> args) {
+KERNEL __launch_bounds__(kMaxThreads) sample_kernel(SampleArguments<S> s) {
   wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
-  const SqueezeExciteBackward<S>& a = args.a;
+  const SqueezeExciteBackward<S>& a = s.op;
   const ThreadMap map = narrow_map();
   const int64_t n = blockIdx.x, k = a.growth, r = a.hidden_width, step = blockDim.x;
   T* const reduction = reinterpret_cast<T*>(memory);
@@ -145,14 +146,14 @@ KERNEL __launch_bounds__(kMaxThreads) sample_kernel(SampleArgs<S> args) {
     const Group group = group_of<1>(map, chunk, k);
     T sum[1] = {};
     if (group.valid > 0) {
-      for (int64_t i = map.row(); i < args.splits; i += map.rows)
-        sum[0] += args.sums[(n * args.splits + i) * k + group.first];
+      for (int64_t i = map.line(); i < s.splits; i += map.lines)
+        sum[0] += s.sums[(n * s.splits + i) * k + group.first];
     }
-    sum_rows(sum, reduction, map);
-    if (map.row() == 0 && group.valid > 0) {
+    sum_lines(sum, reduction, map);
+    if (map.line() == 0 && group.valid > 0) {
       const T value = sum[0] * (T(1) - a.gate[n * k + group.first]);
       dlogit[group.first] = value;
-      args.dlogit[n * k + group.first] = value;
+      s.dlogit[n * k + group.first] = value;
     }
   }
   __syncthreads();
@@ -161,7 +162,7 @@ KERNEL __launch_bounds__(kMaxThreads) sample_kernel(SampleArgs<S> args) {
     for (int64_t j = 0; j < k; ++j) sum += a.fc2_weight[j * r + i] * dlogit[j];
     const T value = a.hidden[n * r + i] > T(0) ? sum : T(0);
     dhidden[i] = value;
-    args.dhidden[n * r + i] = value;
+    s.dhidden[n * r + i] = value;
   }
   __syncthreads();
   const T pixels = static_cast<T>(a.features.pixels());
@@ -176,23 +177,25 @@ KERNEL __launch_bounds__(kMaxThreads) sample_kernel(SampleArgs<S> args) {
   }
 }
 
-// One of the outputs: the sum over samples of left[n] * right[n], or of left[n] alone.
+// The gradient of a weight is the sum over samples of gradient[n] * input[n], that of a bias the
+// sum of gradient[n].
 template <class T>
-struct Product {
+struct ParameterGradient {
   T* out;
-  const T* left;
-  const T* right;
-  int64_t left_width, right_width;
+  const T* gradient;
+  const T* input;  // null: a bias
+  int64_t gradient_pitch, input_pitch;
 
-  DEVICE T at(int64_t n) const {
-    return right ? left[n * left_width] * right[n * right_width] : left[n * left_width];
+  DEVICE T term(int64_t n) const {
+    const T g = gradient[n * gradient_pitch];
+    return input ? g * input[n * input_pitch] : g;
   }
 };
 
-// The outputs one after the other: dW2 [k, r], dW1 [r, k], db2 [k], db1 [r].
+// The q-th of the parameters dW2 [k, r], dW1 [r, k], db2 [k], db1 [r], in this order.
 template <class S>
-DEVICE Product<Arithmetic<S>> product_of(const SampleArgs<S>& s, int64_t q) {
-  const SqueezeExciteBackward<S>& a = s.a;
+DEVICE ParameterGradient<Arithmetic<S>> parameter_gradient(const SampleArguments<S>& s, int64_t q) {
+  const SqueezeExciteBackward<S>& a = s.op;
   const int64_t k = a.growth, r = a.hidden_width;
   if (q < k * r) return {a.dfc2_weight + q, s.dlogit + q / r, a.hidden + q % r, k, r};
   q -= k * r;
@@ -204,75 +207,70 @@ DEVICE Product<Arithmetic<S>> product_of(const SampleArgs<S>& s, int64_t q) {
 }
 
 template <class S>
-KERNEL __launch_bounds__(kMaxThreads) parameter_kernel(SampleArgs<S> args) {
+KERNEL __launch_bounds__(kMaxThreads) parameter_kernel(SampleArguments<S> s) {
   wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
   const ThreadMap map = narrow_map();
-  const int64_t k = args.a.growth, r = args.a.hidden_width;
+  const int64_t k = s.op.growth, r = s.op.hidden_width;
   const Group group = group_of<1>(map, blockIdx.x, 2 * k * r + k + r);
-  const Product<T> product = product_of(args, group.first);
+  const ParameterGradient<T> parameter = parameter_gradient(s, group.first);
   T sum[1] = {};
   if (group.valid > 0) {
 #pragma unroll 4
-    for (int64_t n = map.row(); n < args.a.features.samples; n += map.rows) sum[0] += product.at(n);
+    for (int64_t n = map.line(); n < s.op.features.samples; n += map.lines)
+      sum[0] += parameter.term(n);
   }
-  sum_rows(sum, reinterpret_cast<T*>(memory), map);
-  if (map.row() == 0 && group.valid > 0) *product.out = sum[0];
+  sum_lines(sum, reinterpret_cast<T*>(memory), map);
+  if (map.line() == 0 && group.valid > 0) *parameter.out = sum[0];
 }
 
 // Threads for k or r values of a sample.
-int few_threads(int64_t values) {
+int threads_for(int64_t values) {
   return static_cast<int>(std::min<int64_t>(kMaxThreads, round_up(values, kWarp)));
 }
 
 }  // namespace
 
 template <class S>
-void squeeze_excite_forward(const SqueezeExciteForward<S>& a, Context& context) {
+void squeeze_excite_forward(const SqueezeExciteForward<S>& f, Context& context) {
   using T = Arithmetic<S>;
-  if (a.growth == 0) return;
-  launch(context, gate_kernel<S>, {a.features.samples},
-         few_threads(std::max(a.growth, a.hidden_width)), (a.growth + a.hidden_width) * sizeof(T),
-         a);
-  with_vector<S>(spacing(a.features, a.offset), [&](auto vector) {
-    constexpr int V = decltype(vector)::value;
-    const Plan p = plan(a.growth, V, a.features.samples, a.features.pixels());
-    launch(context, scale_kernel<S, V>, p.grid(), p.threads, 0,
-           ScaleArgs<S>{a.features.data + a.offset, a.features.pitch, a.growth, a.gate, p.items,
-                        p.map});
-  });
+  if (f.growth == 0) return;
+  launch(context, gate_kernel<S>, {f.features.samples},
+         threads_for(std::max(f.growth, f.hidden_width)), (f.growth + f.hidden_width) * sizeof(T),
+         f);
+  ScaleArguments<S> a = {};
+  a.data = f.features.data + f.offset, a.pitch = f.features.pitch, a.channels = f.growth;
+  a.gate = f.gate;
+  with_partition<S>(spacing(f.features, f.offset), f.growth, f.features.samples,
+                    f.features.pixels(),
+                    [&](auto V, auto& p) { launch(context, scale_kernel<S, V>, p, 0, a); });
 }
 
 template <class S>
-void squeeze_excite_backward(const SqueezeExciteBackward<S>& a, Context& context) {
+void squeeze_excite_backward(const SqueezeExciteBackward<S>& f, Context& context) {
   using T = Arithmetic<S>;
-  const int64_t samples = a.features.samples, k = a.growth, r = a.hidden_width;
+  const int64_t samples = f.features.samples, k = f.growth, r = f.hidden_width;
   if (k == 0) return;
-  SampleArgs<S> args = {a, nullptr, 0, context.scratch<T>(samples * k),
-                        context.scratch<T>(samples * r)};
-  with_vector<S>(spacing(a.features, a.offset) | spacing(a.grad, a.offset), [&](auto vector) {
-    constexpr int V = decltype(vector)::value;
-    const Plan p = plan(k, V, samples, a.features.pixels());
-    T* const sums = context.scratch<T>(p.items.count() * k);
-    launch(context, dot_kernel<S, V>, p.grid(), p.threads, V * p.threads * sizeof(T),
-           DotArgs<S>{a.features.data + a.offset, a.grad.data + a.offset, a.features.pitch,
-                      a.grad.pitch, k, a.offset, a.coef, p.items, p.map, sums});
-    args.sums = sums, args.splits = p.items.splits;
+  SampleArguments<S> s = {};
+  s.op = f;
+  s.dlogit = context.scratch<T>(samples * k), s.dhidden = context.scratch<T>(samples * r);
+  DotArguments<S> a = {};
+  a.x = f.features.data + f.offset, a.x_pitch = f.features.pitch;
+  a.grad = f.grad.data + f.offset, a.grad_pitch = f.grad.pitch;
+  a.channels = k, a.offset = f.offset, a.coef = f.coef;
+  const uint64_t distances = spacing(f.features, f.offset) | spacing(f.grad, f.offset);
+  const int64_t pixels = f.features.pixels();
+  with_partition<S>(distances, k, samples, pixels, [&](auto V, auto& p) {
+    s.sums = a.sums = context.scratch<T>(p.ranges.count() * k), s.splits = p.ranges.splits;
+    launch(context, dot_kernel<S, V>, p, V * p.threads * sizeof(T), a);
   });
-  launch(context, sample_kernel<S>, {samples}, kMaxThreads, (kMaxThreads + k + r) * sizeof(T),
-         args);
+  launch(context, sample_kernel<S>, {samples}, kMaxThreads, (kMaxThreads + k + r) * sizeof(T), s);
   launch(context, parameter_kernel<S>, {narrow_blocks(2 * k * r + k + r)}, kMaxThreads,
-         kMaxThreads * sizeof(T), args);
+         kMaxThreads * sizeof(T), s);
 }
 
-#define INSTANTIATE(S)                                                               \
-  template void squeeze_excite_forward<S>(const SqueezeExciteForward<S>&, Context&); \
-  template void squeeze_excite_backward<S>(const SqueezeExciteBackward<S>&, Context&);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(BFloat16)
-INSTANTIATE(Float16)
-#undef INSTANTIATE
+DENSENET_EXT_INSTANTIATE(squeeze_excite_forward, SqueezeExciteForward)
+DENSENET_EXT_INSTANTIATE(squeeze_excite_backward, SqueezeExciteBackward)
 
 }  // namespace densenet_ext::cuda

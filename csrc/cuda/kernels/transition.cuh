@@ -1,4 +1,4 @@
-// What forward and backward of the transition share.
+// Forward and backward of the transition share the pooling windows and the packed weight.
 #pragma once
 
 #include "gemm_tile.cuh"
@@ -6,9 +6,9 @@
 
 namespace densenet_ext::cuda {
 
-// Where a pixel of the pooled map comes from: the first of its four rows of the map.
+// The 2x2 windows of average pooling: which rows of the maps a pooled pixel comes from.
 struct Windows {
-  int height, width;                // of the map
+  int height, width;                // of a map
   int pooled_height, pooled_width;  // height/2, width/2
 
   template <class E>
@@ -17,27 +17,30 @@ struct Windows {
     return {height, width, height / 2, width / 2};
   }
   DENSENET_EXT_BOTH int pooled_pixels() const { return pooled_height * pooled_width; }
+  // The first of the four rows of pixel p of sample n's pooled map.
   DENSENET_EXT_BOTH int64_t corner(int64_t n, int p) const {
     return (n * height + p / pooled_width * 2) * width + p % pooled_width * 2;
   }
-  // Of pixel m of all samples' pooled maps.
+  // The first row of pixel m of all samples' pooled maps.
   DENSENET_EXT_BOTH int64_t corner(int m) const {
     return corner(m / pooled_pixels(), m % pooled_pixels());
   }
-  // Rows from the first to the i-th of the four.
+  // The distance of the i-th of the four rows from the first.
   DENSENET_EXT_BOTH int step(int i) const { return i / 2 * width + i % 2; }
 };
 
-// The weight [rows, columns] in the storage type, rows at multiples of 16 bytes.
+// Packs the weight [rows, columns] in the storage type, its rows at multiples of 16 bytes.
 template <class Math>
 Matrix<typename Math::Storage> packed_weight(const typename Math::T* weight, int64_t rows,
                                              int64_t columns, Context& context) {
   using S = typename Math::Storage;
   const int64_t pitch = round_up(columns, kLanes);
-  S* const packed = context.scratch<S>(rows * pitch);
-  const Packing<S> p = {weight, rows, columns, packed, rows, pitch, false, {}, nullptr, 0, 0, 0};
-  launch(context, pack_kernel<Math>, cover(rows * pitch, 256), 256, 0, p);
-  return {packed, rows, columns, pitch};
+  Packing<S> p = {};
+  p.weight = weight, p.rows = p.packed_rows = rows;
+  p.columns = columns, p.packed_columns = pitch;
+  p.packed = context.scratch<S>(rows * pitch);
+  launch_pack<Math>(p, context);
+  return {p.packed, rows, columns, pitch};
 }
 
 }  // namespace densenet_ext::cuda

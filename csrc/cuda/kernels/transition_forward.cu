@@ -1,5 +1,5 @@
-// Forward of the transition: batch normalization, ReLU, 1x1 convolution and 2x2 average pooling.
-// Pooling and the convolution commute, so pool first: a quarter of the products.
+// The transition is batch normalization, ReLU, 1x1 convolution and 2x2 average pooling. Pooling and
+// the convolution commute, so pool first: a quarter of the products.
 //
 //   zp[p', c] = mean of the 4 pixels of relu(scale*x + shift)
 //   out[p', o] = sum_c zp[p', c] W[o, c]
@@ -14,29 +14,28 @@ namespace densenet_ext::cuda {
 namespace {
 
 template <class S>
-struct PoolArgs {
+struct PoolArguments {
   using T = Arithmetic<S>;
   Maps<const S> features;
   ScaleShiftTable<T> scale_shift;
   Windows windows;
-  Items items;  // of the pooled map
+  PixelRanges ranges;  // of the pooled map
   ThreadMap map;
   S* pooled;  // [samples*pixels, pitch]
   int64_t pitch;
 };
 
 template <class S, int V>
-KERNEL __launch_bounds__(kMaxThreads, 2) pool_kernel(PoolArgs<S> a) {
+KERNEL __launch_bounds__(kMaxThreads, 2) pool_kernel(PoolArguments<S> a) {
   wait_for_earlier_kernels();
   using T = Arithmetic<S>;
-  const Run run = a.items[blockIdx.x];
+  const PixelRange range = a.ranges[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.features.channels);
   if (group.valid == 0) return;
   T scale[V], shift[V];
-  load_each<V>(a.scale_shift.scale.row(run.sample) + group.first, group.valid, scale);
-  load_each<V>(a.scale_shift.shift.row(run.sample) + group.first, group.valid, shift);
-  for (int64_t p = run.begin + a.map.row(); p < run.end; p += a.map.rows) {
-    const int64_t corner = a.windows.corner(run.sample, static_cast<int>(p));
+  load_scale_shift<V>(a.scale_shift, range.sample, group.first, group.valid, scale, shift);
+  for (int64_t p = range.begin + a.map.line(); p < range.end; p += a.map.lines) {
+    const int64_t corner = a.windows.corner(range.sample, static_cast<int>(p));
     T x[4][V], mean[V];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -46,7 +45,7 @@ KERNEL __launch_bounds__(kMaxThreads, 2) pool_kernel(PoolArgs<S> a) {
     }
 #pragma unroll
     for (int v = 0; v < V; ++v) mean[v] = (x[0][v] + x[1][v] + (x[2][v] + x[3][v])) * T(0.25);
-    store_first<V>(a.pooled + (run.sample * a.items.pixels + p) * a.pitch + group.first,
+    store_first<V>(a.pooled + (range.sample * a.ranges.pixels + p) * a.pitch + group.first,
                    group.valid, mean);
   }
 }
@@ -55,52 +54,52 @@ template <class Math>
 using Product = TileProduct<Math, false, false>;
 
 template <class S>
-struct OutArgs {
+struct OutArguments {
   Matrix<S> pooled, weight;
   StridedMaps<S> out;
-  bool wide;  // whether out's channels are neighbors, their groups of 16 bytes aligned
+  bool is_vectorized;  // out's channels are neighbors, their groups of 16 bytes aligned
 };
 
 template <class Math>
 KERNEL __launch_bounds__(Product<Math>::kThreads, sizeof(typename Math::T) == 8 ? 1 : 2)
-    out_kernel(OutArgs<typename Math::Storage> a) {
+    out_kernel(OutArguments<typename Math::Storage> a) {
   wait_for_earlier_kernels();
   using P = Product<Math>;
   using S = typename P::S;
   using T = typename P::T;
-  constexpr int V = 16 / sizeof(S);
+  constexpr int V = kVector<S>;
   DYNAMIC_SHARED(memory);
   // Blocks next to each other share their rows of zp.
-  const int64_t across = ceil_div(a.out.channels, P::kN);
-  const TilePlace at = {blockIdx.x / across * P::kM, blockIdx.x % across * P::kN, 0,
-                        a.pooled.columns};
+  const int64_t column_tiles = ceil_div(a.out.channels, P::kN);
+  const TilePlace place = {blockIdx.x / column_tiles * P::kM, blockIdx.x % column_tiles * P::kN, 0,
+                           a.pooled.columns};
   P product;
-  product.run(memory, a.pooled, a.weight, at);
+  product.compute(memory, a.pooled, a.weight, place);
   T* const result = reinterpret_cast<T*>(memory);
-  product.share(result);
+  product.store_shared(result);
 
   const StridedMaps<S>& out = a.out;
   const int64_t pixels = out.height * out.width;
-  if (a.wide) {
+  if (a.is_vectorized) {
     constexpr int groups = P::kN / V;
-    for (int i = static_cast<int>(threadIdx.x); i < P::kM * groups; i += P::kThreads) {
+    for (int i = thread_id(); i < P::kM * groups; i += P::kThreads) {
       const int row = i / groups, column = i % groups * V;
-      const int64_t m = at.m + row, o = at.n + column, left = out.channels - o;
-      if (m >= a.pooled.rows || left <= 0) continue;
+      const int64_t m = place.m + row, o = place.n + column, remaining = out.channels - o;
+      if (m >= a.pooled.rows || remaining <= 0) continue;
       T values[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) values[v] = result[row * P::kPitchC + column + v];
       store_first<V>(out.data + pixel_offset(out, m / pixels, m % pixels) + o,
-                     left < V ? static_cast<int>(left) : V, values);
+                     remaining < V ? static_cast<int>(remaining) : V, values);
     }
     return;
   }
-  // Threads go along what lies side by side.
+  // Neighboring threads have neighboring elements of `out`.
   const bool along_channels = out.stride_c == 1;
-  for (int i = static_cast<int>(threadIdx.x); i < P::kM * P::kN; i += P::kThreads) {
+  for (int i = thread_id(); i < P::kM * P::kN; i += P::kThreads) {
     const int row = along_channels ? i / P::kN : i % P::kM,
               column = along_channels ? i % P::kN : i / P::kM;
-    const int64_t m = at.m + row, o = at.n + column;
+    const int64_t m = place.m + row, o = place.n + column;
     if (m >= a.pooled.rows || o >= out.channels) continue;
     out.data[pixel_offset(out, m / pixels, m % pixels) + o * out.stride_c] =
         store_as<S>(result[row * P::kPitchC + column]);
@@ -110,32 +109,29 @@ KERNEL __launch_bounds__(Product<Math>::kThreads, sizeof(typename Math::T) == 8 
 }  // namespace
 
 template <class S>
-void transition_forward(const TransitionForward<S>& a, Context& context) {
-  constexpr int V = 16 / sizeof(S);
-  const Windows windows = Windows::of(a.features);
-  const int64_t channels = a.features.channels, samples = a.features.samples,
+void transition_forward(const TransitionForward<S>& f, Context& context) {
+  constexpr int V = kVector<S>;
+  const Windows windows = Windows::of(f.features);
+  const int64_t channels = f.features.channels, samples = f.features.samples,
                 rows = samples * windows.pooled_pixels(), pitch = round_up(channels, kLanes);
-  if (rows == 0 || a.out.channels == 0) return;
-  S* const pooled = context.scratch<S>(rows * pitch);
-  const Plan p = plan(channels, V, samples, windows.pooled_pixels());
-  launch(context, pool_kernel<S, V>, p.grid(), p.threads, 0,
-         PoolArgs<S>{a.features, a.scale_shift, windows, p.items, p.map, pooled, pitch});
+  if (rows == 0 || f.out.channels == 0) return;
+  const Partition p = partition(channels, V, samples, windows.pooled_pixels());
+  PoolArguments<S> pool = {};
+  pool.features = f.features, pool.scale_shift = f.scale_shift, pool.windows = windows;
+  pool.pooled = context.scratch<S>(rows * pitch), pool.pitch = pitch;
+  launch(context, pool_kernel<S, V>, p, 0, pool);
   dispatch_math<S>(context, [&](auto math) {
     using Math = decltype(math);
     using P = Product<Math>;
-    const Matrix<S> weight = packed_weight<Math>(a.weight, a.out.channels, channels, context);
-    const bool wide = a.out.stride_c == 1 && spacing(a.out) % 16 == 0;
-    launch(context, out_kernel<Math>, {ceil_div(rows, P::kM) * ceil_div(a.out.channels, P::kN)},
-           P::kThreads, P::kBytes,
-           OutArgs<S>{{pooled, rows, channels, pitch}, weight, a.out, wide});
+    OutArguments<S> a = {};
+    a.pooled = {pool.pooled, rows, channels, pitch};
+    a.weight = packed_weight<Math>(f.weight, f.out.channels, channels, context);
+    a.out = f.out, a.is_vectorized = f.out.stride_c == 1 && spacing(f.out) % 16 == 0;
+    launch(context, out_kernel<Math>, {ceil_div(rows, P::kM) * ceil_div(f.out.channels, P::kN)},
+           P::kThreads, P::kBytes, a);
   });
 }
 
-#define INSTANTIATE(S) template void transition_forward<S>(const TransitionForward<S>&, Context&);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(BFloat16)
-INSTANTIATE(Float16)
-#undef INSTANTIATE
+DENSENET_EXT_INSTANTIATE(transition_forward, TransitionForward)
 
 }  // namespace densenet_ext::cuda
