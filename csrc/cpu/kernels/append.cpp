@@ -19,7 +19,7 @@ void measure_plane(const Append<S>& a, int64_t n, int64_t c) {
   using T = Arithmetic<S>;
   if (!a.moments.mean) return;
   double mean, m2;
-  run_moments(a.features.plane(n, a.offset + c), a.x.pixels(), mean, m2);
+  contiguous_moments(a.features.plane(n, a.offset + c), a.x.pixels(), mean, m2);
   a.moments.mean[n * a.moments.channels + a.offset + c] = static_cast<T>(mean);
   a.moments.m2[n * a.moments.channels + a.offset + c] = static_cast<T>(m2);
 }
@@ -60,8 +60,8 @@ class TrueGradient {
         g_(a.grad.plane(n, c)),
         x_(a.features.plane(n, c)) {}
 
-  DX_INLINE Vec<T> operator()(int64_t p, int64_t left) const {
-    return c0_ * load_first(g_ + p, left) + (c1_ + c2_ * load_first(x_ + p, left));
+  DX_INLINE Vec<T> operator()(int64_t p, int64_t remaining) const {
+    return c0_ * load_first(g_ + p, remaining) + (c1_ + c2_ * load_first(x_ + p, remaining));
   }
 
  private:

@@ -23,19 +23,19 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-constexpr int kGroup = 12;            // input channels at a time
-constexpr int64_t kMostPixels = 512;  // of a tile
+constexpr int kGroup = 12;               // input channels at a time
+constexpr int64_t kMaxTilePixels = 512;  // of a tile
 // From one run of z or dz to the next: constant, so that 12 runs need no 12 registers.
-constexpr int64_t kRun = padded_stride(kMostPixels);
+constexpr int64_t kChannelStride = padded_stride(kMaxTilePixels);
 constexpr int64_t kSegment = 32;  // pixels of a run whose successors are fetched at once
 
 template <class S>
-struct Job {
+struct BottleneckBackwardWorker {
   using T = Arithmetic<S>;
   const BottleneckBackward<S>& a;
   int64_t pitch, stride;  // of db and dweight; of db_t
   const T* weight;        // [groups, width, kGroup]
-  const T* scaled;        // gamma*rstd [channels]
+  const T* gains;         // gamma*rstd [channels]
   // of one thread
   T *db, *db_t, *z, *dz, *dweight;
   double* sums;
@@ -47,16 +47,17 @@ struct Job {
       constexpr int NV = decltype(group)::value;
       Vec<T> t0[NV], t1[NV], t2[NV];
       for (int v = 0; v < NV; ++v) {
-        const int64_t column = (first + v) * kVec<T>, left = std::max<int64_t>(a.width - column, 0);
-        t0[v] = load_first(a.db_affine + column, left);
-        t1[v] = load_first(a.db_affine + a.width + column, left);
-        t2[v] = load_first(a.db_affine + 2 * a.width + column, left);
+        const int64_t column = (first + v) * kVec<T>,
+                      remaining = std::max<int64_t>(a.width - column, 0);
+        t0[v] = load_first(a.db_affine + column, remaining);
+        t1[v] = load_first(a.db_affine + a.width + column, remaining);
+        t2[v] = load_first(a.db_affine + 2 * a.width + column, remaining);
       }
-      const int64_t at = first_row * pitch + first * kVec<T>;
-      const auto* dv = a.dv + at;
-      const S* b = a.bottleneck + at;
+      const int64_t start = first_row * pitch + first * kVec<T>;
+      const auto* dv = a.dv + start;
+      const S* b = a.bottleneck + start;
       T* out = db + first * kVec<T>;
-      for (int64_t i = 0; i < tile.rows(); ++i) {
+      for (int64_t i = 0; i < tile.pixels(); ++i) {
         DX_UNROLL
         for (int v = 0; v < NV; ++v) {
           const int64_t lane = v * kVec<T>;
@@ -67,7 +68,7 @@ struct Job {
         out += pitch;
       }
     });
-    std::fill_n(db + tile.rows() * pitch, (tile.positions() - tile.rows()) * pitch, T(0));
+    std::fill_n(db + tile.pixels() * pitch, (tile.positions() - tile.pixels()) * pitch, T(0));
     for (int64_t p = 0; p < tile.positions(); p += kVec<T>) {
       for (int64_t v = 0; v < vectors; ++v) {
         Vec<T> square[kVec<T>];
@@ -80,24 +81,24 @@ struct Job {
     }
   }
 
-  // `ahead`: x of the group of channels that follows, at the first pixel of the tile it is in.
-  void weight_gradient(const Tile& tile, int64_t c0, const S* ahead) const {
-    for (int r0 = 0; r0 < kGroup; r0 += kChannelRows) {
+  // `prefetch`: x of the group of channels that follows, at the first pixel of the tile it is in.
+  void weight_gradient(const Tile& tile, int64_t c0, const S* prefetch) const {
+    for (int r0 = 0; r0 < kGroup; r0 += kBlockChannels) {
       for_vector_groups<kPixelVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
         constexpr int NV = decltype(group)::value;
-        Block<T, kChannelRows, NV> block;
+        Block<T, kBlockChannels, NV> block;
         for (int64_t s = 0; s < tile.samples; ++s) {
-          const S* const next = ahead + s * a.features.sample_stride;
+          const S* const next = prefetch + s * a.features.sample_stride;
           for (int64_t p = 0; p < tile.count; p += kSegment) {
             if (first == 0) {
-              for (int r = r0; r < r0 + kChannelRows; ++r) {
+              for (int r = r0; r < r0 + kBlockChannels; ++r) {
                 for (int64_t i = 0; i < kSegment; i += 64 / sizeof(S))
                   __builtin_prefetch(next + r * a.features.plane_stride + p + i, 0, 2);
               }
             }
             const int64_t position = s * tile.pitch + p;
-            block.product(std::min(kSegment, tile.count - p), z + r0 * kRun + position, kRun, 1,
-                          db + position * pitch + first * kVec<T>, pitch);
+            block.product(std::min(kSegment, tile.count - p), z + r0 * kChannelStride + position,
+                          kChannelStride, 1, db + position * pitch + first * kVec<T>, pitch);
           }
         }
         block.add_to_rows(dweight + (c0 + r0) * pitch + first * kVec<T>, pitch);
@@ -109,7 +110,7 @@ struct Job {
   DX_INLINE void fetch_gradient(const Tile& tile, int64_t c0, int64_t position,
                                 int64_t count) const {
     const int64_t s = position / tile.pitch,
-                  rows = std::min<int64_t>(kChannelRows, a.channels - c0);
+                  rows = std::min<int64_t>(kBlockChannels, a.channels - c0);
     if (s >= tile.samples) return;
     const T* g = a.grad.plane(tile.sample + s, c0) + tile.pixel + position % tile.pitch;
     for (int64_t r = 0; r < rows; ++r, g += a.grad.plane_stride) {
@@ -118,14 +119,14 @@ struct Job {
   }
 
   void input_gradient(const Tile& tile, int64_t c0) const {
-    for (int r0 = 0; r0 < kGroup; r0 += kChannelRows) {
+    for (int r0 = 0; r0 < kGroup; r0 += kBlockChannels) {
       for_vector_groups<kPixelVectors>(tile.positions() / kVec<T>, [&](int64_t first, auto group) {
         constexpr int NV = decltype(group)::value;
         fetch_gradient(tile, c0 + r0, first * kVec<T>, NV * kVec<T>);
-        Block<T, kChannelRows, NV> block;
+        Block<T, kBlockChannels, NV> block;
         block.product(a.width, weight + c0 * a.width + r0, 1, kGroup, db_t + first * kVec<T>,
                       stride);
-        block.store_rows(dz + r0 * kRun + first * kVec<T>, kRun);
+        block.store_rows(dz + r0 * kChannelStride + first * kVec<T>, kChannelStride);
       });
     }
   }
@@ -138,22 +139,23 @@ struct Job {
     for (int64_t s = 0; s < tile.samples; ++s) {
       const int64_t n = tile.sample + s;
       const Vec<T> q = broadcast(a.pre_mask.data ? a.pre_mask.row(n)[c] : T(1)),
-                   post = broadcast(a.post_mask.data ? a.post_mask.row(n)[c] : T(1)),
-                   step = q * broadcast(scaled[c]);
-      const T* const z_run = z + r * kRun + s * tile.pitch;
-      const T* const dz_run = dz + r * kRun + s * tile.pitch;
+                   post_mask = broadcast(a.post_mask.data ? a.post_mask.row(n)[c] : T(1)),
+                   step = q * broadcast(gains[c]);
+      const T* const z_channel = z + r * kChannelStride + s * tile.pitch;
+      const T* const dz_channel = dz + r * kChannelStride + s * tile.pitch;
       const S* const x = a.features.plane(n, c) + tile.pixel;
-      const T* const before = FIRST ? nullptr : a.grad_in.plane(n, c) + tile.pixel;
+      const T* const grad_in = FIRST ? nullptr : a.grad_in.plane(n, c) + tile.pixel;
       T* const g = a.grad.plane(n, c) + tile.pixel;
       const int64_t count = tile.count;
-      const auto update = [&](int64_t p, int64_t left) {
-        const Vec<T> d = where_positive(load(z_run + p), load_first(dz_run + p, left)) * post;
+      const auto update = [&](int64_t p, int64_t remaining) {
+        const Vec<T> d =
+            relu_gradient(load(z_channel + p), load_first(dz_channel + p, remaining)) * post_mask;
         s1 += d;
-        s2 += d * (q * load_first(x + p, left) - mean);
+        s2 += d * (q * load_first(x + p, remaining) - mean);
         if constexpr (FIRST) {
-          store_first(g + p, step * d, left);
+          store_first(g + p, step * d, remaining);
         } else {
-          store_first(g + p, step * d + load_first(before + p, left), left);
+          store_first(g + p, step * d + load_first(grad_in + p, remaining), remaining);
         }
       };
       int64_t p = 0;
@@ -170,8 +172,9 @@ struct Job {
     for (int64_t g = first; g < last; ++g) {
       const int64_t c0 = g * kGroup, count = std::min<int64_t>(kGroup, a.channels - c0);
       for (int64_t r = 0; r < count; ++r)
-        norm_relu_tile(a.features, a.scale_shift, tile, c0 + r, z + r * kRun);
-      for (int64_t r = count; r < kGroup; ++r) std::fill_n(z + r * kRun, tile.positions(), T(0));
+        norm_relu_tile(a.features, a.scale_shift, tile, c0 + r, z + r * kChannelStride);
+      for (int64_t r = count; r < kGroup; ++r)
+        std::fill_n(z + r * kChannelStride, tile.positions(), T(0));
       weight_gradient(tile, c0,
                       g + 1 == last ? a.features.plane(next.sample, first * kGroup) + next.pixel
                                     : a.features.plane(tile.sample, c0 + kGroup) + tile.pixel);
@@ -196,20 +199,20 @@ template <class S>
 void bottleneck_backward(const BottleneckBackward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t pitch = round_up(a.width, kLanes), channels = round_up(a.channels, kGroup);
-  const int64_t capacity = tile_capacity<T>(2 * pitch, kMostPixels);
+  const int64_t capacity = tile_capacity<T>(2 * pitch, kMaxTilePixels);
   const Tiling tiling(a.features.samples, a.features.pixels(), capacity, 1);
-  const Shares shares(tiling.count, channels / kGroup,
-                      thread_count(tiling.count * channels / kGroup));
+  const ThreadSplit shares(tiling.count, channels / kGroup,
+                           thread_count(tiling.count * channels / kGroup));
 
   const Scratch packed(sizeof(T) * channels * a.width);
-  const Scratch scaled(sizeof(T) * a.channels);
+  const Scratch gains(sizeof(T) * a.channels);
   pack_column_groups<kGroup>(a.weight, a.width, a.channels, packed.as<T>());
   for (int64_t c = 0; c < a.channels; ++c)
-    scaled.as<T>()[c] =
+    gains.as<T>()[c] =
         static_cast<T>(static_cast<double>(a.norm.weight[c]) * reciprocal_std(a.norm, c));
 
   const int64_t stride = padded_stride(capacity),
-                tile_values = pitch * capacity + pitch * stride + 2 * kGroup * kRun;
+                tile_values = pitch * capacity + pitch * stride + 2 * kGroup * kChannelStride;
   const Scratch tiles(sizeof(T) * shares.threads() * tile_values);
   const Scratch partials(sizeof(T) * shares.tile_parts * channels * pitch);
   const Scratch sums(sizeof(double) * shares.tile_parts * 2 * a.channels);
@@ -221,22 +224,23 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
   parallel_shares(shares, [&](const Share& share) {
     T* const tile = tiles.as<T>() + share.thread * tile_values;
     T* const dweight = partials.as<T>() + share.tile_part * channels * pitch;
-    double* const own_sums = sums.as<double>() + share.tile_part * 2 * a.channels;
+    double* const part_sums = sums.as<double>() + share.tile_part * 2 * a.channels;
     const int64_t first = share.first_group * kGroup,
                   last = std::min(share.last_group * kGroup, a.channels);
     std::fill_n(dweight + first * pitch, (share.last_group * kGroup - first) * pitch, T(0));
-    std::fill_n(own_sums + 2 * first, 2 * (last - first), 0.0);
-    const Job<S> job{a,
-                     pitch,
-                     stride,
-                     packed.as<T>(),
-                     scaled.as<T>(),
-                     tile,
-                     tile + pitch * capacity,
-                     tile + pitch * (capacity + stride),
-                     tile + pitch * (capacity + stride) + kGroup * kRun,
-                     dweight,
-                     own_sums};
+    std::fill_n(part_sums + 2 * first, 2 * (last - first), 0.0);
+    const BottleneckBackwardWorker<S> job{
+        a,
+        pitch,
+        stride,
+        packed.as<T>(),
+        gains.as<T>(),
+        tile,
+        tile + pitch * capacity,
+        tile + pitch * (capacity + stride),
+        tile + pitch * (capacity + stride) + kGroup * kChannelStride,
+        dweight,
+        part_sums};
     for (int64_t i = share.first_tile; i < share.last_tile; ++i)
       job.run(tiling[i], tiling[std::min(i + 1, share.last_tile - 1)], share.first_group,
               share.last_group);

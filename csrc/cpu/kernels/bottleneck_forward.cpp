@@ -35,16 +35,16 @@ void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const Tile
     constexpr int NV = decltype(group)::value;
     const T* const panel = weight + first * kVec<T> * a.channels;
     for (int64_t c = 0; c < a.channels; c += chunk) {
-      for (int64_t m = 0; m < tile.rows(); m += kPixelRows) {
-        const S* const ahead =
+      for (int64_t m = 0; m < tile.pixels(); m += kBlockPixels) {
+        const S* const prefetch =
             a.features.plane(next.sample + m / tile.count, c) + next.pixel + m % tile.count;
         const bool fetch = first == 0 && m * sizeof(S) % 64 == 0;
         S* const out = rows + m * pitch + first * kVec<T>;
-        const int64_t valid = std::min<int64_t>(kPixelRows, tile.rows() - m);
-        Block<T, kPixelRows, NV> block;
+        const int64_t valid = std::min<int64_t>(kBlockPixels, tile.pixels() - m);
+        Block<T, kBlockPixels, NV> block;
         if (c > 0) block.load_rows(out, pitch, valid);
         block.product(std::min(chunk, a.channels - c), z + c * stride + m, 1, stride,
-                      panel + c * NV * kVec<T>, NV * kVec<T>, ahead,
+                      panel + c * NV * kVec<T>, NV * kVec<T>, prefetch,
                       fetch ? a.features.plane_stride : 0);
         block.store_rows(out, pitch, valid);
       }
@@ -88,8 +88,8 @@ void bottleneck_forward(const BottleneckForward<S>& a) {
                          stride);
       if (moments) {
         add_row_moments<S>(a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch,
-                           tile.rows(), pitch, pitch, count, mean, mean + pitch);
-        count += static_cast<double>(tile.rows());
+                           tile.pixels(), pitch, pitch, count, mean, mean + pitch);
+        count += static_cast<double>(tile.pixels());
       }
     }
   });

@@ -5,14 +5,14 @@
 //   dW[j, i, tap] = sum_q dy[j, q - tap] h[q, i]          h = relu(scale*b + shift), remade
 //   dv = r*dh*[h > 0],  S1 = sum dv,  S2 = sum dv*bhat: dbeta, dgamma, and db = t0*dv + t1 + t2*b
 //
-// Unit: half of the forward's. dy goes to zero-padded planes and from them to the terms of
-// winograd.h, which serve both products. Then for 2 or 3 vectors of i at a time: for each term a
-// register block of 6 or 8 columns of row pairs runs over all outputs; dh is gathered from these
-// products, h remade, dv stored, both sums added to, and h put as terms in the products' place; dW
-// from those, 6 or 9 rows of its terms by the vectors over all columns. Columns follow each other
-// regardless of rows and maps, by a table of where they are, so that small maps leave no part of a
-// block idle. Threads own contiguous units and private sums, merged in thread order. Bytes moved:
-// b, dv and k channels of G and x once.
+// Unit: half of the forward's. dy goes to zero-padded planes and from them to the transformed of
+// winograd.h, which serve both products. Then for 2 or 3 vectors of i columns a time: for each term
+// a register block of 6 or 8 column_count of row planes runs over all outputs; dh is gathered from
+// these products, h remade, dv stored, both sums added to, and h put as transformed in the
+// products' place; dW from those, 6 or 9 rows of its transformed by the vectors over all
+// column_count. Columns follow each other regardless of rows and maps, by a table of where they
+// are, so that small maps leave no part of a block idle. Threads memory contiguous units and
+// private sums, merged in thread order. Bytes moved: b, dv and k channels of G and x once.
 #include "cpu/parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
@@ -25,33 +25,33 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-// Register blocks of both products: columns of row pairs, or rows of three taps of an output, by
-// vectors of i.
-constexpr int kColumns = kRegisters == 32 ? 8 : 6;
+// Register blocks of both products: column_count of row planes, or rows of three taps of an output,
+// by vectors of i.
+constexpr int kBlockColumns = kRegisters == 32 ? 8 : 6;
 constexpr int kTapRows = kRegisters == 32 ? 3 : 2;
 constexpr int kVectors = kRegisters == 32 ? 3 : 2;
 
 template <class S>
-struct Job {
+struct Conv3x3BackwardWorker {
   using T = Arithmetic<S>;
   const Conv3x3Backward<S>& a;
   const Units& units;
-  const RowPairs& pairs;
+  const WinogradPlanes& planes;
   int64_t pitch;
-  int64_t h_stride;                      // of a vector of h
-  const T* weight;                       // groups of vectors [growth, kTerms, 3, NV * kVec]
-  const T *scale, *shift, *post, *mean;  // padded tables; post null: ones
-  int64_t scale_stride, shift_stride;    // 0 or pitch
+  int64_t h_stride;  // of a vector of h
+  const T* weight;   // groups of vectors [growth, kWinogradPoints, 3, NV * kVec]
+  const T *scale, *shift, *post_mask, *mean;  // padded tables; post_mask null: ones
+  int64_t scale_stride, shift_stride;         // 0 or pitch
   // of one thread
-  PairPosition* at;  // the columns of the unit
+  PairColumn* columns;  // the column_count of the unit
   T* plane;
-  T* terms;      // [kTerms, growth] planes, of dy
-  T* h;          // [kTerms, kVectors, columns, kVec], of one group of vectors
-  T* unit_sums;  // [2, pitch]
-  T* dweight;    // [kTerms, growth, 3, pitch]
+  T* transformed;  // [kWinogradPoints, growth] planes, of dy
+  T* h;            // [kWinogradPoints, kVectors, column_count, kVec], of one group of vectors
+  T* unit_sums;    // [2, pitch]
+  T* dweight;      // [kWinogradPoints, growth, 3, pitch]
   double* sums;
 
-  void load_terms(const Unit& u) const {
+  void load_transformed(const Unit& u) const {
     for (int64_t j = 0; j < a.growth; ++j) {
       load_gradient_plane(a, units, u, j, plane);
       for (int64_t s = 0; s < u.samples; ++s) {
@@ -60,44 +60,44 @@ struct Job {
           // nothing inside depends on.
           const T* const first = plane + units.position(u, s, y - 1);
           const T* const last = plane + units.position(u, s, std::min(y + 2, u.rows));
-          form_terms(last, first + 2 * units.pitch, first + units.pitch, first, units.pitch,
-                     terms + j * pairs.plane_size + pairs.position(u, s, y / 2),
-                     a.growth * pairs.plane_size);
+          transform_data(last, first + 2 * units.pitch, first + units.pitch, first, units.pitch,
+                         transformed + j * planes.plane_size + planes.position(u, s, y / 2),
+                         a.growth * planes.plane_size);
         }
       }
     }
   }
 
-  // Product k of dh of kColumns columns and the vectors first .. first + NV.
+  // Product k of dh of kBlockColumns column_count and the vectors first .. first + NV.
   template <int NV>
-  DX_NOINLINE Block<T, kColumns, NV> product(const PairPosition* columns, int k,
-                                             int64_t first) const {
-    const T* column[kColumns];
+  DX_NOINLINE Block<T, kBlockColumns, NV> product(const PairColumn* block_columns, int k,
+                                                  int64_t first) const {
+    const T* column[kBlockColumns];
     DX_UNROLL
-    for (int r = 0; r < kColumns; ++r)
-      column[r] = terms + k * a.growth * pairs.plane_size + columns[r].plane;
-    Block<T, kColumns, NV> block;
-    const T* w = weight + (first * a.growth * kTerms + k * NV) * 3 * kVec<T>;
+    for (int r = 0; r < kBlockColumns; ++r)
+      column[r] = transformed + k * a.growth * planes.plane_size + block_columns[r].plane;
+    Block<T, kBlockColumns, NV> block;
+    const T* w = weight + (first * a.growth * kWinogradPoints + k * NV) * 3 * kVec<T>;
     int64_t offset = 1;
     for (int64_t j = 0; j < a.growth; ++j) {
       DX_UNROLL
       for (int t = 0; t < 3; ++t)
         block.update([&](int r) { return (column[r] + offset)[-t]; }, w + t * NV * kVec<T>);
-      w += kTerms * 3 * NV * kVec<T>;
-      offset += pairs.plane_size;
+      w += kWinogradPoints * 3 * NV * kVec<T>;
+      offset += planes.plane_size;
     }
     return block;
   }
 
   // All of them, to h. Meanwhile b and dv are fetched for what follows.
   template <int NV>
-  void products(const Unit& u, int64_t columns, int64_t first) const {
+  void products(const Unit& u, int64_t column_count, int64_t first) const {
     const int64_t origin =
         (u.sample * units.height + u.row) * units.width * pitch + first * kVec<T>;
-    for (int k = 0; k < kTerms; ++k) {
-      for (int64_t p = 0; p < columns; p += kColumns) {
-        for (int r = 0; r < kColumns; ++r) {
-          const PairPosition& pair = at[p + r];
+    for (int k = 0; k < kWinogradPoints; ++k) {
+      for (int64_t p = 0; p < column_count; p += kBlockColumns) {
+        for (int r = 0; r < kBlockColumns; ++r) {
+          const PairColumn& pair = columns[p + r];
           const int64_t row = origin + (pair.pixel + (k % 2) * pair.lower) * pitch;
           if (k < 2) {
             fetch<NV, 0>(a.bottleneck + row);
@@ -105,12 +105,12 @@ struct Job {
             fetch<NV, 1>(a.dv + row);
           }
         }
-        const Block<T, kColumns, NV> block = product<NV>(at + p, k, first);
+        const Block<T, kBlockColumns, NV> block = product<NV>(columns + p, k, first);
         T* const out = h + k * kVectors * h_stride + p * kVec<T>;
         DX_UNROLL
         for (int v = 0; v < NV; ++v) {
           DX_UNROLL
-          for (int r = 0; r < kColumns; ++r)
+          for (int r = 0; r < kBlockColumns; ++r)
             store(out + v * h_stride + r * kVec<T>, block.acc[r][v]);
         }
       }
@@ -125,35 +125,35 @@ struct Job {
 
   // Of one vector of i.
   struct Channels {
-    Vec<T> scale, shift, post, mean, s1, s2;
+    Vec<T> scale, shift, post_mask, mean, s1, s2;
   };
 
-  // dv of a pixel, whose row of b starts at `o`, from its dh, and both sums; returns h.
+  // dv of a pixel, whose row of b starts columns `o`, from its dh, and both sums; returns h.
   DX_INLINE Vec<T> finish_pixel(int64_t o, Vec<T> dh, Channels& c) const {
     const Vec<T> b = load(a.bottleneck + o), value = relu(c.scale * b + c.shift);
-    const Vec<T> d = where_positive(value, dh) * c.post;
+    const Vec<T> d = relu_gradient(value, dh) * c.post_mask;
     store(a.dv + o, d);
     c.s1 += d;
     c.s2 += d * (b - c.mean);
     return value;
   }
 
-  // What follows from the products, which the terms of h replace.
+  // What follows from the products, which the transformed of h replace.
   template <int NV>
-  void finish_columns(const Unit& u, int64_t columns, int64_t first) const {
+  void finish_columns(const Unit& u, int64_t column_count, int64_t first) const {
     const int64_t first_row = (u.sample * units.height + u.row) * units.width;
     for (int v = 0; v < NV; ++v) {
       const int64_t i = (first + v) * kVec<T>;
       Channels c{{}, {}, {}, load(mean + i), {}, {}};
       int32_t sample = -1;
-      for (int64_t p = 0; p < columns; ++p) {
-        const PairPosition& pair = at[p];
+      for (int64_t p = 0; p < column_count; ++p) {
+        const PairColumn& pair = columns[p];
         if (pair.sample != sample) {
           sample = pair.sample;
           const int64_t n = u.sample + sample;
           c.scale = load(scale + n * scale_stride + i);
           c.shift = load(shift + n * shift_stride + i);
-          c.post = post ? load(post + n * pitch + i) : broadcast(T(1));
+          c.post_mask = post_mask ? load(post_mask + n * pitch + i) : broadcast(T(1));
         }
         T* const h0 = h + v * h_stride + p * kVec<T>;
         T* const h1 = h0 + kVectors * h_stride;
@@ -176,13 +176,13 @@ struct Job {
 
   // Terms k of dW of ROWS outputs from j on.
   template <int ROWS, int NV>
-  void tap_rows(int64_t columns, int k, int64_t j, int64_t first) const {
+  void tap_rows(int64_t column_count, int k, int64_t j, int64_t first) const {
     Block<T, 3 * ROWS, NV> block;
     const T* dy[ROWS];
-    for (int i = 0; i < ROWS; ++i) dy[i] = terms + (k * a.growth + j + i) * pairs.plane_size;
+    for (int i = 0; i < ROWS; ++i) dy[i] = transformed + (k * a.growth + j + i) * planes.plane_size;
     const T* h_column = h + k * kVectors * h_stride;
-    for (int64_t p = 0; p < columns; ++p) {
-      const int64_t position = at[p].plane;
+    for (int64_t p = 0; p < column_count; ++p) {
+      const int64_t position = columns[p].plane;
       block.update([&](int t) { return (dy[t / 3] + 1 - t % 3)[position]; }, h_column, h_stride);
       h_column += kVec<T>;
     }
@@ -190,24 +190,25 @@ struct Job {
   }
 
   template <int NV>
-  void weight_gradient(int64_t columns, int64_t first) const {
-    for (int k = 0; k < kTerms; ++k) {
+  void weight_gradient(int64_t column_count, int64_t first) const {
+    for (int k = 0; k < kWinogradPoints; ++k) {
       int64_t j = 0;
-      for (; j + kTapRows <= a.growth; j += kTapRows) tap_rows<kTapRows, NV>(columns, k, j, first);
-      for (; j < a.growth; ++j) tap_rows<1, NV>(columns, k, j, first);
+      for (; j + kTapRows <= a.growth; j += kTapRows)
+        tap_rows<kTapRows, NV>(column_count, k, j, first);
+      for (; j < a.growth; ++j) tap_rows<1, NV>(column_count, k, j, first);
     }
   }
 
   void run(const Unit& u) const {
-    load_terms(u);
-    const int64_t columns = pairs.columns(u);
-    pairs.positions(u, at);
-    std::fill_n(at + columns, kColumns, at[0]);
+    load_transformed(u);
+    const int64_t column_count = planes.column_count(u);
+    planes.positions(u, columns);
+    std::fill_n(columns + column_count, kBlockColumns, columns[0]);
     for_vector_groups<kVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
       constexpr int NV = decltype(group)::value;
-      products<NV>(u, columns, first);
-      finish_columns<NV>(u, columns, first);
-      weight_gradient<NV>(columns, first);
+      products<NV>(u, column_count, first);
+      finish_columns<NV>(u, column_count, first);
+      weight_gradient<NV>(column_count, first);
     });
     for (int64_t i = 0; i < 2 * pitch; ++i) sums[i] += static_cast<double>(unit_sums[i]);
   }
@@ -223,15 +224,15 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
                     thread_count(samples));
   const int64_t threads = thread_count(units.count);
 
-  const RowPairs pairs(units);
+  const WinogradPlanes planes(units);
 
-  constexpr int64_t kTaps = kTerms * 3;
+  constexpr int64_t kTaps = kWinogradPoints * 3;
   const Scratch packed(sizeof(T) * a.growth * kTaps * (pitch + a.width));
   T* const weight = packed.as<T>();
   T* const unpacked = weight + a.growth * kTaps * pitch;
   parallel_items(a.growth, kTaps * pitch, [&](int64_t begin, int64_t end) {
-    form_weight_terms(a.weight + begin * a.width * 9, (end - begin) * a.width,
-                      unpacked + begin * a.width * kTaps, kTaps, 3);
+    transform_weight(a.weight + begin * a.width * 9, (end - begin) * a.width,
+                     unpacked + begin * a.width * kTaps, kTaps, 3);
     for_vector_groups<kVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
       constexpr int64_t lanes = decltype(group)::value * kVec<T>;
       const int64_t column = first * kVec<T>;
@@ -244,24 +245,26 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   });
   const int64_t scale_rows = a.scale_shift.scale.sample_stride ? samples : 1,
                 shift_rows = a.scale_shift.shift.sample_stride ? samples : 1;
-  const int64_t post_rows = a.post_mask.data ? samples : 0;
-  const Scratch tables(sizeof(T) * (scale_rows + shift_rows + post_rows + 1) * pitch);
+  const int64_t mask_rows = a.post_mask.data ? samples : 0;
+  const Scratch tables(sizeof(T) * (scale_rows + shift_rows + mask_rows + 1) * pitch);
   T* const scale = tables.as<T>();
   T* const shift = scale + scale_rows * pitch;
-  T* const post = shift + shift_rows * pitch;
-  T* const mean = post + post_rows * pitch;
+  T* const post_mask = shift + shift_rows * pitch;
+  T* const mean = post_mask + mask_rows * pitch;
   pad_rows(a.scale_shift.scale.data, a.scale_shift.scale.sample_stride, scale_rows, a.width, scale);
   pad_rows(a.scale_shift.shift.data, a.scale_shift.shift.sample_stride, shift_rows, a.width, shift);
-  if (post_rows) pad_rows(a.post_mask.data, a.post_mask.sample_stride, post_rows, a.width, post);
+  if (mask_rows)
+    pad_rows(a.post_mask.data, a.post_mask.sample_stride, mask_rows, a.width, post_mask);
   pad_rows(a.norm.mean, int64_t{0}, 1, a.width, mean);
 
-  const int64_t columns = pairs.columns_per_unit();
-  const int64_t term_values = kTerms * a.growth * pairs.plane_size;
-  const int64_t h_stride = padded_stride(round_up(columns + kColumns, kLanes) * kVec<T>);
-  const int64_t h_values = kTerms * kVectors * h_stride, dweight_values = kTaps * a.growth * pitch;
+  const int64_t column_count = planes.columns_per_unit();
+  const int64_t transformed_values = kWinogradPoints * a.growth * planes.plane_size;
+  const int64_t h_stride = padded_stride(round_up(column_count + kBlockColumns, kLanes) * kVec<T>);
+  const int64_t h_values = kWinogradPoints * kVectors * h_stride,
+                dweight_values = kTaps * a.growth * pitch;
   const int64_t thread_values =
-      units.plane_size + term_values + h_values + 2 * pitch + dweight_values;
-  const Scratch positions(sizeof(PairPosition) * threads * (columns + kColumns));
+      units.plane_size + transformed_values + h_values + 2 * pitch + dweight_values;
+  const Scratch positions(sizeof(PairColumn) * threads * (column_count + kBlockColumns));
   const Scratch work(sizeof(T) * threads * thread_values);
   const Scratch sums(sizeof(double) * threads * 2 * pitch);
   std::fill_n(sums.as<double>(), threads * 2 * pitch, 0.0);
@@ -271,39 +274,40 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   if (units.count == 0) std::fill_n(dweight_of(0), dweight_values, T(0));
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    T* const own = work.as<T>() + thread * thread_values;
-    T* const own_h = own + units.plane_size + term_values;
-    std::fill_n(own, units.plane_size + term_values, T(0));
+    T* const memory = work.as<T>() + thread * thread_values;
+    T* const thread_h = memory + units.plane_size + transformed_values;
+    std::fill_n(memory, units.plane_size + transformed_values, T(0));
     std::fill_n(dweight_of(thread), dweight_values, T(0));
-    const Job<S> job{a,
-                     units,
-                     pairs,
-                     pitch,
-                     h_stride,
-                     weight,
-                     scale,
-                     shift,
-                     post_rows ? post : nullptr,
-                     mean,
-                     a.scale_shift.scale.sample_stride ? pitch : 0,
-                     a.scale_shift.shift.sample_stride ? pitch : 0,
-                     positions.as<PairPosition>() + thread * (columns + kColumns),
-                     own,
-                     own + units.plane_size,
-                     own_h,
-                     own_h + h_values,
-                     dweight_of(thread),
-                     sums.as<double>() + thread * 2 * pitch};
+    const Conv3x3BackwardWorker<S> job{
+        a,
+        units,
+        planes,
+        pitch,
+        h_stride,
+        weight,
+        scale,
+        shift,
+        mask_rows ? post_mask : nullptr,
+        mean,
+        a.scale_shift.scale.sample_stride ? pitch : 0,
+        a.scale_shift.shift.sample_stride ? pitch : 0,
+        positions.as<PairColumn>() + thread * (column_count + kBlockColumns),
+        memory,
+        memory + units.plane_size,
+        thread_h,
+        thread_h + h_values,
+        dweight_of(thread),
+        sums.as<double>() + thread * 2 * pitch};
     for (int64_t i = begin; i < end; ++i) job.run(units[i]);
   });
 
   parallel_items(a.growth, threads * kTaps * pitch, [&](int64_t begin, int64_t end) {
-    const int64_t distance = a.growth * 3 * pitch;  // of terms
+    const int64_t distance = a.growth * 3 * pitch;  // of transformed
     for (int64_t j = begin; j < end; ++j) {
       T* const total = dweight_of(0) + j * 3 * pitch;
-      for (int k = 0; k < kTerms; ++k)
+      for (int k = 0; k < kWinogradPoints; ++k)
         add_partials(total + k * distance, threads, thread_values, 3 * pitch);
-      gather_weight_terms(total, distance, 3 * pitch);
+      collect_weight_gradient(total, distance, 3 * pitch);
       for (const int k : {0, 1, 3}) {
         const int64_t y = (k + 1) / 2;  // of the taps' rows
         copy_transposed(total + k * distance, pitch, 3, a.width,

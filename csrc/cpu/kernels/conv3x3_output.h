@@ -21,19 +21,19 @@ void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u
     const bool* const mask =
         a.dropout_mask ? a.dropout_mask + (n * a.growth + j) * units.height * units.width + first
                        : nullptr;
-    const T keep_scale = static_cast<T>(a.dropout_scale);
+    const T dropout_scale = static_cast<T>(a.dropout_scale);
     for (int64_t y = 0; y < u.rows; ++y) {
       T* const row = row_of(s, y);
       if (mask) {
         for (int64_t x = 0; x < units.width; ++x)
-          row[x] = mask[y * units.width + x] ? row[x] * keep_scale : T(0);
+          row[x] = mask[y * units.width + x] ? row[x] * dropout_scale : T(0);
       }
       for (int64_t x = 0; x < units.width; x += kVec<T>)
         store_first(channel + y * units.width + x, load(row + x), units.width - x);
     }
     if (!a.moments.mean) continue;
     double* const part = parts + 2 * ((j * units.blocks_per_map + units.block(u)) * samples + n);
-    run_moments(channel, u.rows * units.width, part[0], part[1]);
+    contiguous_moments(channel, u.rows * units.width, part[0], part[1]);
   }
 }
 

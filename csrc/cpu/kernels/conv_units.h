@@ -2,9 +2,9 @@
 //
 // A unit is several whole maps or a block of rows of one map, about 64K values of the bottleneck.
 // In a padded plane rows follow each other at pitch W+1: the one zero column between them is the
-// right padding of one row and the left padding of the next, and one zero row does the same between
-// maps. So a tap of the convolution is a constant offset, and vectors run over pixels without
-// regard to rows.
+// right padding of one row and the remaining padding of the next, and one zero row does the same
+// between maps. So a tap of the convolution is a constant offset, and vectors run over pixels
+// without regard to rows.
 #pragma once
 
 #include <algorithm>
@@ -115,15 +115,16 @@ inline void load_gradient_plane(const Conv3x3Backward<S>& a, const Units& units,
     const S* const x = a.features.plane(n, c) + first;
     T* const row = plane + units.position(u, s, y);
     for (int64_t i = 0; i < units.width; i += kVec<T>) {
-      const int64_t left = units.width - i;
-      store_first(row + i, c0 * load_first(g + i, left) + (c1 + c2 * load_first(x + i, left)),
-                  left);
+      const int64_t remaining = units.width - i;
+      store_first(row + i,
+                  c0 * load_first(g + i, remaining) + (c1 + c2 * load_first(x + i, remaining)),
+                  remaining);
     }
     if (a.dropout_mask) {
       const bool* const mask =
           a.dropout_mask + (n * a.growth + j) * units.height * units.width + first;
-      const T keep_scale = static_cast<T>(a.dropout_scale);
-      for (int64_t i = 0; i < units.width; ++i) row[i] = mask[i] ? row[i] * keep_scale : T(0);
+      const T dropout_scale = static_cast<T>(a.dropout_scale);
+      for (int64_t i = 0; i < units.width; ++i) row[i] = mask[i] ? row[i] * dropout_scale : T(0);
     }
   });
 }

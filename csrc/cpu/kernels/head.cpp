@@ -59,26 +59,26 @@ void head_backward(const HeadBackward<S>& a) {
       const int64_t n = i / channels, c = i % channels;
       const Vec<T> s = broadcast(a.scale_shift.scale.row(n)[c]),
                    t = broadcast(a.scale_shift.shift.row(n)[c]), mean = broadcast(a.norm.mean[c]);
-      const T each = load_scalar(a.grad_out + i) / static_cast<T>(pixels);
-      const Vec<T> dz = broadcast(each),
+      const T dz_value = load_scalar(a.grad_out + i) / static_cast<T>(pixels);
+      const Vec<T> dz = broadcast(dz_value),
                    step = broadcast(static_cast<T>(static_cast<double>(a.norm.weight[c]) *
                                                    reciprocal_std(a.norm, c)));
       const S* const x = a.features.plane(n, c);
       T* const g = a.grad.plane(n, c);
       Vec<T> s1 = {}, s2 = {};
       for (int64_t p = 0; p < pixels; p += kVec<T>) {
-        const int64_t left = pixels - p;
-        const Vec<T> value = load_first(x + p, left);
-        Vec<T> d = where_positive(s * value + t, dz);
-        if (left < kVec<T>) {
+        const int64_t remaining = pixels - p;
+        const Vec<T> value = load_first(x + p, remaining);
+        Vec<T> d = relu_gradient(s * value + t, dz);
+        if (remaining < kVec<T>) {
           T lanes[kVec<T>];
           store(lanes, d);
-          for (int64_t j = left; j < kVec<T>; ++j) lanes[j] = T(0);
+          for (int64_t j = remaining; j < kVec<T>; ++j) lanes[j] = T(0);
           d = load(lanes);
         }
         s1 += d;
         s2 += d * (value - mean);
-        store_first(g + p, step * d, left);
+        store_first(g + p, step * d, remaining);
       }
       plane_sums.as<double>()[2 * i] = static_cast<double>(sum_lanes<T>(s1));
       plane_sums.as<double>()[2 * i + 1] = static_cast<double>(sum_lanes<T>(s2));

@@ -8,11 +8,11 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
 // Shapes that fit the registers: R*NV sums, NV loaded vectors, one broadcast.
-//   lanes are channels: kPixelRows rows (pixels) by 1..kMaxVectors vectors;  lanes are pixels: up
-//   to kChannelRows rows (channels) by kPixelVectors vectors.
+//   lanes are channels: kBlockPixels rows (pixels) by 1..kMaxVectors vectors;  lanes are pixels: up
+//   to kBlockChannels rows (channels) by kPixelVectors vectors.
 constexpr int kMaxVectors = 3;
-constexpr int kPixelRows = kRegisters == 32 ? 8 : 4;
-constexpr int kChannelRows = kRegisters == 32 ? 12 : 6;
+constexpr int kBlockPixels = kRegisters == 32 ? 8 : 4;
+constexpr int kBlockChannels = kRegisters == 32 ? 12 : 6;
 constexpr int kPixelVectors = 2;
 
 template <class T, int R, int NV>
@@ -51,8 +51,8 @@ struct Block {
     for (int r = 0; r < R; ++r) {
       DX_UNROLL
       for (int v = 0; v < NV; ++v) {
-        T* const to = out + r * row_step + v * kVec<T>;
-        store(to, load(to) + acc[r][v]);
+        T* const target = out + r * row_step + v * kVec<T>;
+        store(target, load(target) + acc[r][v]);
       }
     }
   }
@@ -86,16 +86,16 @@ struct Block {
     }
   }
 
-  // The same, and what lies at `ahead` is fetched, which advances, too.
+  // The same, and what lies at `prefetch` is fetched, which advances, too.
   template <class P>
   DX_INLINE void product(int64_t count, const T* a, int64_t row_step, int64_t a_step, const T* b,
-                         int64_t b_step, const P* ahead, int64_t ahead_step) {
+                         int64_t b_step, const P* prefetch, int64_t prefetch_step) {
     for (int64_t i = 0; i < count; ++i) {
-      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(prefetch, 0, 2);
       rank1(a, row_step, b);
       a += a_step;
       b += b_step;
-      ahead += ahead_step;
+      prefetch += prefetch_step;
     }
   }
 };

@@ -9,7 +9,7 @@ namespace DENSENET_EXT_ISA {
 
 // Of a contiguous run of x.
 template <class S, class T = Arithmetic<S>>
-DX_INLINE void run_moments(const S* x, int64_t count, double& mean, double& m2) {
+DX_INLINE void contiguous_moments(const S* x, int64_t count, double& mean, double& m2) {
   constexpr int64_t step = 4 * kVec<T>;
   Vec<T> sums[4] = {};
   int64_t i = 0;
@@ -44,8 +44,8 @@ DX_INLINE void run_moments(const S* x, int64_t count, double& mean, double& m2) 
     }
   }
   // the centre was rounded to T
-  const double off = mean - static_cast<double>(static_cast<T>(mean));
-  m2 -= static_cast<double>(count) * off * off;
+  const double rounding = mean - static_cast<double>(static_cast<T>(mean));
+  m2 -= static_cast<double>(count) * rounding * rounding;
   if (m2 < 0) m2 = 0;
 }
 

@@ -23,7 +23,7 @@ DX_INLINE double reciprocal_std(const Norm<T>& norm, int64_t c) {
 // From `sums` [channels, 2]: sum dv and sum dv*(q*x - mean), of `rows` values each.
 template <class T>
 inline void finish_norm_backward(const Norm<T>& norm, const double* sums, int64_t channels,
-                                 double rows, const PerChannel<T>& pre_mask,
+                                 double count, const PerChannel<T>& pre_mask,
                                  const Coefficients<T>& coef, bool accumulate, T* dweight,
                                  T* dbias) {
   for (int64_t c = 0; c < channels; ++c) {
@@ -34,11 +34,11 @@ inline void finish_norm_backward(const Norm<T>& norm, const double* sums, int64_
   for (int64_t n = 0; n < coef.samples; ++n) {
     for (int64_t c = 0; c < channels; ++c) {
       double a = 0, d = 0;
-      if (norm.training && rows > 0) {
+      if (norm.training && count > 0) {
         const double rstd = reciprocal_std(norm, c),
                      q = pre_mask.data ? static_cast<double>(pre_mask.row(n)[c]) : 1.0;
         const double g = q * static_cast<double>(norm.weight[c]) * rstd;
-        const double s1 = sums[2 * c] / rows, s2 = sums[2 * c + 1] * rstd / rows;
+        const double s1 = sums[2 * c] / count, s2 = sums[2 * c + 1] * rstd / count;
         a = -g * (s1 - static_cast<double>(norm.mean[c]) * rstd * s2);
         d = -q * g * rstd * s2;
       }

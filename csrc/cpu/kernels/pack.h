@@ -62,13 +62,13 @@ void pack_column_groups(const T* w, int64_t rows, int64_t columns, T* out) {
   parallel_items(ceil_div(columns, R), R * rows, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * R, valid = std::min<int64_t>(R, columns - first);
-      T* to = out + first * rows;
-      for (int64_t i = 0; i < rows; ++i, to += R) {
-        const T* const from = w + i * columns + first;
+      T* target = out + first * rows;
+      for (int64_t i = 0; i < rows; ++i, target += R) {
+        const T* const source = w + i * columns + first;
         if (valid == R) {
-          std::copy_n(from, R, to);
+          std::copy_n(source, R, target);
         } else {
-          std::fill(std::copy_n(from, valid, to), to + R, T(0));
+          std::fill(std::copy_n(source, valid, target), target + R, T(0));
         }
       }
     }

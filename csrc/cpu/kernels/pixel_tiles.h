@@ -15,14 +15,14 @@ struct Tile {
   int64_t pitch;            // positions of each sample: count, or count rounded up to kLanes
 
   int64_t positions() const { return round_up(samples * pitch, kLanes); }
-  int64_t rows() const {
+  int64_t pixels() const {
     return samples * count;
   }  // contiguous rows of a [M, width] matrix, from sample * P + pixel
 };
 
-// The most even share of `items` items, at least one and at most `most` in each.
-inline int64_t even_share(int64_t items, int64_t most) {
-  return items > 0 ? ceil_div(items, ceil_div(items, most)) : 1;
+// The most even share of `items` items, at least one and at most `limit` in each.
+inline int64_t even_share(int64_t items, int64_t limit) {
+  return items > 0 ? ceil_div(items, ceil_div(items, limit)) : 1;
 }
 
 struct Tiling {
@@ -66,7 +66,7 @@ struct Tiling {
 
 // out[0:count] = relu(scale*x + shift), out[count:pitch] = 0.
 template <class S, class T = Arithmetic<S>>
-DX_INLINE void norm_relu_run(const S* x, int64_t count, int64_t pitch, T scale, T shift, T* out) {
+DX_INLINE void norm_relu(const S* x, int64_t count, int64_t pitch, T scale, T shift, T* out) {
   const Vec<T> s = broadcast(scale), t = broadcast(shift);
   int64_t i = 0;
   for (; i + kVec<T> <= count; i += kVec<T>) store(out + i, relu(s * load(x + i) + t));
@@ -79,12 +79,12 @@ DX_INLINE void norm_relu_run(const S* x, int64_t count, int64_t pitch, T scale, 
 
 // z[position] for one channel of a tile.
 template <class S, class T = Arithmetic<S>>
-DX_INLINE void norm_relu_tile(const Maps<const S>& features, const ScaleShiftTable<T>& norm,
+DX_INLINE void norm_relu_tile(const Maps<const S>& features, const ScaleShiftTable<T>& scale_shift,
                               const Tile& tile, int64_t c, T* z) {
   for (int64_t i = 0; i < tile.samples; ++i) {
     const int64_t n = tile.sample + i;
-    norm_relu_run(features.plane(n, c) + tile.pixel, tile.count, tile.pitch, norm.scale.row(n)[c],
-                  norm.shift.row(n)[c], z + i * tile.pitch);
+    norm_relu(features.plane(n, c) + tile.pixel, tile.count, tile.pitch,
+              scale_shift.scale.row(n)[c], scale_shift.shift.row(n)[c], z + i * tile.pitch);
   }
 }
 
@@ -97,11 +97,11 @@ constexpr int64_t padded_stride(int64_t capacity) {
 // Tile capacity so that `values_per_position` values of T for each of its positions stay within a
 // budget of the second-level cache.
 template <class T>
-inline int64_t tile_capacity(int64_t values_per_position, int64_t most) {
+inline int64_t tile_capacity(int64_t values_per_position, int64_t limit) {
   constexpr int64_t budget = 384 * 1024;
   const int64_t fit =
       budget / (std::max<int64_t>(1, values_per_position) * static_cast<int64_t>(sizeof(T)));
-  return std::max<int64_t>(2 * kLanes, std::min(most, fit / (2 * kLanes) * (2 * kLanes)));
+  return std::max<int64_t>(2 * kLanes, std::min(limit, fit / (2 * kLanes) * (2 * kLanes)));
 }
 
 }  // namespace DENSENET_EXT_ISA

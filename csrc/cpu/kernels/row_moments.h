@@ -9,21 +9,21 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// Moments of NV vectors of columns; `left` columns there are at most.
+// Moments of NV vectors of columns; `remaining` columns there are at most.
 template <int NV, class S, class T = Arithmetic<S>>
-DX_INLINE void add_column_moments(const S* column, int64_t rows, int64_t left, int64_t pitch,
+DX_INLINE void add_column_moments(const S* column, int64_t rows, int64_t remaining, int64_t pitch,
                                   double count, double* mean, double* m2) {
   Vec<T> sums[NV] = {}, squares[NV] = {};
   for (int64_t m = 0; m < rows; ++m) {
     DX_UNROLL
-    for (int v = 0; v < NV; ++v) sums[v] += load_first(column + m * pitch + v * kVec<T>, left);
+    for (int v = 0; v < NV; ++v) sums[v] += load_first(column + m * pitch + v * kVec<T>, remaining);
   }
   DX_UNROLL
   for (int v = 0; v < NV; ++v) sums[v] /= broadcast(static_cast<T>(rows));
   for (int64_t m = 0; m < rows; ++m) {
     DX_UNROLL
     for (int v = 0; v < NV; ++v) {
-      const Vec<T> d = load_first(column + m * pitch + v * kVec<T>, left) - sums[v];
+      const Vec<T> d = load_first(column + m * pitch + v * kVec<T>, remaining) - sums[v];
       squares[v] += d * d;
     }
   }
@@ -31,7 +31,7 @@ DX_INLINE void add_column_moments(const S* column, int64_t rows, int64_t left, i
     T group_mean[kVec<T>], group_m2[kVec<T>];
     store(group_mean, sums[v]);
     store(group_m2, squares[v]);
-    for (int64_t i = 0; i < std::min<int64_t>(left, kVec<T>); ++i) {
+    for (int64_t i = 0; i < std::min<int64_t>(remaining, kVec<T>); ++i) {
       const int64_t o = v * kVec<T> + i;
       merge_moments(count, mean[o], m2[o], static_cast<double>(rows), group_mean[i], group_m2[i]);
     }

@@ -33,7 +33,7 @@ template <class S, class T = Arithmetic<S>>
 void pool_row(const WindowRow<S>& row, int64_t windows, int64_t pitch, const T* sign, T* column,
               T* out) {
   for (int64_t j = 0; j < windows; ++j) {
-    const bool left = row.first_column(j) == 0, right = row.last_column(j) == 2;
+    const bool has_left = row.first_column(j) == 0, has_right = row.last_column(j) == 2;
     for (int64_t c = 0; c < pitch; c += kVec<T>, out += kVec<T>) {
       const Vec<T> s = load(sign + c);
       const auto maximum = [&](int k) {
@@ -43,8 +43,8 @@ void pool_row(const WindowRow<S>& row, int64_t windows, int64_t pitch, const T* 
         return m;
       };
       Vec<T> m = maximum(1);
-      if (left) m = larger(m, load(column + c));
-      if (right) {
+      if (has_left) m = larger(m, load(column + c));
+      if (has_right) {
         const Vec<T> shared = maximum(2);
         store(column + c, shared);
         m = larger(m, shared);
@@ -99,8 +99,8 @@ void normalize(const StemForward<S>& a, const Arithmetic<S>* sign) {
       const Vec<T> scale = broadcast(sign[c] * norm.scale), shift = broadcast(norm.shift);
       S* const plane = a.out.plane(n, c);
       for (int64_t p = 0; p < pixels; p += kVec<T>) {
-        const int64_t left = pixels - p;
-        store_first(plane + p, relu(scale * load_first(plane + p, left) + shift), left);
+        const int64_t remaining = pixels - p;
+        store_first(plane + p, relu(scale * load_first(plane + p, remaining) + shift), remaining);
       }
     }
   });

@@ -20,7 +20,7 @@ namespace {
 // What a group of outputs multiplies: zp of a tile; and what it fetches meanwhile: line after line
 // of the next tile of x, all channels of one line at a time, `lines` in all.
 template <class S>
-struct Operand {
+struct TileProduct {
   using T = Arithmetic<S>;
   const T* zp;
   int64_t channels, stride, positions;
@@ -28,8 +28,8 @@ struct Operand {
   Tile next;
   int64_t lines, lines_per_map;
 
-  Operand(const Maps<const S>& features, const T* zp, int64_t stride, const Tile& tile,
-          const Tile& next)
+  TileProduct(const Maps<const S>& features, const T* zp, int64_t stride, const Tile& tile,
+              const Tile& next)
       : zp(zp),
         channels(features.channels),
         stride(stride),
@@ -48,14 +48,14 @@ struct Operand {
     for_vector_groups<kPixelVectors>(vectors, [&](int64_t first, auto group) {
       constexpr int NV = decltype(group)::value;
       const bool fetch = line < lines;
-      const S* const ahead = fetch ? features.plane(next.sample + line / lines_per_map, 0) +
-                                         4 * next.pixel +
-                                         line % lines_per_map * static_cast<int64_t>(64 / sizeof(S))
-                                   : features.data;
+      const S* const prefetch =
+          fetch ? features.plane(next.sample + line / lines_per_map, 0) + 4 * next.pixel +
+                      line % lines_per_map * static_cast<int64_t>(64 / sizeof(S))
+                : features.data;
       ++line;
-      Block<T, kChannelRows, NV> block;
-      block.product(channels, weight + g * kChannelRows * channels, 1, kChannelRows,
-                    zp + first * kVec<T>, stride, ahead, fetch ? features.plane_stride : 0);
+      Block<T, kBlockChannels, NV> block;
+      block.product(channels, weight + g * kBlockChannels * channels, 1, kBlockChannels,
+                    zp + first * kVec<T>, stride, prefetch, fetch ? features.plane_stride : 0);
       block.store_rows(out + first * kVec<T>, stride);
     });
   }
@@ -67,30 +67,32 @@ template <class S>
 void transition_forward(const TransitionForward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t channels = a.features.channels, outputs = a.out.channels;
-  const Rows rows(a.features.samples, a.out.height, a.out.width, pooled_capacity<T>(channels));
-  const int64_t threads = thread_count(rows.count),
-                capacity = padded_stride(rows.positions() + kPixelVectors * kLanes);
-  const int64_t groups = ceil_div(outputs, kChannelRows);
-  const Scratch packed(sizeof(T) * (groups * kChannelRows * channels + 1));
-  pack_row_groups<kChannelRows>(a.weight, outputs, channels, packed.as<T>());
-  const int64_t thread_values = (channels + kChannelRows) * capacity;
+  const PooledTiling tiling(a.features.samples, a.out.height, a.out.width,
+                            pooled_capacity<T>(channels));
+  const int64_t threads = thread_count(tiling.count),
+                capacity = padded_stride(tiling.positions() + kPixelVectors * kLanes);
+  const int64_t groups = ceil_div(outputs, kBlockChannels);
+  const Scratch packed(sizeof(T) * (groups * kBlockChannels * channels + 1));
+  pack_row_groups<kBlockChannels>(a.weight, outputs, channels, packed.as<T>());
+  const int64_t thread_values = (channels + kBlockChannels) * capacity;
   const Scratch tiles(sizeof(T) * threads * thread_values);
 
-  parallel(rows.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+  parallel(tiling.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const zp = tiles.as<T>() + thread * thread_values;
     T* const products = zp + channels * capacity;
     for (int64_t i = begin; i < end; ++i) {
-      const Tile tile = rows[i];
-      const Operand<S> operand(a.features, zp, capacity, tile, rows[std::min(i + 1, end - 1)]);
+      const Tile tile = tiling[i];
+      const TileProduct<S> product_of_tile(a.features, zp, capacity, tile,
+                                           tiling[std::min(i + 1, end - 1)]);
       for (int64_t c = 0; c < channels; ++c)
-        pool_tile(a.features, a.scale_shift, rows, tile, c, zp + c * capacity);
+        pool_tile(a.features, a.scale_shift, tiling, tile, c, zp + c * capacity);
       for (int64_t g = 0; g < groups; ++g) {
-        const int64_t valid = std::min<int64_t>(kChannelRows, outputs - g * kChannelRows);
-        operand.multiply(g, packed.as<T>(), products);
+        const int64_t valid = std::min<int64_t>(kBlockChannels, outputs - g * kBlockChannels);
+        product_of_tile.multiply(g, packed.as<T>(), products);
         for (int64_t r = 0; r < valid; ++r) {
           const T* product = products + r * capacity;
           for (int64_t s = 0; s < tile.samples; ++s, product += tile.pitch) {
-            S* const out = a.out.plane(tile.sample + s, g * kChannelRows + r) + tile.pixel;
+            S* const out = a.out.plane(tile.sample + s, g * kBlockChannels + r) + tile.pixel;
             for (int64_t p = 0; p < tile.count; p += kVec<T>)
               store_first(out + p, load(product + p), tile.count - p);
           }

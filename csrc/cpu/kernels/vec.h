@@ -260,7 +260,7 @@ DX_INLINE Vec<double> relu(Vec<double> v) {
 // The gradient of relu at z (or at anything of z's sign): 0 where z <= 0, g elsewhere, NaN
 // included.
 template <class V>
-DX_INLINE V where_positive(V z, V g) {
+DX_INLINE V relu_gradient(V z, V g) {
   return (z <= V{}) ? V{} : g;
 }
 

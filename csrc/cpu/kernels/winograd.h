@@ -22,19 +22,19 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-constexpr int kTerms = 4;
+constexpr int kWinogradPoints = 4;
 
 // A column of a pair: where it is in a plane of terms, the number of its upper pixel in the unit,
 // and how far from that the lower one is, 0 where it is outside.
-struct PairPosition {
+struct PairColumn {
   int32_t plane, sample, pixel, lower;
 };
 
-struct RowPairs {
+struct WinogradPlanes {
   const Units& units;
   int64_t plane_size;
 
-  explicit RowPairs(const Units& units) : units(units) {
+  explicit WinogradPlanes(const Units& units) : units(units) {
     const int64_t rows = units.maps_per_unit * ceil_div(units.rows_per_unit, 2);
     plane_size = padded_stride(round_up(kBase + rows * units.pitch, kLanes) + kSlack);
   }
@@ -47,13 +47,15 @@ struct RowPairs {
   int64_t span(const Unit& u) const { return u.samples * ceil_div(u.rows, 2) * units.pitch - 1; }
   int64_t first() const { return kBase; }
 
-  int64_t columns(const Unit& u) const { return u.samples * ceil_div(u.rows, 2) * units.width; }
+  int64_t column_count(const Unit& u) const {
+    return u.samples * ceil_div(u.rows, 2) * units.width;
+  }
   int64_t columns_per_unit() const {
-    return columns({0, units.maps_per_unit, 0, units.rows_per_unit});
+    return column_count({0, units.maps_per_unit, 0, units.rows_per_unit});
   }
 
   // The columns of a unit's pairs, one after another.
-  void positions(const Unit& u, PairPosition* out) const {
+  void positions(const Unit& u, PairColumn* out) const {
     for (int64_t s = 0; s < u.samples; ++s) {
       for (int64_t y = 0; y < u.rows; y += 2) {
         for (int64_t x = 0; x < units.width; ++x) {
@@ -73,8 +75,8 @@ struct RowPairs {
 // The terms of a pair, `distance` from one to the next, from four rows of W values and a zero each.
 // What is stored beyond that zero, the next pair overwrites.
 template <class T>
-DX_INLINE void form_terms(const T* d0, const T* d1, const T* d2, const T* d3, int64_t pitch,
-                          T* terms, int64_t distance) {
+DX_INLINE void transform_data(const T* d0, const T* d1, const T* d2, const T* d3, int64_t pitch,
+                              T* terms, int64_t distance) {
   for (int64_t x = 0; x < pitch; x += kVec<T>) {
     const Vec<T> v1 = load(d1 + x), v2 = load(d2 + x);
     store(terms + x, load(d0 + x) - v2);
@@ -87,7 +89,7 @@ DX_INLINE void form_terms(const T* d0, const T* d1, const T* d2, const T* d3, in
 // Of W [count, 3, 3] the terms u [count, 3], `step` from one of the count to the next, and
 // `distance` from one term to the next.
 template <class T>
-inline void form_weight_terms(const T* w, int64_t count, T* u, int64_t step, int64_t distance) {
+inline void transform_weight(const T* w, int64_t count, T* u, int64_t step, int64_t distance) {
   for (int64_t i = 0; i < count; ++i, w += 9, u += step) {
     for (int64_t t = 0; t < 3; ++t) {
       const T sum = (w[t] + w[6 + t]) / 2, middle = w[3 + t] / 2;
@@ -101,7 +103,7 @@ inline void form_weight_terms(const T* w, int64_t count, T* u, int64_t step, int
 
 // dg in the place of du, `count` values a term: dg0, dg1 and dg2 in that of du0, du1 and du3.
 template <class T>
-inline void gather_weight_terms(T* du, int64_t distance, int64_t count) {
+inline void collect_weight_gradient(T* du, int64_t distance, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     T* const d = du + i;
     const T u1 = d[distance], u2 = d[2 * distance], e = (u1 + u2) / 2;

@@ -3,10 +3,10 @@
 //
 // A tile of up to 512 pixels: db is formed once, as right operand of both products. Then for 32
 // channels at a time: dz from W, while z of the next channels is formed; dW from z, while the sweep
-// masks and sums dz and updates G. The unit works while the vector instructions that follow its own
-// in the program go on, so this work comes in small portions between its instructions. Rows of
-// either product are channels, which lie in the planes as a left operand and its sums do. Last, b
-// of the earlier layer: bottleneck_earlier.h.
+// masks and sums dz and updates G. The unit works while the vector instructions that follow its
+// memory_values in the program go on, so this work comes in small portions between its
+// instructions. Rows of either product are channels, which lie in the planes as a left operand and
+// its sums do. Last, b of the previous layer: bottleneck_earlier.h.
 #include "cpu/kernels/norm_backward.h"
 #include "cpu/kernels/pixel_tiles.h"
 #include "cpu/parallel.h"
@@ -17,57 +17,57 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-constexpr int64_t kMostPixels = 512, kMostColumns = kMostPixels / kSide,
-                  kMostChunks = kMostPixels / kDepth;
+constexpr int64_t kMaxTilePixels = 512, kMaxColumns = kMaxTilePixels / kSide,
+                  kMaxChunks = kMaxTilePixels / kDepth;
 constexpr int64_t kGroup = 32;  // channels at a time
 constexpr int64_t kBudget = 1200 * 1024;
-constexpr int64_t kRun = kMostPixels + kSide;  // from one run of dz to the next
+constexpr int64_t kChannelStride = kMaxTilePixels + kSide;  // from one run of dz to the next
 constexpr int64_t kTileSums = kSide * kSide;
 
 // A tile's columns of 16 pixels of one sample.
 template <class S>
-struct Plan {
+struct TileColumns {
   struct Column {
     const S* x;  // at channel 0, as are the others
-    const float* before;
+    const float* grad_in;
     float* grad;
-    const float *scale, *shift, *pre, *post;
+    const float *scale, *shift, *pre_mask, *post_mask;
     int64_t row, count;  // its first row of db; pixels in it, 0 beyond the last column
   };
-  Column column[kMostColumns + 4];
+  Column column[kMaxColumns + 4];
   int64_t columns, chunks, strips;
-  bool whole[kMostColumns / 4];  // strips of 64 pixels of one sample
+  bool whole[kMaxColumns / 4];  // strips of 64 pixels of one sample
 };
 
 template <class S>
-struct Job {
+struct BottleneckBackwardWorker {
   static constexpr int P = kParts<S>;
-  static constexpr int64_t kChunk = P * kTilePairs, kRows = kMostChunks * kChunk;
-  static constexpr int64_t kOwn = 2 * 2 * kRows + kGroup * kRun + 2 * kGroup * kSide;
+  static constexpr int64_t kChunk = P * kTilePairs, kRows = kMaxChunks * kChunk;
+  static constexpr int64_t kMemory = 2 * 2 * kRows + kGroup * kChannelStride + 2 * kGroup * kSide;
   const BottleneckBackward<S>& a;
   const Tiling& tiling;
   int64_t pitch, depths, groups;  // depths: chunks of outputs
   const uint32_t* weight;         // [channels / 16, depths, P, 16, 16]
-  const float *scaled, *ones;     // gamma*rstd; [channels]
+  const float *gains, *ones;      // gamma*rstd; [channels]
   // of one thread
-  int64_t end;     // of its tiles
-  uint32_t* db;    // [chunks, pitch / 16, P, 16, 16]
-  uint32_t* db_t;  // [columns, depths, P, 16, 16]
-  uint32_t* z;     // [2, 2, kMostChunks, P, 16, 16]
-  float* dz;       // [kGroup, kRun]
-  float* moments;  // [2, kGroup, 16]
-  float* dweight;  // [channels / 16, pitch / 16, 16, 16]
-  double* sums;    // [channels, 2]
-  Plan<S>* plans;  // of three tiles
-  const EarlierBottleneck<S>& earlier;
+  int64_t end;                   // of its tiles
+  uint32_t* db;                  // [chunks, pitch / 16, P, 16, 16]
+  uint32_t* db_t;                // [columns, depths, P, 16, 16]
+  uint32_t* z;                   // [2, 2, kMaxChunks, P, 16, 16]
+  float* dz;                     // [kGroup, kChannelStride]
+  float* moments;                // [2, kGroup, 16]
+  float* dweight;                // [channels / 16, pitch / 16, 16, 16]
+  double* sums;                  // [channels, 2]
+  TileColumns<S>* tile_columns;  // of three tiles
+  const PreviousBottleneck<S>& previous;
 
   int64_t outputs() const { return pitch / kSide; }
   int64_t count(int64_t c0) const { return std::min(kGroup, a.channels - c0); }
-  const Plan<S>& plan(int64_t tile) const { return plans[tile % 3]; }
+  const TileColumns<S>& columns(int64_t tile) const { return tile_columns[tile % 3]; }
 
-  void make_plan(int64_t index) const {
+  void list_columns(int64_t index) const {
     if (index >= end) return;
-    Plan<S>& out = plans[index % 3];
+    TileColumns<S>& out = tile_columns[index % 3];
     const Tile tile = tiling[index];
     out.columns = tile.positions() / kSide;
     out.chunks = ceil_div(out.columns, 2);
@@ -99,17 +99,18 @@ struct Job {
   }
 
   // A chunk of 32 pixels of db at a chunk of 32 outputs.
-  void form_db(const Plan<S>& plan, int64_t k, int64_t depth) const {
+  void form_db(const TileColumns<S>& columns, int64_t k, int64_t depth) const {
     alignas(64) float squares[2][2][kTileSums];  // of two columns, at two tiles of outputs
     for (int64_t h = 0; h < 2; ++h) {
-      const int64_t o = depth * kDepth + h * kSide, left = std::max<int64_t>(a.width - o, 0);
-      const Vec<float> t0 = load_first(a.db_affine + o, left),
-                       t1 = load_first(a.db_affine + a.width + o, left),
-                       t2 = load_first(a.db_affine + 2 * a.width + o, left);
-      const __mmask16 valid = left >= kSide ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+      const int64_t o = depth * kDepth + h * kSide, remaining = std::max<int64_t>(a.width - o, 0);
+      const Vec<float> t0 = load_first(a.db_affine + o, remaining),
+                       t1 = load_first(a.db_affine + a.width + o, remaining),
+                       t2 = load_first(a.db_affine + 2 * a.width + o, remaining);
+      const __mmask16 valid =
+          remaining >= kSide ? 0xffff : static_cast<__mmask16>((1u << remaining) - 1);
       for (int64_t i = 0; i < 2; ++i) {
-        const auto& column = plan.column[2 * k + i];
-        const int64_t count = left > 0 ? column.count : 0;
+        const auto& column = columns.column[2 * k + i];
+        const int64_t count = remaining > 0 ? column.count : 0;
         const auto* const dv = a.dv + column.row * pitch + o;
         const S* const b = a.bottleneck + column.row * pitch + o;
         for (int64_t r = 0; r < count; ++r) {
@@ -118,7 +119,7 @@ struct Job {
         }
         for (int64_t r = count; r < kSide; ++r) store(squares[i][h] + r * kSide, Vec<float>{});
       }
-      if (k < plan.chunks && o < pitch) {
+      if (k < columns.chunks && o < pitch) {
         uint32_t* const out = db + (k * outputs() + o / kSide) * kChunk;
         for (int64_t r = 0; r < kSide; ++r)
           split<P>(load(squares[0][h] + r * kSide), load(squares[1][h] + r * kSide),
@@ -139,27 +140,27 @@ struct Job {
   }
 
   // z of a group of channels, 32 pixels of a channel at a time.
-  struct Forming {
-    const Plan<S>*plan, *ahead;  // ahead: of the group that follows, which is fetched
-    int64_t c0, c0_ahead;
+  struct FormProgress {
+    const TileColumns<S>*columns, *next;  // next: of the group that follows, which is fetched
+    int64_t c0, next_c0;
     uint32_t* out;
-    int64_t left, portion;  // to be formed in all, at once
+    int64_t remaining, portion;  // to be formed in all, at once
     int64_t r = 0, k = 0;
   };
 
-  void form(Forming& f) const {
-    int64_t n = std::min(f.portion, f.left);
-    f.left -= n;
+  void form(FormProgress& f) const {
+    int64_t n = std::min(f.portion, f.remaining);
+    f.remaining -= n;
     while (n > 0) {
-      const int64_t c = f.c0 + f.r, last = std::min(f.plan->chunks, f.k + n),
+      const int64_t c = f.c0 + f.r, last = std::min(f.columns->chunks, f.k + n),
                     offset = c * a.features.plane_stride,
-                    then = (f.c0_ahead + f.r) * a.features.plane_stride;
-      const bool fetch = f.ahead && f.c0_ahead + f.r < a.channels;
+                    prefetch_offset = (f.next_c0 + f.r) * a.features.plane_stride;
+      const bool fetch = f.next && f.next_c0 + f.r < a.channels;
       uint32_t* const out = f.out + f.r / kSide * kRows + f.r % kSide * kSide;
       n -= last - f.k;
       for (int64_t k = f.k; k < last; ++k) {
-        const auto& even = f.plan->column[2 * k];
-        if (f.plan->whole[k / 2]) {
+        const auto& even = f.columns->column[2 * k];
+        if (f.columns->whole[k / 2]) {
           const Vec<float> scale = broadcast(even.scale[c]), shift = broadcast(even.shift[c]);
           const S* const x = even.x + offset;
           split<P>(relu(scale * load(x) + shift), relu(scale * load(x + kSide) + shift),
@@ -172,15 +173,15 @@ struct Job {
                 broadcast(column.shift[c]);
             return (Vec<float>)_mm512_maskz_max_ps(valid, _mm512_setzero_ps(), (__m512)v);  // relu
           };
-          split<P>(value(even), value(f.plan->column[2 * k + 1]), out + k * kChunk);
+          split<P>(value(even), value(f.columns->column[2 * k + 1]), out + k * kChunk);
         }
         if (fetch) {
-          __builtin_prefetch(f.ahead->column[2 * k].x + then, 0, 2);
-          __builtin_prefetch(f.ahead->column[2 * k + 1].x + then, 0, 2);
+          __builtin_prefetch(f.next->column[2 * k].x + prefetch_offset, 0, 2);
+          __builtin_prefetch(f.next->column[2 * k + 1].x + prefetch_offset, 0, 2);
         }
       }
       f.k = last;
-      if (last == f.plan->chunks) {
+      if (last == f.columns->chunks) {
         f.k = 0;
         ++f.r;
       }
@@ -188,14 +189,14 @@ struct Job {
   }
 
   // The rows of dv and b of a tile, a line of each at a time.
-  struct Fetching {
+  struct FetchProgress {
     const char *dv = nullptr, *b = nullptr;
-    int64_t dv_left = 0, b_left = 0, portion = 0;  // in lines of 64 bytes
+    int64_t dv_remaining = 0, b_remaining = 0, portion = 0;  // in lines of 64 bytes
   };
 
-  Fetching fetching_of(const Plan<S>& plan, int64_t calls) const {
-    const auto& first = plan.column[0];
-    const auto& last = plan.column[plan.columns - 1];
+  FetchProgress fetching_of(const TileColumns<S>& columns, int64_t calls) const {
+    const auto& first = columns.column[0];
+    const auto& last = columns.column[columns.columns - 1];
     const int64_t values = (last.row + last.count - first.row) * pitch;
     const int64_t lines = values / 16;
     return {reinterpret_cast<const char*>(a.dv + first.row * pitch),
@@ -203,36 +204,36 @@ struct Job {
             lines * static_cast<int64_t>(sizeof(S)) / 4, ceil_div(lines, calls)};
   }
 
-  static DX_INLINE void fetch_some(Fetching& f) {
-    for (int64_t i = std::min(f.portion, f.dv_left); i > 0; --i, f.dv += 64)
+  static DX_INLINE void fetch_some(FetchProgress& f) {
+    for (int64_t i = std::min(f.portion, f.dv_remaining); i > 0; --i, f.dv += 64)
       __builtin_prefetch(f.dv, 0, 2);
-    f.dv_left -= std::min(f.portion, f.dv_left);
-    for (int64_t i = std::min(f.portion, f.b_left); i > 0; --i, f.b += 64)
+    f.dv_remaining -= std::min(f.portion, f.dv_remaining);
+    for (int64_t i = std::min(f.portion, f.b_remaining); i > 0; --i, f.b += 64)
       __builtin_prefetch(f.b, 0, 2);
-    f.b_left -= std::min(f.portion, f.b_left);
+    f.b_remaining -= std::min(f.portion, f.b_remaining);
   }
 
   // Everything that follows from dz of a group, 64 pixels of a channel at a time.
-  struct Sweeping {
-    const Plan<S>*plan, *ahead;
-    int64_t c0, c0_ahead;
-    int64_t left, portion;
+  struct SweepProgress {
+    const TileColumns<S>*columns, *next;
+    int64_t c0, next_c0;
+    int64_t remaining, portion;
     int64_t r = 0, s = 0;
   };
 
   template <bool FIRST>
-  DX_INLINE void sweep(Sweeping& f) const {
-    int64_t n = std::min(f.portion, f.left);
-    f.left -= n;
+  DX_INLINE void sweep(SweepProgress& f) const {
+    int64_t n = std::min(f.portion, f.remaining);
+    f.remaining -= n;
     while (n > 0) {
-      const int64_t c = f.c0 + f.r, last = std::min(f.plan->strips, f.s + n),
+      const int64_t c = f.c0 + f.r, last = std::min(f.columns->strips, f.s + n),
                     offset = c * a.features.plane_stride, grad_offset = c * a.grad.plane_stride,
-                    before_offset = c * a.grad_in.plane_stride,
-                    then = (f.c0_ahead + f.r) * a.grad_in.plane_stride;
-      const bool fetch = !FIRST && f.ahead && f.c0_ahead + f.r < a.channels;
-      const Vec<float> mean = broadcast(a.norm.mean[c]), gain = broadcast(scaled[c]);
+                    grad_in_offset = c * a.grad_in.plane_stride,
+                    prefetch_offset = (f.next_c0 + f.r) * a.grad_in.plane_stride;
+      const bool fetch = !FIRST && f.next && f.next_c0 + f.r < a.channels;
+      const Vec<float> mean = broadcast(a.norm.mean[c]), gain = broadcast(gains[c]);
       float* const m = moments + f.r * kSide;
-      const float* const gradient = dz + f.r * kRun;
+      const float* const gradient = dz + f.r * kChannelStride;
       n -= last - f.s;
       Vec<float> s1 = {}, s2 = {};
       if (f.s > 0) {
@@ -240,54 +241,55 @@ struct Job {
         s2 = load(m + kGroup * kSide);
       }
       for (int64_t strip = f.s; strip < last; ++strip) {
-        const auto* const columns = f.plan->column + 4 * strip;
-        if (f.plan->whole[strip]) {
+        const auto* const columns = f.columns->column + 4 * strip;
+        if (f.columns->whole[strip]) {
           const Vec<float> scale = broadcast(columns->scale[c]),
-                           shift = broadcast(columns->shift[c]), q = broadcast(columns->pre[c]),
-                           post = broadcast(columns->post[c]), step = q * gain;
+                           shift = broadcast(columns->shift[c]),
+                           q = broadcast(columns->pre_mask[c]),
+                           post_mask = broadcast(columns->post_mask[c]), step = q * gain;
           const S* const x = columns->x + offset;
-          const float* const before = FIRST ? nullptr : columns->before + before_offset;
+          const float* const grad_in = FIRST ? nullptr : columns->grad_in + grad_in_offset;
           float* const g = columns->grad + grad_offset;
           DX_UNROLL
           for (int i = 0; i < 4; ++i) {
             const Vec<float> value = load(x + i * kSide),
-                             d = where_positive(scale * value + shift,
-                                                load(gradient + (4 * strip + i) * kSide)) *
-                                 post;
+                             d = relu_gradient(scale * value + shift,
+                                               load(gradient + (4 * strip + i) * kSide)) *
+                                 post_mask;
             s1 += d;
             s2 += d * (q * value - mean);
             if constexpr (FIRST) {
               store(g + i * kSide, step * d);
             } else {
-              store(g + i * kSide, step * d + load(before + i * kSide));
+              store(g + i * kSide, step * d + load(grad_in + i * kSide));
             }
           }
         } else {
-          const int64_t count = std::min<int64_t>(4, f.plan->columns - 4 * strip);
+          const int64_t count = std::min<int64_t>(4, f.columns->columns - 4 * strip);
           for (int64_t i = 0; i < count; ++i) {
             const auto& column = columns[i];
             const Vec<float> x = load_first(column.x + offset, column.count),
                              v = broadcast(column.scale[c]) * x + broadcast(column.shift[c]),
-                             q = broadcast(column.pre[c]),
-                             d = where_positive(v, load(gradient + (4 * strip + i) * kSide)) *
-                                 broadcast(column.post[c]);
+                             q = broadcast(column.pre_mask[c]),
+                             d = relu_gradient(v, load(gradient + (4 * strip + i) * kSide)) *
+                                 broadcast(column.post_mask[c]);
             s1 += d;
             s2 += d * (q * x - mean);
             Vec<float> g = q * gain * d;
-            if constexpr (!FIRST) g += load_first(column.before + before_offset, column.count);
+            if constexpr (!FIRST) g += load_first(column.grad_in + grad_in_offset, column.count);
             store_first(column.grad + grad_offset, g, column.count);
           }
         }
         if (fetch) {
           DX_UNROLL
           for (int i = 0; i < 4; ++i)
-            __builtin_prefetch(f.ahead->column[4 * strip + i].before + then, 0, 2);
+            __builtin_prefetch(f.next->column[4 * strip + i].grad_in + prefetch_offset, 0, 2);
         }
       }
       store(m, s1);
       store(m + kGroup * kSide, s2);
       f.s = last;
-      if (last == f.plan->strips) {
+      if (last == f.columns->strips) {
         f.s = 0;
         ++f.r;
       }
@@ -314,35 +316,36 @@ struct Job {
 
   // dz of channels c0 ...
   template <int NR, class F>
-  void input_gradient(const Plan<S>& plan, int64_t c0, const F& work) const {
+  void input_gradient(const TileColumns<S>& columns, int64_t c0, const F& work) const {
     constexpr int NC = 4 / NR;
     const Panel left{weight + c0 / kSide * depths * kChunk, depths * kChunk, kChunk};
     const TileBlock<P, NR, NC> block;
-    for (int64_t i = 0; i < plan.strips * 4; i += NC) {
+    for (int64_t i = 0; i < columns.strips * 4; i += NC) {
       block.zero();
       block.product(depths, left, {db_t + i * depths * kChunk, depths * kChunk, kChunk}, work);
       unrolled<4>([&](auto t) __attribute__((always_inline)) {
         constexpr int I = decltype(t)::value;
-        tile_store<I>(dz + I / NC * kSide * kRun + (i + I % NC) * kSide, kRun * 4);
+        tile_store<I>(dz + I / NC * kSide * kChannelStride + (i + I % NC) * kSide,
+                      kChannelStride * 4);
       });
     }
   }
 
   // dW of channels c0 ..., from z in `rows`; NR tiles of them by NC of outputs, from the first on.
   template <int NR, int NC, class F>
-  void weight_block(const Plan<S>& plan, int64_t c0, int64_t r, int64_t o, const uint32_t* rows,
-                    bool add, const F& work) const {
+  void weight_block(const TileColumns<S>& columns, int64_t c0, int64_t r, int64_t o,
+                    const uint32_t* rows, bool add, const F& work) const {
     const TileBlock<P, NR, NC> block;
     const int64_t row_step = outputs() * kTileSums;
-    float* const at = dweight + (c0 / kSide + r) * row_step + o * kTileSums;
+    float* const sums_of_block = dweight + (c0 / kSide + r) * row_step + o * kTileSums;
     if (add) {
-      block.load(at, row_step, kTileSums);
+      block.load(sums_of_block, row_step, kTileSums);
     } else {
       block.zero();
     }
-    block.product(plan.chunks, {rows + r * kRows, kRows, kChunk},
+    block.product(columns.chunks, {rows + r * kRows, kRows, kChunk},
                   {db + o * kChunk, kChunk, outputs() * kChunk}, work);
-    block.store(at, row_step, kTileSums);
+    block.store(sums_of_block, row_step, kTileSums);
   }
 
   int64_t weight_blocks(int64_t rows) const {
@@ -350,73 +353,76 @@ struct Job {
   }
 
   template <class F>
-  void weight_gradient(const Plan<S>& plan, int64_t c0, const uint32_t* rows, bool add,
+  void weight_gradient(const TileColumns<S>& columns, int64_t c0, const uint32_t* rows, bool add,
                        const F& work) const {
-    int64_t o = 0, left = outputs();
+    int64_t o = 0, remaining = outputs();
     if (count(c0) > kSide) {
-      for (; left == 2 || left > 3; o += 2, left -= 2)
-        weight_block<2, 2>(plan, c0, 0, o, rows, add, work);
-      if (left == 3) {
-        weight_block<1, 3>(plan, c0, 0, o, rows, add, work);
-        weight_block<1, 3>(plan, c0, 1, o, rows, add, work);
-      } else if (left == 1) {
-        weight_block<2, 1>(plan, c0, 0, o, rows, add, work);
+      for (; remaining == 2 || remaining > 3; o += 2, remaining -= 2)
+        weight_block<2, 2>(columns, c0, 0, o, rows, add, work);
+      if (remaining == 3) {
+        weight_block<1, 3>(columns, c0, 0, o, rows, add, work);
+        weight_block<1, 3>(columns, c0, 1, o, rows, add, work);
+      } else if (remaining == 1) {
+        weight_block<2, 1>(columns, c0, 0, o, rows, add, work);
       }
     } else {
-      for (; left >= 4; o += 4, left -= 4) weight_block<1, 4>(plan, c0, 0, o, rows, add, work);
-      if (left == 3) weight_block<1, 3>(plan, c0, 0, o, rows, add, work);
-      if (left == 2) weight_block<1, 2>(plan, c0, 0, o, rows, add, work);
-      if (left == 1) weight_block<1, 1>(plan, c0, 0, o, rows, add, work);
+      for (; remaining >= 4; o += 4, remaining -= 4)
+        weight_block<1, 4>(columns, c0, 0, o, rows, add, work);
+      if (remaining == 3) weight_block<1, 3>(columns, c0, 0, o, rows, add, work);
+      if (remaining == 2) weight_block<1, 2>(columns, c0, 0, o, rows, add, work);
+      if (remaining == 1) weight_block<1, 1>(columns, c0, 0, o, rows, add, work);
     }
   }
 
   uint32_t* z_of(int64_t stage) const { return z + stage % 2 * 2 * kRows; }
 
-  Forming forming(int64_t begin, int64_t stage, int64_t calls) const {
+  FormProgress forming(int64_t begin, int64_t stage, int64_t calls) const {
     const int64_t tile = begin + stage / groups, next = begin + (stage + 1) / groups;
-    Forming f{&plan(tile),
-              next < end ? &plan(next) : nullptr,
-              stage % groups * kGroup,
-              (stage + 1) % groups * kGroup,
-              z_of(stage),
-              0,
-              0};
+    FormProgress f{&columns(tile),
+                   next < end ? &columns(next) : nullptr,
+                   stage % groups * kGroup,
+                   (stage + 1) % groups * kGroup,
+                   z_of(stage),
+                   0,
+                   0};
     if (tile >= end) return f;
-    f.left = count(f.c0) * f.plan->chunks;
-    f.portion = ceil_div(f.left, calls);
+    f.remaining = count(f.c0) * f.columns->chunks;
+    f.portion = ceil_div(f.remaining, calls);
     return f;
   }
 
   template <bool FIRST>
   void run(int64_t begin) const {
-    make_plan(begin);
-    make_plan(begin + 1);
-    Forming first = forming(begin, 0, 1);
+    list_columns(begin);
+    list_columns(begin + 1);
+    FormProgress first = forming(begin, 0, 1);
     form(first);
     const int64_t db_strip = 2 * depths;  // portions of db in a strip
     for (int64_t tile = begin; tile < end; ++tile) {
-      make_plan(tile + 2);
-      const Plan<S>& now = plan(tile);
-      for (int64_t i = 0; i < db_strip; ++i) form_db(now, i / depths, i % depths);
+      list_columns(tile + 2);
+      const TileColumns<S>& current = columns(tile);
+      for (int64_t i = 0; i < db_strip; ++i) form_db(current, i / depths, i % depths);
       // dv and b of the tile that follows, over the last groups.
       const int64_t fetched = std::min<int64_t>(groups, 4),
-                    calls = fetched * (now.strips * 2 * depths + now.chunks * weight_blocks(2));
-      Fetching fetching = tile + 1 < end ? fetching_of(plan(tile + 1), calls) : Fetching{};
+                    calls =
+                        fetched * (current.strips * 2 * depths + current.chunks * weight_blocks(2));
+      FetchProgress fetching =
+          tile + 1 < end ? fetching_of(columns(tile + 1), calls) : FetchProgress{};
       for (int64_t g = 0; g < groups; ++g) {
         const auto fetch = [&] {
           if (g >= groups - fetched) fetch_some(fetching);
         };
         const int64_t stage = (tile - begin) * groups + g, c0 = g * kGroup,
                       rows = ceil_div(count(c0), kSide);
-        Forming next = forming(begin, stage + 1, now.strips * rows * depths);
+        FormProgress next = forming(begin, stage + 1, current.strips * rows * depths);
         // Of the first group also the strip of db that the next strip of dz needs.
         int64_t k = 2, depth = 0;
-        const int64_t chunks = g == 0 ? 2 * now.strips : 0;
+        const int64_t chunks = g == 0 ? 2 * current.strips : 0;
         const auto form_some = [&] {
           form(next);
           fetch();
           for (int64_t i = rows; i <= 2 && k < chunks; ++i) {
-            form_db(now, k, depth);
+            form_db(current, k, depth);
             if (++depth == depths) {
               depth = 0;
               ++k;
@@ -424,30 +430,31 @@ struct Job {
           }
         };
         if (rows == 2) {
-          input_gradient<2>(now, c0, form_some);
+          input_gradient<2>(current, c0, form_some);
         } else {
-          input_gradient<1>(now, c0, form_some);
+          input_gradient<1>(current, c0, form_some);
         }
-        next.portion = next.left;
+        next.portion = next.remaining;
         form(next);
 
-        const int64_t after = begin + (stage + 1) / groups;
-        Sweeping sweeping{&now,
-                          after < end ? &plan(after) : nullptr,
-                          c0,
-                          (stage + 1) % groups * kGroup,
-                          count(c0) * now.strips,
-                          ceil_div(count(c0) * now.strips, now.chunks * weight_blocks(rows))};
-        weight_gradient(now, c0, z_of(stage), tile > begin, [&] {
+        const int64_t next_tile = begin + (stage + 1) / groups;
+        SweepProgress sweeping{
+            &current,
+            next_tile < end ? &columns(next_tile) : nullptr,
+            c0,
+            (stage + 1) % groups * kGroup,
+            count(c0) * current.strips,
+            ceil_div(count(c0) * current.strips, current.chunks * weight_blocks(rows))};
+        weight_gradient(current, c0, z_of(stage), tile > begin, [&] {
           sweep<FIRST>(sweeping);
           fetch();
         });
-        sweeping.portion = sweeping.left;
+        sweeping.portion = sweeping.remaining;
         sweep<FIRST>(sweeping);
         add_moments(c0);
       }
-      static_assert(kNarrowOwn<S> <= kGroup * kRun);
-      if (earlier) earlier.run(tiling[tile], reinterpret_cast<uint32_t*>(dz));
+      static_assert(kNarrowMemory<S> <= kGroup * kChannelStride);
+      if (previous) previous.run(tiling[tile], reinterpret_cast<uint32_t*>(dz));
     }
   }
 };
@@ -481,69 +488,73 @@ void bottleneck_forward(const BottleneckForward<S>&);
 
 template <class S>
 void bottleneck_backward(const BottleneckBackward<S>& a) {
-  using Work = Job<S>;
+  using Worker = BottleneckBackwardWorker<S>;
   if (a.channels == 0) return;
   const int64_t pitch = round_up(a.width, kLanes),
                 depths = std::max<int64_t>(1, ceil_div(pitch, kDepth)),
                 rows = ceil_div(a.channels, kSide), outputs = pitch / kSide;
   // What a pixel takes in db and db_t; whole tiles for each thread.
-  const int64_t pixel_bytes = 2 * Work::P * (pitch + depths * kDepth), fixed = 4 * Work::kOwn;
-  const int64_t most = std::clamp<int64_t>(
-      (kBudget - fixed) / std::max<int64_t>(1, pixel_bytes) / 64 * 64, 64, kMostPixels);
+  const int64_t pixel_bytes = 2 * Worker::P * (pitch + depths * kDepth),
+                fixed = 4 * Worker::kMemory;
+  const int64_t max_pixels = std::clamp<int64_t>(
+      (kBudget - fixed) / std::max<int64_t>(1, pixel_bytes) / 64 * 64, 64, kMaxTilePixels);
   const int64_t positions = a.features.samples * round_up(a.features.pixels(), kSide),
-                share = round_up(ceil_div(positions, most), thread_count(positions / kSide));
-  const int64_t capacity =
-      positions == 0 ? most : std::min(most, round_up(ceil_div(positions, share), kSide));
+                share = round_up(ceil_div(positions, max_pixels), thread_count(positions / kSide));
+  const int64_t capacity = positions == 0
+                               ? max_pixels
+                               : std::min(max_pixels, round_up(ceil_div(positions, share), kSide));
   const Tiling tiling(a.features.samples, a.features.pixels(), capacity);
   const int64_t threads = thread_count(tiling.count);
 
-  const EarlierBottleneck<S> earlier(a.previous);
-  const Scratch packed(4 * rows * depths * Work::kChunk);
+  const PreviousBottleneck<S> previous(a.previous);
+  const Scratch packed(4 * rows * depths * Worker::kChunk);
   parallel(rows, thread_count(rows, kSide * pitch), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      pack_weight<Work::P>(a, r * kSide, depths, packed.as<uint32_t>() + r * depths * Work::kChunk);
+      pack_weight<Worker::P>(a, r * kSide, depths,
+                             packed.as<uint32_t>() + r * depths * Worker::kChunk);
   });
-  const Scratch scaled(2 * sizeof(float) * a.channels);
-  float* const ones = scaled.as<float>() + a.channels;
+  const Scratch gains(2 * sizeof(float) * a.channels);
+  float* const ones = gains.as<float>() + a.channels;
   for (int64_t c = 0; c < a.channels; ++c) {
-    scaled.as<float>()[c] =
+    gains.as<float>()[c] =
         static_cast<float>(static_cast<double>(a.norm.weight[c]) * reciprocal_std(a.norm, c));
     ones[c] = 1;
   }
 
-  const int64_t most_columns = round_up(capacity / kSide, 4),
-                db_size = most_columns / 2 * outputs * Work::kChunk,
-                db_t_size = most_columns * depths * Work::kChunk,
-                own = db_size + db_t_size + Work::kOwn, partial = rows * outputs * kTileSums;
-  const Scratch tiles(4 * threads * own);
+  const int64_t max_columns = round_up(capacity / kSide, 4),
+                db_size = max_columns / 2 * outputs * Worker::kChunk,
+                db_t_size = max_columns * depths * Worker::kChunk,
+                memory_values = db_size + db_t_size + Worker::kMemory,
+                partial = rows * outputs * kTileSums;
+  const Scratch tiles(4 * threads * memory_values);
   const Scratch partials(sizeof(float) * threads * partial);
   const Scratch sums(sizeof(double) * threads * 2 * a.channels);
   std::fill_n(sums.as<double>(), threads * 2 * a.channels, 0.0);
 
   parallel(tiling.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    const TileUnit unit;
-    Plan<S> plans[3];
-    uint32_t* const db = tiles.as<uint32_t>() + thread * own;
+    const TileConfiguration unit;
+    TileColumns<S> tile_columns[3];
+    uint32_t* const db = tiles.as<uint32_t>() + thread * memory_values;
     uint32_t* const z = db + db_size + db_t_size;
-    float* const dz = reinterpret_cast<float*>(z + 4 * Work::kRows);
-    const Work job{a,
-                   tiling,
-                   pitch,
-                   depths,
-                   ceil_div(a.channels, kGroup),
-                   packed.as<uint32_t>(),
-                   scaled.as<float>(),
-                   ones,
-                   end,
-                   db,
-                   db + db_size,
-                   z,
-                   dz,
-                   dz + kGroup * kRun,
-                   partials.as<float>() + thread * partial,
-                   sums.as<double>() + thread * 2 * a.channels,
-                   plans,
-                   earlier};
+    float* const dz = reinterpret_cast<float*>(z + 4 * Worker::kRows);
+    const Worker job{a,
+                     tiling,
+                     pitch,
+                     depths,
+                     ceil_div(a.channels, kGroup),
+                     packed.as<uint32_t>(),
+                     gains.as<float>(),
+                     ones,
+                     end,
+                     db,
+                     db + db_size,
+                     z,
+                     dz,
+                     dz + kGroup * kChannelStride,
+                     partials.as<float>() + thread * partial,
+                     sums.as<double>() + thread * 2 * a.channels,
+                     tile_columns,
+                     previous};
     if (a.grad_in.data) {
       job.template run<false>(begin);
     } else {
@@ -558,10 +569,10 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
                for (int64_t o = 0; o < a.width; o += kSide) {
                  Vec<float> square[kSide] = {};
                  for (int64_t t = 0; t < parts; ++t) {
-                   const float* const from =
+                   const float* const source =
                        partials.as<float>() + t * partial + (r * outputs + o / kSide) * kTileSums;
                    DX_UNROLL
-                   for (int i = 0; i < kSide; ++i) square[i] += load(from + i * kSide);
+                   for (int i = 0; i < kSide; ++i) square[i] += load(source + i * kSide);
                  }
                  transpose<float>(square);
                  float* const out = a.dweight + o * a.channels + r * kSide;
@@ -581,7 +592,7 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
       static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
   finish_norm_backward(a.norm, total, a.channels, all, a.pre_mask, a.coef, true, a.dnorm_weight,
                        a.dnorm_bias);
-  if (a.previous.weight && !earlier) bottleneck_forward(a.previous);
+  if (a.previous.weight && !previous) bottleneck_forward(a.previous);
 }
 
 template void bottleneck_backward<float>(const BottleneckBackward<float>&);

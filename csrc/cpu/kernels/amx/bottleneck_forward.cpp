@@ -3,11 +3,11 @@
 //
 // Up to 48 outputs: bottleneck_narrow.h. More:
 //
-// Columns of sums are pixels, rows are outputs: x is planar, so that normalized, rectified and
-// split it is a right operand as it comes; W is the left one. The unit works while the vector
-// instructions that follow its own in the program go on: meanwhile the next group of columns is
-// formed, and the sums of the strip of four columns before are transposed in registers into rows of
-// b.
+// PixelColumns of sums are pixels, rows are outputs: x is planar, so that normalized, rectified and
+// split it is a right operand as it comes; W is the remaining one. The unit works while the vector
+// instructions that follow its memory_values in the program go on: meanwhile the next group of
+// columns is formed, and the sums of the strip of four columns before are transposed in registers
+// into rows of b.
 #include "bottleneck_narrow.h"
 #include "cpu/kernels/row_moments.h"
 #include "cpu/parallel.h"
@@ -22,12 +22,12 @@ constexpr int64_t kMostColumns =
     16;  // of a group: a stretch of a plane that is worth a prefetcher's while
 constexpr int64_t kBudget = 1200 * 1024;
 
-// Columns that are formed together.
+// PixelColumns that are formed together.
 template <class S>
 struct ColumnGroup {
   uint32_t* z;
   struct {
-    const S *x, *ahead;  // of channel 0; what the next group has there
+    const S *x, *prefetch;  // of channel 0; what the next group has there
     const float *scale, *shift;
     S* b;
     int64_t count;
@@ -35,13 +35,13 @@ struct ColumnGroup {
 };
 
 template <class S>
-struct Job {
+struct WideBottleneck {
   using Group = ColumnGroup<S>;
   static constexpr int P = kParts<S>;
   static constexpr int64_t kChunk = P * kTilePairs,
                            kRowSums = 4 * kSide * kSide;  // of four columns
   const BottleneckForward<S>& a;
-  const Columns& columns;
+  const PixelColumns& columns;
   int64_t chunks, pitch, width, column_step;  // of a group in columns, of z in pairs
   const uint32_t* weight;                     // [outputs / 16, chunks, P, 16, 16]
   // of one thread
@@ -51,24 +51,24 @@ struct Job {
   // What is to be formed of a group: cells of one channel pair of a chunk in one column.
   struct Forming {
     const Group* group;
-    int64_t left, row = 0, column = 0;
+    int64_t remaining, row = 0, column = 0;
   };
 
   void form(Forming& f, int64_t n) const {
     const int64_t step = a.features.plane_stride;
-    n = std::min(n, f.left);
-    f.left -= n;
+    n = std::min(n, f.remaining);
+    f.remaining -= n;
     while (n > 0) {
-      const int64_t at = f.row, last = std::min(width, f.column + n);
-      const int64_t c0 = at / kSide * kDepth + at % kSide, c1 = c0 + kSide;
+      const int64_t row = f.row, last = std::min(width, f.column + n);
+      const int64_t c0 = row / kSide * kDepth + row % kSide, c1 = c0 + kSide;
       uint32_t* out =
-          f.group->z + at / kSide * kChunk + at % kSide * kSide + f.column * column_step;
+          f.group->z + row / kSide * kChunk + row % kSide * kSide + f.column * column_step;
       n -= last - f.column;
       for (int64_t i = f.column; i < last; ++i, out += column_step) {
         const auto& column = f.group->columns[i];
         const auto value = [&](int64_t c) __attribute__((always_inline)) {
           if (c >= a.channels) return Vec<float>{};
-          __builtin_prefetch(column.ahead + c * step, 0, 2);
+          __builtin_prefetch(column.prefetch + c * step, 0, 2);
           return relu(broadcast(column.scale[c]) * load_first(column.x + c * step, column.count) +
                       broadcast(column.shift[c]));
         };
@@ -86,14 +86,15 @@ struct Job {
     Group group;
     group.z = z + index % 2 * width * column_step;
     for (int64_t i = 0; i < width; ++i) {
-      const Column at = columns[index * width + i];
-      const Column then = columns[std::min((index + 1) * width + i, columns.count - 1)];
-      group.columns[i] = {a.features.plane(at.sample, 0) + at.pixel,
-                          a.features.plane(then.sample, 0) + then.pixel,
-                          a.scale_shift.scale.row(at.sample),
-                          a.scale_shift.shift.row(at.sample),
-                          a.bottleneck + (at.sample * a.features.pixels() + at.pixel) * pitch,
-                          at.count};
+      const PixelColumn column = columns[index * width + i];
+      const PixelColumn later = columns[std::min((index + 1) * width + i, columns.count - 1)];
+      group.columns[i] = {
+          a.features.plane(column.sample, 0) + column.pixel,
+          a.features.plane(later.sample, 0) + later.pixel,
+          a.scale_shift.scale.row(column.sample),
+          a.scale_shift.shift.row(column.sample),
+          a.bottleneck + (column.sample * a.features.pixels() + column.pixel) * pitch,
+          column.count};
     }
     return group;
   }
@@ -117,37 +118,38 @@ struct Job {
   void run(const Group& group, const Group& next, bool last) const {
     const int64_t strips = width / 4, slots = outputs() * chunks;
     Forming forming{&next, last ? 0 : chunks * kSide * width};
-    const int64_t portion = ceil_div(forming.left, strips * slots);
+    const int64_t portion = ceil_div(forming.remaining, strips * slots);
     for (int64_t s = 0; s < strips; ++s) {
       Pace pace{4 * outputs(), slots};
-      int64_t done = 0;
+      int64_t finished = 0;
       const auto work = [&]() __attribute__((always_inline)) {
         form(forming, portion);
         if (s > 0)
-          pace.step([&]() __attribute__((always_inline)) { finish(group, s - 1, done++); });
+          pace.step([&]() __attribute__((always_inline)) { finish(group, s - 1, finished++); });
       };
       strip_product<P>(outputs(), chunks, {weight, chunks * kChunk, kChunk},
                        {group.z + s * 4 * column_step, column_step, kChunk}, sums_of(s), work);
     }
-    form(forming, forming.left);
+    form(forming, forming.remaining);
     for (int64_t t = 0; t < 4 * outputs(); ++t) finish(group, strips - 1, t);
   }
 };
 
-// body(own, begin, end, count, mean) for each thread's share of the items: `own` values of memory,
-// and where it merges the moments of its `count` rows, mean and behind it m2.
+// body(memory_values, begin, end, count, mean) for each thread's parallel_with_moments of the
+// items: `memory_values` values of memory, and where it merges the moments of its `count` rows,
+// mean and behind it m2.
 template <class S, class F>
-void share(const BottleneckForward<S>& a, int64_t items, int64_t own, int64_t pitch,
-           const F& body) {
+void parallel_with_moments(const BottleneckForward<S>& a, int64_t items, int64_t memory_values,
+                           int64_t pitch, const F& body) {
   const int64_t threads = thread_count(items);
-  const Scratch tiles(4 * threads * own);
+  const Scratch tiles(4 * threads * memory_values);
   const Scratch sums(sizeof(double) * threads * 2 * pitch);
   const Scratch counts(sizeof(double) * threads);
   std::fill_n(sums.as<double>(), threads * 2 * pitch, 0.0);
   std::fill_n(counts.as<double>(), threads, 0.0);
   parallel(items, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    const TileUnit unit;
-    body(tiles.as<uint32_t>() + thread * own, begin, end, counts.as<double>()[thread],
+    const TileConfiguration unit;
+    body(tiles.as<uint32_t>() + thread * memory_values, begin, end, counts.as<double>()[thread],
          sums.as<double>() + thread * 2 * pitch);
   });
   if (a.mean)
@@ -157,42 +159,44 @@ void share(const BottleneckForward<S>& a, int64_t items, int64_t own, int64_t pi
 
 template <class S>
 void run_narrow(const BottleneckForward<S>& a, const ForwardWeight<S>& weight) {
-  const Columns columns(a.features.samples, a.features.pixels());
-  share(a, ceil_div(columns.count, kNarrowColumns), kNarrowOwn<S>, weight.outputs * kSide,
-        [&](uint32_t* own, int64_t begin, int64_t end, double& count, double* mean) {
-          run_narrow_strips(a, columns, weight, own, begin, end, count, mean);
-        });
+  const PixelColumns columns(a.features.samples, a.features.pixels());
+  parallel_with_moments(
+      a, ceil_div(columns.count, kNarrowColumns), kNarrowMemory<S>, weight.outputs * kSide,
+      [&](uint32_t* memory_values, int64_t begin, int64_t end, double& count, double* mean) {
+        run_narrow_strips(a, columns, weight, memory_values, begin, end, count, mean);
+      });
 }
 
 template <class S>
 void run_wide(const BottleneckForward<S>& a, const ForwardWeight<S>& packed) {
-  using Work = Job<S>;
+  using Work = WideBottleneck<S>;
   const uint32_t* const weight = packed.data();
   const int64_t pitch = packed.outputs * kSide, chunks = packed.chunks;
-  const Columns columns(a.features.samples, a.features.pixels());
-  // one line more than a power of two, so that a row's columns do not share cache sets
+  const PixelColumns columns(a.features.samples, a.features.pixels());
+  // one line more than a power of two, so that a row's columns do not parallel_with_moments cache
+  // sets
   const int64_t column_step = chunks * Work::kChunk + kSide;
   const int64_t fit = std::min(kBudget / (2 * 4 * column_step),
                                ceil_div(columns.count, 4 * thread_count(columns.count)));
   const int64_t width = std::clamp<int64_t>(fit / 4 * 4, 4, kMostColumns);
   const int64_t z_pairs = 2 * width * column_step,
-                own = z_pairs + 2 * pitch / kSide * Work::kRowSums;
+                memory_values = z_pairs + 2 * pitch / kSide * Work::kRowSums;
 
-  share(a, ceil_div(columns.count, width), own, pitch,
-        [&](uint32_t* z, int64_t begin, int64_t end, double& count, double* mean) {
-          const Work job{a,      columns, chunks,
-                         pitch,  width,   column_step,
-                         weight, z,       reinterpret_cast<float*>(z + z_pairs)};
-          ColumnGroup<S> group = job.group(begin);
-          typename Work::Forming all{&group, chunks * kSide * width};
-          job.form(all, all.left);
-          for (int64_t g = begin; g < end; ++g) {
-            const ColumnGroup<S> next = job.group(g + 1);
-            job.run(group, next, g + 1 == end);
-            group = next;
-            add_moments(a, columns, g * width, (g + 1) * width, pitch, count, mean);
-          }
-        });
+  parallel_with_moments(a, ceil_div(columns.count, width), memory_values, pitch,
+                        [&](uint32_t* z, int64_t begin, int64_t end, double& count, double* mean) {
+                          const Work job{a,      columns, chunks,
+                                         pitch,  width,   column_step,
+                                         weight, z,       reinterpret_cast<float*>(z + z_pairs)};
+                          ColumnGroup<S> group = job.group(begin);
+                          typename Work::Forming whole_group{&group, chunks * kSide * width};
+                          job.form(whole_group, whole_group.remaining);
+                          for (int64_t g = begin; g < end; ++g) {
+                            const ColumnGroup<S> next = job.group(g + 1);
+                            job.run(group, next, g + 1 == end);
+                            group = next;
+                            add_moments(a, columns, g * width, (g + 1) * width, pitch, count, mean);
+                          }
+                        });
 }
 
 }  // namespace

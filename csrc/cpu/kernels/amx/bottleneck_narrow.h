@@ -39,7 +39,7 @@ struct ForwardWeight {
 // Merges the moments of b in columns first .. last with those of `count` rows, mean and behind it
 // m2.
 template <class S>
-inline void add_moments(const BottleneckForward<S>& a, const Columns& columns, int64_t first,
+inline void add_moments(const BottleneckForward<S>& a, const PixelColumns& columns, int64_t first,
                         int64_t last, int64_t pitch, double& count, double* mean) {
   if (!a.mean) return;
   const int64_t row = columns.row(first), rows = columns.row(last) - row;
@@ -53,13 +53,13 @@ inline bool is_narrow(int64_t width) { return width > 0 && width <= kNarrow; }
 
 // Values of memory of a thread: z of two chunks and the sums of two strips.
 template <class S>
-constexpr int64_t kNarrowOwn = 2 * kNarrowColumns * (kParts<S> * kTilePairs + kNarrow * kSide);
+constexpr int64_t kNarrowMemory = 2 * kNarrowColumns * (kParts<S> * kTilePairs + kNarrow * kSide);
 
-// Strips begin .. end of these columns, with `own` as memory; merges the moments of b in `count`
+// Strips begin .. end of these columns, with `memory` as memory; merges the moments of b in `count`
 // rows, mean and behind it m2, with theirs.
 template <class S>
-void run_narrow_strips(const BottleneckForward<S>& a, const Columns& columns,
-                       const ForwardWeight<S>& weight, uint32_t* own, int64_t begin, int64_t end,
+void run_narrow_strips(const BottleneckForward<S>& a, const PixelColumns& columns,
+                       const ForwardWeight<S>& weight, uint32_t* memory, int64_t begin, int64_t end,
                        double& count, double* mean);
 
 }  // namespace DENSENET_EXT_ISA

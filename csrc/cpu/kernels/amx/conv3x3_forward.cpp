@@ -25,27 +25,27 @@ struct Term {
 
 struct Terms {
   int64_t lines, count;
-  Term* all;
+  Term* term_list;
 
   // Rows of taps one after the other, whose lines stay in the first-level cache.
-  Terms(int64_t width, Term* out) : lines(ceil_div(width, kDepth)), count(0), all(out) {
+  Terms(int64_t width, Term* out) : lines(ceil_div(width, kDepth)), count(0), term_list(out) {
     const int64_t whole = ceil_div(width, kSide) / 2;
     for (int64_t t = 0; t < 9; t += 3) {
       for (int64_t k = 0; k < whole; ++k) {
         for (int64_t x = 0; x < 3; ++x)
-          all[count++] = {{t + x, t + x}, {k * kDepth, k * kDepth + kSide}, k};
+          term_list[count++] = {{t + x, t + x}, {k * kDepth, k * kDepth + kSide}, k};
       }
       if (whole == lines) continue;
       const int64_t i = whole * kDepth;
-      all[count++] = {{t, t + 1}, {i, i}, whole};
-      all[count++] = {{t + 2, 9}, {i, i}, whole};
+      term_list[count++] = {{t, t + 1}, {i, i}, whole};
+      term_list[count++] = {{t + 2, 9}, {i, i}, whole};
     }
   }
-  static int64_t most(int64_t width) { return 9 * ceil_div(width, kDepth); }
+  static int64_t max_count(int64_t width) { return 9 * ceil_div(width, kDepth); }
 };
 
 template <class S>
-struct Job {
+struct Conv3x3ForwardWorker {
   static constexpr int P = kParts<S>;
   static constexpr int64_t kChunk = P * kTilePairs, kLine = P * kSide;
   const Conv3x3Forward<S>& a;
@@ -57,49 +57,50 @@ struct Job {
   int64_t scale_stride, shift_stride;
   int64_t window_rows;
   // of one thread
-  const S** rows;        // [positions] of b, null where the plane is padding
-  const float** table;   // [positions, 2]: scale and shift of that row
-  uint32_t* window;      // [window_rows, lines, P, 16]
-  float *sums, *planes;  // [2, columns, 4, 16, 16]; [growth, positions]
+  const S** b_rows;                // [positions] of b, null where the plane is padding
+  const float** scale_shift_rows;  // [positions, 2]: scale and shift of that row
+  uint32_t* window;                // [window_rows, lines, P, 16]
+  float *sums, *planes;            // [2, columns, 4, 16, 16]; [growth, positions]
 
-  Vec<float> before = {};         // what the last position has in a line with the next one
-  int64_t start = 0, formed = 0;  // positions that the window has: from, to
+  Vec<float> previous_value = {};  // what the last position has in a line with the next one
+  int64_t start = 0, formed = 0;   // positions that the window has: from, to
 
   int64_t row_pairs() const { return terms.lines * kLine; }
   uint32_t* line(int64_t p) const { return window + (p - start) * row_pairs(); }
 
   // Where each position of the unit's planes has its row of b.
   void locate(const Unit& u) const {
-    std::fill_n(rows, units.plane_size + kStep, nullptr);
+    std::fill_n(b_rows, units.plane_size + kStep, nullptr);
     units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
       const int64_t n = u.sample + s, first = units.position(u, s, y);
       const S* const row = a.bottleneck + (n * units.height + u.row + y) * units.width * pitch;
       for (int64_t x = 0; x < units.width; ++x) {
-        rows[first + x] = row + x * pitch;
-        table[2 * (first + x)] = scale + n * scale_stride;
-        table[2 * (first + x) + 1] = shift + n * shift_stride;
+        b_rows[first + x] = row + x * pitch;
+        scale_shift_rows[2 * (first + x)] = scale + n * scale_stride;
+        scale_shift_rows[2 * (first + x) + 1] = shift + n * shift_stride;
       }
     });
   }
 
-  // One position more.
+  // One position new_positions.
   DX_INLINE void form() {
     const int64_t p = formed++, whole = pitch / kDepth;
-    uint32_t* const to = line(p);
-    const S* const row = rows[p];
-    const float *const sc = table[2 * p], *const sh = table[2 * p + 1];
+    uint32_t* const target = line(p);
+    const S* const row = b_rows[p];
+    const float *const sc = scale_shift_rows[2 * p], *const sh = scale_shift_rows[2 * p + 1];
     const auto value = [&](int64_t i) __attribute__((always_inline)) {
       return row ? relu(load(sc + i) * load(row + i) + load(sh + i)) : Vec<float>{};
     };
     for (int64_t k = 0; k < whole; ++k)
-      split<P>(value(k * kDepth), value(k * kDepth + kSide), to + k * kLine, kSide);
+      split<P>(value(k * kDepth), value(k * kDepth + kSide), target + k * kLine, kSide);
     if (whole == terms.lines) return;
-    const Vec<float> now = value(whole * kDepth);
-    if (p > start) split<P>(before, now, to - row_pairs() + whole * kLine, kSide);
-    before = now;
+    const Vec<float> current_value = value(whole * kDepth);
+    if (p > start)
+      split<P>(previous_value, current_value, target - row_pairs() + whole * kLine, kSide);
+    previous_value = current_value;
   }
 
-  // Room for `count` positions more, by giving up those before `first`.
+  // Room for `count` positions new_positions, by giving up those before `first`.
   void make_room(int64_t first, int64_t count) {
     if (formed + count - start <= window_rows) return;
     std::memmove(window, line(first), sizeof(uint32_t) * (formed - first) * row_pairs());
@@ -115,9 +116,9 @@ struct Job {
     const uint32_t* right = weight + c * terms.count * kChunk;
     tiles.zero();
     for (int64_t t = 0; t < terms.count; ++t, right += kChunk) {
-      const Term& term = terms.all[t];
-      const uint32_t* const at = left + units.offset[term.tap[0]] * step + term.line * kLine;
-      tiles.rows_product(at, step, {right, terms.count * kChunk, 0});
+      const Term& term = terms.term_list[t];
+      const uint32_t* const shifted = left + units.offset[term.tap[0]] * step + term.line * kLine;
+      tiles.rows_product(shifted, step, {right, terms.count * kChunk, 0});
       work();
     }
     tiles.store(out, kTileSums, kStepTiles * kTileSums);
@@ -125,12 +126,12 @@ struct Job {
 
   // A tile of the step from p on, from its sums to planes.
   DX_INLINE void finish(const float* sums, int64_t p, int64_t tile) const {
-    const int64_t j = tile / kStepTiles * kSide, at = p + tile % kStepTiles * kSide;
+    const int64_t j = tile / kStepTiles * kSide, position = p + tile % kStepTiles * kSide;
     Vec<float> y[kSide];
     load_transposed(sums + tile * kTileSums, y);
     DX_UNROLL
     for (int r = 0; r < kSide; ++r) {
-      if (j + r < a.growth) store(planes + (j + r) * units.plane_size + at, y[r]);
+      if (j + r < a.growth) store(planes + (j + r) * units.plane_size + position, y[r]);
     }
   }
 
@@ -143,21 +144,23 @@ struct Job {
     start = formed = begin - reach;
     while (formed <= begin + kStep + reach) form();
     for (int64_t s = 0; s < steps; ++s) {
-      const int64_t p = begin + s * kStep, more = s + 1 < steps ? kStep : 0;
-      make_room(p - reach, more);
-      Pace forming{more, blocks * terms.count}, finishing{s > 0 ? tiles : 0, blocks * terms.count};
-      int64_t done = 0;
+      const int64_t p = begin + s * kStep, new_positions = s + 1 < steps ? kStep : 0;
+      make_room(p - reach, new_positions);
+      Pace forming{new_positions, blocks * terms.count},
+          finishing{s > 0 ? tiles : 0, blocks * terms.count};
+      int64_t finished = 0;
       const auto work = [&]() __attribute__((always_inline)) {
         forming.step([&]() __attribute__((always_inline)) { form(); });
-        finishing.step(
-            [&]() __attribute__((always_inline)) { finish(sums_of(s - 1), p - kStep, done++); });
+        finishing.step([&]() __attribute__((always_inline)) {
+          finish(sums_of(s - 1), p - kStep, finished++);
+        });
       };
       float* const out = sums_of(s);
       int64_t c = 0;
       for (; c + 2 <= columns; c += 2) {
-        float* const at = out + c * kStepTiles * kTileSums;
-        multiply<2, 2>(p, c, at, work);
-        multiply<2, 2>(p + 2 * kSide, c, at + 2 * kTileSums, work);
+        float* const block = out + c * kStepTiles * kTileSums;
+        multiply<2, 2>(p, c, block, work);
+        multiply<2, 2>(p + 2 * kSide, c, block + 2 * kTileSums, work);
       }
       if (c < columns) multiply<4, 1>(p, c, out + c * kStepTiles * kTileSums, work);
     }
@@ -182,7 +185,7 @@ void pack(const float* w, int64_t growth, int64_t width, const Terms& terms, int
                                 : Vec<float>{};
   };
   for (int64_t t = 0; t < terms.count; ++t, out += PARTS * kTilePairs) {
-    const Term& term = terms.all[t];
+    const Term& term = terms.term_list[t];
     for (int64_t r = 0; r < kSide; ++r)
       split<PARTS>(column(term.input[0] + r, term.tap[0]), column(term.input[1] + r, term.tap[1]),
                    out + r * kSide);
@@ -198,8 +201,8 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
   const int64_t columns = ceil_div(a.growth, kSide);
   const Units units(samples, a.features.height, a.features.width, 16, thread_count(samples));
   const int64_t threads = thread_count(units.count);
-  const Scratch list(sizeof(Term) * Terms::most(a.width));
-  const Terms terms(a.width, list.as<Term>());
+  const Scratch term_list(sizeof(Term) * Terms::max_count(a.width));
+  const Terms terms(a.width, term_list.as<Term>());
 
   const int64_t column_pairs = terms.count * P * kTilePairs;
   const Scratch packed(4 * columns * column_pairs);
@@ -217,35 +220,36 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
   const Scratch parts(sizeof(double) * 2 * a.growth * samples * units.blocks_per_map);
 
   const int64_t positions = units.plane_size + kStep;
-  const int64_t kept = 2 * units.pitch + 2 * kStep + 4;  // what a step reads and forms
-  const int64_t window_rows = std::min(positions, 4 * kept);
+  const int64_t step_rows = 2 * units.pitch + 2 * kStep + 4;  // what a step reads and forms
+  const int64_t window_rows = std::min(positions, 4 * step_rows);
   const int64_t window_pairs = window_rows * terms.lines * P * kSide,
                 sum_values = 2 * columns * kStepTiles * kTileSums;
-  const int64_t own = round_up(window_pairs + sum_values + a.growth * units.plane_size, kSide);
-  const Scratch work(4 * threads * own);
-  const Scratch tables(sizeof(void*) * threads * 3 * positions);
+  const int64_t thread_values =
+      round_up(window_pairs + sum_values + a.growth * units.plane_size, kSide);
+  const Scratch work(4 * threads * thread_values);
+  const Scratch pointer_memory(sizeof(void*) * threads * 3 * positions);
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    const TileUnit unit;
-    uint32_t* const window = work.as<uint32_t>() + thread * own;
+    const TileConfiguration unit;
+    uint32_t* const window = work.as<uint32_t>() + thread * thread_values;
     float* const sums = reinterpret_cast<float*>(window + window_pairs);
-    const void** const table = tables.as<const void*>() + thread * 3 * positions;
-    Job<S> job{a,
-               units,
-               terms,
-               pitch,
-               columns,
-               packed.as<uint32_t>(),
-               scale.as<float>(),
-               shift.as<float>(),
-               a.scale_shift.scale.sample_stride ? pitch : 0,
-               a.scale_shift.shift.sample_stride ? pitch : 0,
-               window_rows,
-               reinterpret_cast<const S**>(table),
-               reinterpret_cast<const float**>(table + positions),
-               window,
-               sums,
-               sums + sum_values};
+    const void** const pointers = pointer_memory.as<const void*>() + thread * 3 * positions;
+    Conv3x3ForwardWorker<S> job{a,
+                                units,
+                                terms,
+                                pitch,
+                                columns,
+                                packed.as<uint32_t>(),
+                                scale.as<float>(),
+                                shift.as<float>(),
+                                a.scale_shift.scale.sample_stride ? pitch : 0,
+                                a.scale_shift.shift.sample_stride ? pitch : 0,
+                                window_rows,
+                                reinterpret_cast<const S**>(pointers),
+                                reinterpret_cast<const float**>(pointers + positions),
+                                window,
+                                sums,
+                                sums + sum_values};
     for (int64_t i = begin; i < end; ++i) {
       const Unit u = units[i];
       job.run(u);

@@ -14,26 +14,26 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
 template <class S>
-class EarlierBottleneck {
+class PreviousBottleneck {
  public:
-  explicit EarlierBottleneck(const BottleneckForward<S>& a)
+  explicit PreviousBottleneck(const BottleneckForward<S>& a)
       : a(a), columns(a.features.samples, a.features.pixels()) {
     if (a.weight && is_narrow(a.width)) weight.emplace(a);
   }
   explicit operator bool() const { return weight.has_value(); }
 
-  // `own`: memory of one thread, kNarrowOwn<S> values.
-  void run(const Tile& tile, uint32_t* own) const {
-    const int64_t from = tile.sample * columns.a_map + tile.pixel / kSide,
+  // `memory`: memory of one thread, kNarrowMemory<S> values.
+  void run(const Tile& tile, uint32_t* memory) const {
+    const int64_t begin = tile.sample * columns.columns_per_map + tile.pixel / kSide,
                   count = tile.positions() / kSide;
     double rows = 0;
-    run_narrow_strips(a, columns.part(from, from + count), *weight, own, 0,
+    run_narrow_strips(a, columns.part(begin, begin + count), *weight, memory, 0,
                       ceil_div(count, kNarrowColumns), rows, nullptr);
   }
 
  private:
   const BottleneckForward<S>& a;
-  const Columns columns;
+  const PixelColumns columns;
   std::optional<ForwardWeight<S>> weight;
 };
 

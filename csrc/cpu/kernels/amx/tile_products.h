@@ -63,9 +63,9 @@ DX_INLINE void split(Vec<float> even, Vec<float> odd, uint32_t* out, int64_t ste
 }
 
 // On each thread, around its products.
-class TileUnit {
+class TileConfiguration {
  public:
-  TileUnit() {
+  TileConfiguration() {
     alignas(64) static constexpr struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -73,9 +73,9 @@ class TileUnit {
     } configuration;
     asm volatile("ldtilecfg %0" ::"m"(configuration));
   }
-  ~TileUnit() { asm volatile("tilerelease"); }
-  TileUnit(const TileUnit&) = delete;
-  TileUnit& operator=(const TileUnit&) = delete;
+  ~TileConfiguration() { asm volatile("tilerelease"); }
+  TileConfiguration(const TileConfiguration&) = delete;
+  TileConfiguration& operator=(const TileConfiguration&) = delete;
 };
 
 template <int TILE>
@@ -110,7 +110,7 @@ struct Panel {
   const uint32_t* data;
   int64_t step, chunk_step;
 
-  Panel from(int64_t i) const { return {data + i * step, step, chunk_step}; }
+  Panel tail(int64_t i) const { return {data + i * step, step, chunk_step}; }
 };
 
 // NR x NC tiles of sums: tile (r, c) is register r*NC + c. An instruction takes 52 cycles and one
@@ -198,11 +198,11 @@ struct TileBlock {
 
 // `n` pieces of work over `steps` steps.
 struct Pace {
-  int64_t n, steps, left = 0;
+  int64_t pieces, steps, balance = 0;
 
   template <class F>
   DX_INLINE void step(const F& body) {
-    for (left += n; left >= steps; left -= steps) body();
+    for (balance += pieces; balance >= steps; balance -= steps) body();
   }
 };
 
@@ -214,7 +214,7 @@ void strip_product(int64_t rows, int64_t chunks, const Panel& left, const Panel&
   constexpr int64_t tile = kSide * kSide;
   const auto block = [&](auto tiles, int64_t r, int64_t c) __attribute__((always_inline)) {
     tiles.zero();
-    tiles.product(chunks, left.from(r), right.from(c), work);
+    tiles.product(chunks, left.tail(r), right.tail(c), work);
     tiles.store(sums + (r * 4 + c) * tile, 4 * tile, tile);
   };
   int64_t r = 0;
@@ -230,10 +230,11 @@ void strip_product(int64_t rows, int64_t chunks, const Panel& left, const Panel&
 template <int PARTS>
 inline void split_row(const float* values, int64_t count, int64_t chunks, uint32_t* out) {
   for (int64_t k = 0; k < chunks; ++k) {
-    const int64_t at = k * kDepth, left = count - at;
-    split<PARTS>(left > 0 ? load_first(values + at, left) : Vec<float>{},
-                 left > kSide ? load_first(values + at + kSide, left - kSide) : Vec<float>{},
-                 out + k * PARTS * kTilePairs);
+    const int64_t offset = k * kDepth, remaining = count - offset;
+    split<PARTS>(
+        remaining > 0 ? load_first(values + offset, remaining) : Vec<float>{},
+        remaining > kSide ? load_first(values + offset + kSide, remaining - kSide) : Vec<float>{},
+        out + k * PARTS * kTilePairs);
   }
 }
 
