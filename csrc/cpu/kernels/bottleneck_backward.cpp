@@ -1,16 +1,16 @@
 // Joint backward of a dense layer's 1x1 convolution and of the batch normalization and ReLU in
-// front of it, one pass over x and G:
+// front of it, in one pass over x and G:
 //
 //   db = t0*dv + t1 + t2*b                   gradient of the bottleneck, through BN2
-//   dW[o, c] = sum_m db[m, o] z[m, c]        z = relu(scale*x + shift), remade
+//   dW[o, c] = sum_m db[m, o] z[m, c]        z = relu(scale*x + shift), computed again
 //   dz[m, c] = sum_o db[m, o] W[o, c]
 //   G += q*gamma*rstd * dv1,  dv1 = r*dz*[z > 0];   S1, S2 of BN1 on the way
 //
-// A tile of up to 512 pixels: db is formed once, in both orientations. Then for 12 channels at a
-// time: z (12 runs of pixels), dW (lanes are o) while the next 12 runs of x are fetched, dz (lanes
-// are pixels) while G is fetched, and a sweep that masks, sums and updates G: z and dz never leave
-// the cache. Threads own shares of tiles and channels; the sums of the shares of tiles are merged
-// in order. Bytes moved: dv, b, x and G once, G written once.
+// A tile has up to 512 pixels; its db is formed once, in both orientations. Then for 12 channels at
+// a time: z is formed; dW is summed (lanes are o) while x of the next 12 channels is fetched; dz is
+// formed (lanes are pixels) while G is fetched; and a sweep masks dz, sums it and updates G. z and
+// dz never leave the cache. Threads have shares of tiles and channels; the sums of the shares of
+// tiles are merged in order. Bytes moved: dv, b, x and G once, G written once.
 #include "cpu/parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
@@ -23,27 +23,35 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-constexpr int kGroup = 12;               // input channels at a time
-constexpr int64_t kMaxTilePixels = 512;  // of a tile
-// From one run of z or dz to the next: constant, so that 12 runs need no 12 registers.
-constexpr int64_t kChannelStride = padded_stride(kMaxTilePixels);
-constexpr int64_t kSegment = 32;  // pixels of a run whose successors are fetched at once
+constexpr int kGroup = 12;  // input channels at a time
+// From one channel of z or dz to the next. It is constant, so that 12 of them need no 12 registers.
+constexpr int64_t kChannelStride = padded_stride(kBackwardPixels);
+constexpr int64_t kSegment = 32;  // pixels of a channel after which the next ones are fetched
 
 template <class S>
 struct BottleneckBackwardWorker {
   using T = Arithmetic<S>;
   const BottleneckBackward<S>& a;
-  int64_t pitch, stride;  // of db and dweight; of db_t
-  const T* weight;        // [groups, width, kGroup]
-  const T* gains;         // gamma*rstd [channels]
-  // of one thread
-  T *db, *db_t, *z, *dz, *dweight;
-  double* sums;
+  int64_t capacity;                  // positions of a tile
+  const T* weight = nullptr;         // [groups, width, kGroup]
+  const T* gains = nullptr;          // gamma*rstd [channels]
+  T *db = nullptr, *db_t = nullptr;  // [capacity, pitch], [pitch, stride]
+  T *z = nullptr, *dz = nullptr;     // [kGroup, kChannelStride]
+  // of the thread's share of the tiles
+  T* dweight = nullptr;    // [channels, pitch]
+  double* sums = nullptr;  // [channels, 2]
+  int64_t pitch = round_up(a.width, kLanes), stride = padded_stride(capacity);
+
+  void take_memory(Carver& memory) {
+    db = memory.take<T>(pitch * capacity);
+    db_t = memory.take<T>(pitch * stride);
+    z = memory.take<T>(kGroup * kChannelStride);
+    dz = memory.take<T>(kGroup * kChannelStride);
+  }
 
   DX_NOINLINE void form_db(const Tile& tile) const {
     const int64_t first_row = tile.sample * a.features.pixels() + tile.pixel;
-    const int64_t vectors = pitch / kVec<T>;
-    for_vector_groups<kMaxVectors>(vectors, [&](int64_t first, auto group) {
+    for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
       constexpr int NV = decltype(group)::value;
       Vec<T> t0[NV], t1[NV], t2[NV];
       for (int v = 0; v < NV; ++v) {
@@ -54,7 +62,7 @@ struct BottleneckBackwardWorker {
         t2[v] = load_first(a.db_affine + 2 * a.width + column, remaining);
       }
       const int64_t start = first_row * pitch + first * kVec<T>;
-      const auto* dv = a.dv + start;
+      const T* dv = a.dv + start;
       const S* b = a.bottleneck + start;
       T* out = db + first * kVec<T>;
       for (int64_t i = 0; i < tile.pixels(); ++i) {
@@ -69,19 +77,11 @@ struct BottleneckBackwardWorker {
       }
     });
     std::fill_n(db + tile.pixels() * pitch, (tile.positions() - tile.pixels()) * pitch, T(0));
-    for (int64_t p = 0; p < tile.positions(); p += kVec<T>) {
-      for (int64_t v = 0; v < vectors; ++v) {
-        Vec<T> square[kVec<T>];
-        DX_UNROLL
-        for (int i = 0; i < kVec<T>; ++i) square[i] = load(db + (p + i) * pitch + v * kVec<T>);
-        transpose<T>(square);
-        DX_UNROLL
-        for (int i = 0; i < kVec<T>; ++i) store(db_t + (v * kVec<T> + i) * stride + p, square[i]);
-      }
-    }
+    copy_transposed(db, pitch, tile.positions(), pitch, db_t, stride, tile.positions());
   }
 
-  // `prefetch`: x of the group of channels that follows, at the first pixel of the tile it is in.
+  // Adds to dW of the group of channels from c0 on. `prefetch`: x of the next group of channels, at
+  // the first pixel of its tile.
   void weight_gradient(const Tile& tile, int64_t c0, const S* prefetch) const {
     for (int r0 = 0; r0 < kGroup; r0 += kBlockChannels) {
       for_vector_groups<kPixelVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
@@ -106,7 +106,7 @@ struct BottleneckBackwardWorker {
     }
   }
 
-  // G of channel c0 and those after it, about those positions.
+  // Fetches G of the channels from c0 on at those positions.
   DX_INLINE void fetch_gradient(const Tile& tile, int64_t c0, int64_t position,
                                 int64_t count) const {
     const int64_t s = position / tile.pitch,
@@ -118,6 +118,7 @@ struct BottleneckBackwardWorker {
     }
   }
 
+  // Forms dz of the group of channels from c0 on.
   void input_gradient(const Tile& tile, int64_t c0) const {
     for (int r0 = 0; r0 < kGroup; r0 += kBlockChannels) {
       for_vector_groups<kPixelVectors>(tile.positions() / kVec<T>, [&](int64_t first, auto group) {
@@ -131,7 +132,7 @@ struct BottleneckBackwardWorker {
     }
   }
 
-  // Everything that follows from dz, for channel c, the r-th of its group.
+  // Masks dz of channel c, the r-th of its group, adds to the sums of BN1 and updates G.
   template <bool FIRST>
   void update_channel(const Tile& tile, int64_t c, int64_t r) const {
     const Vec<T> mean = broadcast(a.norm.mean[c]);
@@ -166,7 +167,7 @@ struct BottleneckBackwardWorker {
     sums[2 * c + 1] += static_cast<double>(sum_lanes<T>(s2));
   }
 
-  // The groups of channels first .. last. `next`: the tile that comes after it.
+  // Treats the groups of channels first .. last of a tile; `next` is the tile that follows it.
   void run(const Tile& tile, const Tile& next, int64_t first, int64_t last) const {
     form_db(tile);
     for (int64_t g = first; g < last; ++g) {
@@ -199,61 +200,35 @@ template <class S>
 void bottleneck_backward(const BottleneckBackward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t pitch = round_up(a.width, kLanes), channels = round_up(a.channels, kGroup);
-  const int64_t capacity = tile_capacity<T>(2 * pitch, kMaxTilePixels);
+  const int64_t capacity = tile_capacity<T>(2 * pitch, kBackwardPixels);
   const Tiling tiling(a.features.samples, a.features.pixels(), capacity, 1);
-  const ThreadSplit shares(tiling.count, channels / kGroup,
-                           thread_count(tiling.count * channels / kGroup));
+  const ThreadSplit split(tiling.count, channels / kGroup,
+                          thread_count(tiling.count * channels / kGroup));
 
-  const Scratch packed(sizeof(T) * channels * a.width);
-  const Scratch gains(sizeof(T) * a.channels);
-  pack_column_groups<kGroup>(a.weight, a.width, a.channels, packed.as<T>());
-  for (int64_t c = 0; c < a.channels; ++c)
-    gains.as<T>()[c] =
-        static_cast<T>(static_cast<double>(a.norm.weight[c]) * reciprocal_std(a.norm, c));
+  const Scratch weight(sizeof(T) * channels * a.width), gains(sizeof(T) * a.channels);
+  pack_column_groups<kGroup>(a.weight, a.width, a.channels, weight.as<T>());
+  for (int64_t c = 0; c < a.channels; ++c) gains.as<T>()[c] = norm_gain(a.norm, c);
+  BottleneckBackwardWorker<S> shared{a, capacity};
+  shared.weight = weight.as<T>();
+  shared.gains = gains.as<T>();
+  const Workers<BottleneckBackwardWorker<S>> workers(shared, split.threads());
+  const PartialGradients<T> partials(split, channels * pitch, 2 * a.channels);
 
-  const int64_t stride = padded_stride(capacity),
-                tile_values = pitch * capacity + pitch * stride + 2 * kGroup * kChannelStride;
-  const Scratch tiles(sizeof(T) * shares.threads() * tile_values);
-  const Scratch partials(sizeof(T) * shares.tile_parts * channels * pitch);
-  const Scratch sums(sizeof(double) * shares.tile_parts * 2 * a.channels);
-  if (tiling.count == 0) {
-    std::fill_n(partials.as<T>(), channels * pitch, T(0));
-    std::fill_n(sums.as<double>(), 2 * a.channels, 0.0);
-  }
-
-  parallel_shares(shares, [&](const Share& share) {
-    T* const tile = tiles.as<T>() + share.thread * tile_values;
-    T* const dweight = partials.as<T>() + share.tile_part * channels * pitch;
-    double* const part_sums = sums.as<double>() + share.tile_part * 2 * a.channels;
-    const int64_t first = share.first_group * kGroup,
-                  last = std::min(share.last_group * kGroup, a.channels);
-    std::fill_n(dweight + first * pitch, (share.last_group * kGroup - first) * pitch, T(0));
-    std::fill_n(part_sums + 2 * first, 2 * (last - first), 0.0);
-    const BottleneckBackwardWorker<S> job{
-        a,
-        pitch,
-        stride,
-        packed.as<T>(),
-        gains.as<T>(),
-        tile,
-        tile + pitch * capacity,
-        tile + pitch * (capacity + stride),
-        tile + pitch * (capacity + stride) + kGroup * kChannelStride,
-        dweight,
-        part_sums};
+  parallel_shares(split, [&](const Share& share) {
+    BottleneckBackwardWorker<S> worker = workers[share.thread];
+    const int64_t first = share.first_group * kGroup, last = share.last_group * kGroup;
+    worker.dweight = partials.dweight(share, first * pitch, last * pitch);
+    worker.sums = partials.sums(share, 2 * first, 2 * std::min(last, a.channels));
     for (int64_t i = share.first_tile; i < share.last_tile; ++i)
-      job.run(tiling[i], tiling[std::min(i + 1, share.last_tile - 1)], share.first_group,
-              share.last_group);
+      worker.run(tiling[i], tiling[std::min(i + 1, share.last_tile - 1)], share.first_group,
+                 share.last_group);
   });
 
-  merge_transposed(partials.as<T>(), shares.tile_parts, channels * pitch, pitch, a.width,
-                   a.channels, a.dweight);
-  double* const total = sums.as<double>();
-  add_partials(total, shares.tile_parts, 2 * a.channels, 2 * a.channels);
-  const double rows =
+  partials.merge_dweight(pitch, a.width, a.channels, a.dweight);
+  const double count =
       static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
-  finish_norm_backward(a.norm, total, a.channels, rows, a.pre_mask, a.coef, true, a.dnorm_weight,
-                       a.dnorm_bias);
+  finish_norm_backward(a.norm, partials.merge_sums(), a.channels, count, a.pre_mask, a.coef, true,
+                       a.dnorm_weight, a.dnorm_bias);
   if (a.previous.weight) bottleneck_forward(a.previous);
 }
 

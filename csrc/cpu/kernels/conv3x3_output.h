@@ -1,5 +1,4 @@
-// What follows the sums of a 3x3 convolution: dropout, the channel of the feature buffer, its
-// moments.
+// The output of a 3x3 convolution: dropout, the channel of the feature buffer, its moments.
 #pragma once
 
 #include "conv_units.h"
@@ -8,8 +7,9 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// From the rows of output j, row_of(s, y) that of the unit's s-th map, to its channel. Moments of
-// the unit's part of each map, where they are wanted, to `parts` [growth, blocks, samples, 2].
+// Writes the rows of output j, of which row_of(s, y) is that of the unit's s-th map, to its
+// channel. Moments of the unit's part of each map, if they are wanted, go to `parts` [growth,
+// blocks, samples, 2].
 template <class S, class F>
 void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u, int64_t j,
                    const F& row_of, double* parts) {
@@ -21,13 +21,9 @@ void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u
     const bool* const mask =
         a.dropout_mask ? a.dropout_mask + (n * a.growth + j) * units.height * units.width + first
                        : nullptr;
-    const T dropout_scale = static_cast<T>(a.dropout_scale);
     for (int64_t y = 0; y < u.rows; ++y) {
       T* const row = row_of(s, y);
-      if (mask) {
-        for (int64_t x = 0; x < units.width; ++x)
-          row[x] = mask[y * units.width + x] ? row[x] * dropout_scale : T(0);
-      }
+      if (mask) drop_out(mask + y * units.width, units.width, a.dropout_scale, row);
       for (int64_t x = 0; x < units.width; x += kVec<T>)
         store_first(channel + y * units.width + x, load(row + x), units.width - x);
     }
@@ -37,7 +33,7 @@ void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u
   }
 }
 
-// The moments of whole maps from those of their blocks.
+// Merges the moments of the blocks of each map.
 template <class S>
 void merge_block_moments(const Conv3x3Forward<S>& a, const Units& units, const double* parts) {
   using T = Arithmetic<S>;

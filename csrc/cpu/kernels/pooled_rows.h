@@ -1,5 +1,5 @@
-// What forward and backward of the transition share: tiles of whole rows of the pooled map, and
-// pooling into them.
+// Tiles of whole rows of the pooled map for forward and backward of the transition, and pooling
+// into them.
 #pragma once
 
 #include "microkernel.h"
@@ -8,8 +8,8 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// PooledTiling of the pooled map as `Tiling` over pixels would not keep them whole. The samples of
-// a tile follow each other without a gap.
+// Partition of the pooled map into tiles; `Tiling` would not keep rows whole. The samples of a tile
+// follow each other without a gap.
 struct PooledTiling {
   int64_t samples, height, width;  // of the pooled map
   int64_t maps_per_tile = 1, rows_per_tile, tiles_per_map = 1, count;
@@ -43,14 +43,13 @@ struct PooledTiling {
   }
 };
 
-// Positions of a tile whose `values_per_position` values should lie in the second-level cache. With
-// fewer than 128, what is done once a tile costs more than a larger tile that spills.
+// Positions of a tile whose `values_per_position` values should lie in the second-level cache.
 template <class T>
 inline int64_t pooled_capacity(int64_t values_per_position) {
-  return std::max<int64_t>(128, tile_capacity<T>(values_per_position, 256));
+  return std::max(kLeastPooledPixels, tile_capacity<T>(values_per_position, kForwardPixels));
 }
 
-// zp of one channel of a tile. Writes up to one vector beyond the tile's positions.
+// Pools one channel of a tile into zp. Writes up to one vector beyond the tile's positions.
 template <class S, class T = Arithmetic<S>>
 DX_NOINLINE void pool_tile(const Maps<const S>& features, const ScaleShiftTable<T>& scale_shift,
                            const PooledTiling& tiling, const Tile& tile, int64_t c, T* zp) {

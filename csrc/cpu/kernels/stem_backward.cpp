@@ -1,15 +1,15 @@
-// Batch normalization, ReLU and the 3x3 max pool of stride 2 of the stem, backward.
+// Backward of batch normalization, ReLU and the 3x3 max pool of stride 2 of the stem.
 //
 //   dv = dout at the maximum of each window where that is positive
 //   S1 = sum dv,  S2 = sum dv*(x-mean)*rstd
 //   dx = gamma*rstd*(dv - S1/M - (x-mean)*rstd*S2/M)
 //
-// A rectifier cannot change which value of a window is the largest as long as one is positive, and
-// where none is there is no gradient: so maxima are sought among v = scale*x + shift. The first
-// pass finds them, gathers the sums and notes the place of each maximum in a byte; the second one
-// gathers the gradients that come to each pixel. Threads thread_sums rows of windows, and the two
-// rows of dx from their middles on. Bytes moved: x and dout twice, dx once, and a sixteenth of x
-// (of float32) for the places twice.
+// A rectifier does not change which value of a window is the largest as long as one is positive,
+// and if none is, there is no gradient: so maxima are sought among v = scale*x + shift. The first
+// pass finds them, sums dv and notes the place of each maximum in a byte; the second one gathers
+// the gradients that come to each pixel. Threads have rows of windows, and the two rows of dx that
+// start at their middles. Bytes moved: x and dout twice, dx once, and a sixteenth of x (of float32)
+// for the places twice.
 #include "cpu/parallel.h"
 #include "instantiate.h"
 #include "max_pool.h"
@@ -20,13 +20,15 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-// Places of maxima, counted row by row from 0 to 8; kNoPlace where none is positive.
+// The place of a maximum in its window, counted row by row from 0 to 8; kNoPlace if it is not
+// positive.
 constexpr int kNoPlace = -1;
 template <class T>
-using Places = decltype(Vec<T>{} < Vec<T>{});  // integers as wide as T
+using Places = decltype(Vec<T>{} < Vec<T>{});  // integers of the width of T
 
-// A vector of I's, one for each lane of a Vec<T>. Compilers know conversions between integers of
-// which one is twice as wide as the other; at once from a byte to T's width they go lane by lane.
+// A vector of I's, one for each lane of a Vec<T>. Compilers have instructions for a conversion to
+// integers that are twice or half as wide; a conversion from bytes to T's width at once goes lane
+// by lane.
 template <class T, class I>
 struct IntegersOf {
   typedef I type __attribute__((vector_size(sizeof(I) * kVec<T>)));
@@ -49,7 +51,7 @@ DX_INLINE void store_places(int8_t* p, Places<T> places) {
   std::memcpy(p, &bytes, sizeof bytes);
 }
 
-// Values a channel, zero up to the pitch.
+// Values of each channel, zero up to the pitch.
 template <class T>
 struct ChannelValues {
   T *scale, *shift, *mean, *constant, *slope;
@@ -64,7 +66,7 @@ struct ChannelValues {
   }
 };
 
-// The maximum of one window so far.
+// The running maximum of one window.
 template <class T>
 struct Maximum {
   Vec<T> value = {}, x = {};  // the rectifier's 0
@@ -87,10 +89,10 @@ class StemGradient {
                int8_t* places)
       : a_(a), values_(values), pitch_(pitch), places_(places) {}
 
-  // Elements of a line of gradients: one a window, and zeros where a next window would be.
+  // Elements of a line of gradients: one for each window, and zeros in the place of a next window.
   int64_t line() const { return (a_.grad_out.width + 1) * pitch_; }
 
-  // dout of the windows (i, 0), (i, 1), ... of sample n, zeros where there is no such row.
+  // Reads dout of the windows (i, 0), (i, 1), ... of sample n; zeros if there is no such row.
   void read_line(int64_t n, int64_t i, T* line) const {
     const auto& dout = a_.grad_out;
     if (i < dout.height) {
@@ -120,7 +122,7 @@ class StemGradient {
     }
   }
 
-  // Rows 2i and 2i+1 of dx, from the lines of window rows i and i+1.
+  // Writes rows 2i and 2i+1 of dx from the lines of window rows i and i+1.
   void write_rows(int64_t n, int64_t i, const T* upper_line, const T* lower_line) const {
     const bool odd_row = 2 * i + 1 < a_.dx.height;
     const int8_t* const upper_places = places_of(n, i);
@@ -145,7 +147,7 @@ class StemGradient {
   }
 
  private:
-  // The gradients of some channels of a window, and where they go.
+  // The gradients of some channels of a window, and the places that they go to.
   struct Picked {
     Places<T> place;
     Vec<T> grad;
@@ -166,7 +168,7 @@ class StemGradient {
       const Vec<T> x = row.load(r, j, k, c);
       maximum.take(scale * x + shift, x, 3 * r + k);
     };
-    if (row.inside(j)) {
+    if (row.is_inside(j)) {
       DX_UNROLL
       for (int place = 0; place < 9; ++place) take(place / 3, place % 3);
     } else {
@@ -180,7 +182,7 @@ class StemGradient {
   DX_INLINE void write(int64_t n, int64_t p, int64_t c, Vec<T> dv) const {
     const int64_t remaining = a_.dx.channels - c;
     Vec<T> value = load(values_.scale + c) * dv;
-    // without statistics of the batch, dx has to do with x's neighbourhood alone, even if x is NaN
+    // Without statistics of the batch, dx depends on the windows around x alone, even if x is NaN.
     if (a_.norm.training)
       value += load(values_.constant + c) +
                load(values_.slope + c) * load_first(a_.x.pixel(n, p) + c, remaining);
@@ -193,7 +195,7 @@ class StemGradient {
   int8_t* places_;  // [samples, window rows, windows, pitch]
 };
 
-// `sums` [channels, 2] over all windows: sum dv and sum dv*(x - mean).
+// Writes `sums` [channels, 2] over all windows: sum dv and sum dv*(x - mean).
 template <class S>
 void sum_gradients(const StemBackward<S>& a, const StemGradient<S>& gradient, int64_t pitch,
                    double* sums) {

@@ -5,9 +5,9 @@
 //   G = gamma*rstd*dz*[z > 0], 0 where an odd size drops the last row or column
 //
 // and the sums S1, S2 of the batch normalization on the way.
-// Tiles as in the forward; dout is laid out in both orientations, then 12 channels at a time.
-// Threads memory shares of tiles and channels; the sums of the shares of tiles are merged in order.
-// Bytes moved: dout and x once, G once.
+// Tiles are those of the forward. dout is laid out in both orientations; then follow 12 channels at
+// a time. Threads have shares of tiles and channels; the sums of the shares of tiles are merged in
+// order. Bytes moved: dout and x once, G once.
 #include "cpu/parallel.h"
 #include "instantiate.h"
 #include "norm_backward.h"
@@ -24,14 +24,22 @@ struct TransitionBackwardWorker {
   using T = Arithmetic<S>;
   const TransitionBackward<S>& a;
   const PooledTiling& tiling;
-  int64_t outputs, pitch, capacity;  // output channels, and rounded up to kLanes
-  const T* weight;                   // [groups, outputs, kBlockChannels]
-  // of one thread
-  T *dout, *dout_t, *zp, *dzp, *dweight;
-  double* sums;
+  const T* weight = nullptr;             // [groups, outputs, kBlockChannels]
+  T *dout = nullptr, *dout_t = nullptr;  // [capacity, pitch], [pitch, capacity]
+  T *zp = nullptr, *dzp = nullptr;       // [kBlockChannels, capacity]
+  // of the thread's share of the tiles
+  T* dweight = nullptr;    // [channels, pitch]
+  double* sums = nullptr;  // [channels, 2]
+  int64_t outputs = a.grad_out.channels, pitch = round_up(outputs, kLanes);
+  int64_t capacity = padded_stride(tiling.positions() + kLanes);
 
-  // dout in both orientations: dout_t [outputs, position] as it comes, dout [position, outputs]
-  // transposed.
+  void take_memory(Carver& memory) {
+    dout = memory.take<T>(pitch * capacity);
+    dout_t = memory.take<T>(pitch * capacity);
+    zp = memory.take<T>(kBlockChannels * capacity);
+    dzp = memory.take<T>(kBlockChannels * capacity);
+  }
+
   DX_NOINLINE void load_dout(const Tile& tile) const {
     for (int64_t o = 0; o < pitch; ++o) {
       T* const channel = dout_t + o * capacity;
@@ -47,19 +55,10 @@ struct TransitionBackwardWorker {
       }
       for (; target < channel + tile.positions(); target += kVec<T>) store(target, Vec<T>{});
     }
-    for (int64_t p = 0; p < tile.positions(); p += kVec<T>) {
-      for (int64_t o = 0; o < pitch; o += kVec<T>) {
-        Vec<T> square[kVec<T>];
-        DX_UNROLL
-        for (int i = 0; i < kVec<T>; ++i) square[i] = load(dout_t + (o + i) * capacity + p);
-        transpose<T>(square);
-        DX_UNROLL
-        for (int i = 0; i < kVec<T>; ++i) store(dout + (p + i) * pitch + o, square[i]);
-      }
-    }
+    copy_transposed(dout_t, capacity, pitch, tile.positions(), dout, pitch, pitch);
   }
 
-  // Fetches x and G of the group of channels that follows.
+  // Adds to dW of the channels from c on. Meanwhile it fetches x and G of the next channels.
   void weight_gradient(const Tile& tile, int64_t c) const {
     const int64_t vectors = pitch / kVec<T>, channels = a.features.channels;
     for_vector_groups<kPixelVectors>(vectors, [&](int64_t first, auto group) {
@@ -88,6 +87,7 @@ struct TransitionBackwardWorker {
     });
   }
 
+  // Forms dzp of a group of channels.
   void pooled_gradient(const Tile& tile, int64_t group_index) const {
     for_vector_groups<kPixelVectors>(tile.positions() / kVec<T>, [&](int64_t first, auto group) {
       constexpr int NV = decltype(group)::value;
@@ -98,13 +98,12 @@ struct TransitionBackwardWorker {
     });
   }
 
-  // Spreads dzp over the pixels of channel c, through ReLU and the direct part of BN, into G.
+  // Spreads d, which is dzp of channel c, over the pixels, through ReLU and the direct part of
+  // batch normalization, into G.
   DX_NOINLINE void spread(const Tile& tile, int64_t c, const T* d) const {
     const int64_t width = a.features.width, first = tile.pixel / tiling.width,
                   last = (tile.pixel + tile.count) / tiling.width;
-    const Vec<T> mean = broadcast(a.norm.mean[c]),
-                 step = broadcast(static_cast<T>(static_cast<double>(a.norm.weight[c]) *
-                                                 reciprocal_std(a.norm, c)));
+    const Vec<T> mean = broadcast(a.norm.mean[c]), step = broadcast(norm_gain(a.norm, c));
     Vec<T> s1 = {}, s2 = {};
     for (int64_t s = 0; s < tile.samples; ++s) {
       const int64_t n = tile.sample + s;
@@ -164,55 +163,36 @@ void transition_backward(const TransitionBackward<S>& a) {
                 outputs = a.grad_out.channels, pitch = round_up(outputs, kLanes);
   const PooledTiling tiling(samples, a.grad_out.height, a.grad_out.width,
                             pooled_capacity<T>(2 * pitch));
-  const int64_t capacity = padded_stride(tiling.positions() + kLanes),
-                groups = ceil_div(channels, kBlockChannels), padded = groups * kBlockChannels;
-  const ThreadSplit shares(tiling.count, groups, thread_count(tiling.count * groups));
-  const Scratch packed(sizeof(T) * (padded * outputs + 1));
-  pack_column_groups<kBlockChannels>(a.weight, outputs, channels, packed.as<T>());
-
-  const int64_t thread_values = (2 * pitch + 2 * kBlockChannels) * capacity;
-  const Scratch tiles(sizeof(T) * shares.threads() * thread_values);
-  const Scratch partials(sizeof(T) * (shares.tile_parts * padded * pitch + 1));
-  const Scratch sums(sizeof(double) * (shares.tile_parts * 2 * channels + 1));
+  const int64_t groups = ceil_div(channels, kBlockChannels);
+  const ThreadSplit split(tiling.count, groups, thread_count(tiling.count * groups));
   if (tiling.count == 0) {  // a map of one row or column pools to nothing
-    std::fill_n(partials.as<T>(), padded * pitch, T(0));
-    std::fill_n(sums.as<double>(), 2 * channels, 0.0);
     for (int64_t n = 0; n < samples; ++n) {
       for (int64_t c = 0; c < channels; ++c)
         std::fill_n(a.grad.plane(n, c), a.features.pixels(), T(0));
     }
   }
 
-  parallel_shares(shares, [&](const Share& share) {
-    T* const memory = tiles.as<T>() + share.thread * thread_values;
-    T* const dweight = partials.as<T>() + share.tile_part * padded * pitch;
-    double* const part_sums = sums.as<double>() + share.tile_part * 2 * channels;
+  const Scratch weight(sizeof(T) * groups * kBlockChannels * outputs);
+  pack_column_groups<kBlockChannels>(a.weight, outputs, channels, weight.as<T>());
+  TransitionBackwardWorker<S> shared{a, tiling};
+  shared.weight = weight.as<T>();
+  const Workers<TransitionBackwardWorker<S>> workers(shared, split.threads());
+  const PartialGradients<T> partials(split, groups * kBlockChannels * pitch, 2 * channels);
+
+  parallel_shares(split, [&](const Share& share) {
+    TransitionBackwardWorker<S> worker = workers[share.thread];
     const int64_t first = share.first_group * kBlockChannels,
-                  last = std::min(share.last_group * kBlockChannels, channels);
-    std::fill_n(dweight + first * pitch, (share.last_group * kBlockChannels - first) * pitch, T(0));
-    std::fill_n(part_sums + 2 * first, 2 * (last - first), 0.0);
-    const TransitionBackwardWorker<S> job{a,
-                                          tiling,
-                                          outputs,
-                                          pitch,
-                                          capacity,
-                                          packed.as<T>(),
-                                          memory,
-                                          memory + pitch * capacity,
-                                          memory + 2 * pitch * capacity,
-                                          memory + (2 * pitch + kBlockChannels) * capacity,
-                                          dweight,
-                                          part_sums};
+                  last = share.last_group * kBlockChannels;
+    worker.dweight = partials.dweight(share, first * pitch, last * pitch);
+    worker.sums = partials.sums(share, 2 * first, 2 * std::min(last, channels));
     for (int64_t i = share.first_tile; i < share.last_tile; ++i)
-      job.run(tiling[i], share.first_group, share.last_group);
+      worker.run(tiling[i], share.first_group, share.last_group);
   });
 
-  merge_transposed(partials.as<T>(), shares.tile_parts, padded * pitch, pitch, outputs, channels,
-                   a.dweight);
-  double* const total = sums.as<double>();
-  add_partials(total, shares.tile_parts, 2 * channels, 2 * channels);
-  finish_norm_backward(a.norm, total, channels, static_cast<double>(samples * a.features.pixels()),
-                       PerChannel<T>{}, a.coef, false, a.dnorm_weight, a.dnorm_bias);
+  partials.merge_dweight(pitch, outputs, channels, a.dweight);
+  finish_norm_backward(a.norm, partials.merge_sums(), channels,
+                       static_cast<double>(samples * a.features.pixels()), PerChannel<T>{}, a.coef,
+                       false, a.dnorm_weight, a.dnorm_bias);
 }
 
 DENSENET_EXT_INSTANTIATE(transition_backward, TransitionBackward)

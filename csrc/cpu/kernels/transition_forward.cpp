@@ -5,8 +5,8 @@
 //   out[o, p'] = sum_c W[o, c] zp[c, p']
 //
 // A tile is whole rows of the pooled map, or several whole pooled maps; lanes are pooled pixels.
-// Meanwhile the next tile of x is fetched. Threads own contiguous tiles. Bytes moved: x once, out
-// once.
+// The products of a tile fetch the next tile of x. Threads have contiguous tiles. Bytes moved: x
+// once, out once.
 #include "cpu/parallel.h"
 #include "instantiate.h"
 #include "pack.h"
@@ -17,8 +17,8 @@ namespace DENSENET_EXT_ISA {
 
 namespace {
 
-// What a group of outputs multiplies: zp of a tile; and what it fetches meanwhile: line after line
-// of the next tile of x, all channels of one line at a time, `lines` in all.
+// The products of one tile: each group of outputs multiplies zp. Meanwhile they fetch the next tile
+// of x, one cache line of all channels after another, `lines` in all.
 template <class S>
 struct TileProduct {
   using T = Arithmetic<S>;
@@ -36,12 +36,12 @@ struct TileProduct {
         positions(tile.positions()),
         features(features),
         next(next) {
-    constexpr int64_t budget = 1024 * 1024;  // of the second-level cache
     lines_per_map = ceil_div(4 * next.count * static_cast<int64_t>(sizeof(S)), 64);
-    lines = std::min(next.samples * lines_per_map, budget / (64 * std::max<int64_t>(1, channels)));
+    lines = std::min(next.samples * lines_per_map,
+                     kPrefetchBytes / (64 * std::max<int64_t>(1, channels)));
   }
 
-  // Products of the g-th group of outputs.
+  // Multiplies the g-th group of outputs.
   DX_NOINLINE void multiply(int64_t g, const T* weight, T* out) const {
     const int64_t vectors = positions / kVec<T>, blocks = ceil_div(vectors, kPixelVectors);
     int64_t line = g * blocks;
@@ -82,19 +82,19 @@ void transition_forward(const TransitionForward<S>& a) {
     T* const products = zp + channels * capacity;
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile = tiling[i];
-      const TileProduct<S> product_of_tile(a.features, zp, capacity, tile,
-                                           tiling[std::min(i + 1, end - 1)]);
+      const TileProduct<S> product(a.features, zp, capacity, tile,
+                                   tiling[std::min(i + 1, end - 1)]);
       for (int64_t c = 0; c < channels; ++c)
         pool_tile(a.features, a.scale_shift, tiling, tile, c, zp + c * capacity);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t valid = std::min<int64_t>(kBlockChannels, outputs - g * kBlockChannels);
-        product_of_tile.multiply(g, packed.as<T>(), products);
+        product.multiply(g, packed.as<T>(), products);
         for (int64_t r = 0; r < valid; ++r) {
-          const T* product = products + r * capacity;
-          for (int64_t s = 0; s < tile.samples; ++s, product += tile.pitch) {
+          const T* sums = products + r * capacity;
+          for (int64_t s = 0; s < tile.samples; ++s, sums += tile.pitch) {
             S* const out = a.out.plane(tile.sample + s, g * kBlockChannels + r) + tile.pixel;
             for (int64_t p = 0; p < tile.count; p += kVec<T>)
-              store_first(out + p, load(product + p), tile.count - p);
+              store_first(out + p, load(sums + p), tile.count - p);
           }
         }
       }

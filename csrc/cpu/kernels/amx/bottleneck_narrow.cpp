@@ -1,35 +1,37 @@
-// A 1x1 convolution with few outputs on the tile unit: bottleneck_narrow.h.
+// Forward of a 1x1 convolution with few outputs on AMX; bottleneck_narrow.h has the interface.
 //
-// z of a chunk is formed while the chunk previous is multiplied, in a place so small that it never
-// leaves the first-level cache; b is written, and its moments taken, a strip behind.
+// z of a chunk is formed while the preceding chunk is multiplied, in a place so small that it never
+// leaves the first-level cache. b is written, and its moments are taken, one strip later.
 #include "bottleneck_narrow.h"
+
+#include "cpu/kernels/instantiate.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-constexpr int64_t kPrefetchColumns = 16;  // columns from what is formed to what is fetched
+constexpr int64_t kPrefetchColumns =
+    16;  // from the column that is formed to the one that is fetched
 
 template <class S, int NR>
 class NarrowBottleneck {
  public:
   static constexpr int P = kParts<S>;
   static constexpr int64_t kPitch = NR * kSide;
-  static constexpr int64_t kTiles = NR * kNarrowColumns, kTileSums = kSide * kSide;
+  static constexpr int64_t kTiles = NR * kNarrowColumns;
   static constexpr int64_t kChunk = P * kTilePairs, kZ = kNarrowColumns * kChunk;
   static_assert(2 * kZ + 2 * kTiles * kTileSums <= kNarrowMemory<S>);
 
-  NarrowBottleneck(const BottleneckForward<S>& a, const PixelColumns& columns,
-                   const ForwardWeight<S>& weight, uint32_t* memory)
-      : a(a),
-        columns(columns),
-        chunks(weight.chunks),
-        weight(weight.data()),
-        z(memory),
-        sums(reinterpret_cast<float*>(memory + 2 * kZ)) {}
+  explicit NarrowBottleneck(const NarrowStrips<S>& strips)
+      : a(strips.a),
+        columns(strips.columns),
+        moments(strips.moments),
+        chunks(strips.weight.chunks),
+        weight(strips.weight.data()),
+        z(strips.memory),
+        sums(reinterpret_cast<float*>(strips.memory + 2 * kZ)) {}
 
-  // Strips begin .. end; merges the moments of `count` rows, mean and behind it m2, with theirs.
-  DX_NOINLINE void run(int64_t begin, int64_t end, double& count, double* mean) {
+  DX_NOINLINE void run(int64_t begin, int64_t end) {
     Strip current = strip(begin), previous = current;
     for (int64_t r = 0; r < kSide; ++r) form(current, 0, r, z);
     for (int64_t s = begin; s < end; ++s) {
@@ -55,12 +57,12 @@ class NarrowBottleneck {
       unrolled<kTiles>([&](auto t) __attribute__((always_inline)) {
         tile_store<decltype(t)::value>(sums_of(s) + t * kTileSums);
       });
-      if (s > begin) strip_moments(s - 1, count, mean);
+      if (s > begin) add_strip_moments(s - 1);
       previous = current;
       current = next;
     }
     for (int64_t tile = 0; tile < kTiles; ++tile) finish(previous, previous, end - 1, tile);
-    strip_moments(end - 1, count, mean);
+    add_strip_moments(end - 1);
   }
 
  private:
@@ -93,7 +95,7 @@ class NarrowBottleneck {
     return strip;
   }
 
-  // Row r of chunk k of both columns.
+  // Forms row r of chunk k of both columns.
   DX_INLINE void form(const Strip& s, int64_t k, int64_t r, uint32_t* out) const {
     const int64_t c0 = k * kDepth + r, c1 = c0 + kSide, step = a.features.plane_stride;
     out += r * kSide;
@@ -123,7 +125,7 @@ class NarrowBottleneck {
     }
   }
 
-  // += W times chunk k, work() after each tile of z.
+  // Adds W times chunk k and calls work() after each tile of z.
   template <class F>
   DX_INLINE void multiply(int64_t k, const F& work) const {
     const uint32_t *const left = weight + k * kChunk, *const right = z + multiplied_chunks % 2 * kZ;
@@ -144,7 +146,7 @@ class NarrowBottleneck {
 
   float* sums_of(int64_t strip) const { return sums + strip % 2 * kTiles * kTileSums; }
 
-  // A tile of sums to rows of b; those of `then` are fetched.
+  // Writes a tile of sums to rows of b and fetches those of `following`.
   DX_INLINE void finish(const Strip& s, const Strip& following, int64_t index, int64_t tile) const {
     const int64_t o = tile / kNarrowColumns * kSide;
     const StripColumn &p = s.column[tile % kNarrowColumns],
@@ -158,13 +160,13 @@ class NarrowBottleneck {
     }
   }
 
-  void strip_moments(int64_t strip, double& count, double* mean) const {
-    add_moments(a, columns, strip * kNarrowColumns, (strip + 1) * kNarrowColumns, kPitch, count,
-                mean);
+  void add_strip_moments(int64_t strip) const {
+    add_moments(a, columns, strip * kNarrowColumns, (strip + 1) * kNarrowColumns, moments);
   }
 
   const BottleneckForward<S>& a;
   const PixelColumns& columns;
+  const RunningMoments moments;
   const int64_t chunks;
   const uint32_t* const weight;   // [NR, chunks, P, 16, 16]
   uint32_t* const z;              // [2, kNarrowColumns, P, 16, 16]
@@ -175,25 +177,17 @@ class NarrowBottleneck {
 }  // namespace
 
 template <class S>
-void run_narrow_strips(const BottleneckForward<S>& a, const PixelColumns& columns,
-                       const ForwardWeight<S>& weight, uint32_t* memory, int64_t begin, int64_t end,
-                       double& count, double* mean) {
-  if (weight.outputs == 1) {
-    NarrowBottleneck<S, 1>(a, columns, weight, memory).run(begin, end, count, mean);
-  } else if (weight.outputs == 2) {
-    NarrowBottleneck<S, 2>(a, columns, weight, memory).run(begin, end, count, mean);
+void run_narrow(const NarrowStrips<S>& strips) {
+  if (strips.weight.outputs == 1) {
+    NarrowBottleneck<S, 1>(strips).run(strips.begin, strips.end);
+  } else if (strips.weight.outputs == 2) {
+    NarrowBottleneck<S, 2>(strips).run(strips.begin, strips.end);
   } else {
-    NarrowBottleneck<S, 3>(a, columns, weight, memory).run(begin, end, count, mean);
+    NarrowBottleneck<S, 3>(strips).run(strips.begin, strips.end);
   }
 }
 
-#define DENSENET_EXT_INSTANTIATE_NARROW(S)                                                 \
-  template void run_narrow_strips<S>(const BottleneckForward<S>&, const PixelColumns&,     \
-                                     const ForwardWeight<S>&, uint32_t*, int64_t, int64_t, \
-                                     double&, double*);
-DENSENET_EXT_INSTANTIATE_NARROW(float)
-DENSENET_EXT_INSTANTIATE_NARROW(BFloat16)
-DENSENET_EXT_INSTANTIATE_NARROW(Float16)
+DENSENET_EXT_INSTANTIATE_AMX(run_narrow, NarrowStrips)
 
 }  // namespace DENSENET_EXT_ISA
 }  // namespace densenet_ext

@@ -1,13 +1,15 @@
-// Forward of a dense layer's 3x3 convolution on the tile unit; formula: ../conv3x3_forward.cpp.
+// Forward of a dense layer's 3x3 convolution on AMX; formula: ../conv3x3_forward.cpp.
 //
 // h = relu(scale*b + shift) is a left operand: a row is a position of the padded plane, as it lies
 // in b, and each of its parts is a whole cache line, so that a tap is the same tiles some rows
-// further on. With q inputs left over, q up to 16, a line has them for a position and for the next
-// one, which is two taps at once.
+// further on. If q inputs remain, q up to 16, a line has them for a position and for the next one,
+// which is two taps at once.
 //
-// While the unit works, positions that the next step needs are formed, in a window that moves along
-// the plane, and the sums of the step before are transposed into planes.
+// Between the products, positions that the next step needs are formed in a window that moves along
+// the plane, and the sums of the preceding step are transposed into planes.
 #include "cpu/kernels/conv3x3_output.h"
+#include "cpu/kernels/instantiate.h"
+#include "cpu/kernels/padded_rows.h"
 #include "cpu/parallel.h"
 #include "tile_products.h"
 
@@ -16,18 +18,17 @@ namespace DENSENET_EXT_ISA {
 namespace {
 
 constexpr int64_t kStepTiles = 4, kStep = kStepTiles * kSide;  // positions of a step
-constexpr int64_t kTileSums = kSide * kSide;
 
-// What a chunk of the sum reads: two half chunks of inputs, each at one tap.
+// One chunk of the sum: two half chunks of inputs, each at one tap.
 struct Term {
-  int64_t tap[2], input[2], line;  // tap 9: none; line: of a position, in chunks
+  int64_t tap[2], input[2], line;  // tap 9: no tap; line: chunk of a position
 };
 
 struct Terms {
   int64_t lines, count;
   Term* term_list;
 
-  // Rows of taps one after the other, whose lines stay in the first-level cache.
+  // Lists rows of taps one after the other: the lines of a row stay in the first-level cache.
   Terms(int64_t width, Term* out) : lines(ceil_div(width, kDepth)), count(0), term_list(out) {
     const int64_t whole = ceil_div(width, kSide) / 2;
     for (int64_t t = 0; t < 9; t += 3) {
@@ -51,38 +52,46 @@ struct Conv3x3ForwardWorker {
   const Conv3x3Forward<S>& a;
   const Units& units;
   const Terms& terms;
-  int64_t pitch, columns;      // of a row of b; tiles of outputs
-  const uint32_t* weight;      // [columns, terms, P, 16, 16]
-  const float *scale, *shift;  // padded tables
-  int64_t scale_stride, shift_stride;
-  int64_t window_rows;
-  // of one thread
-  const S** b_rows;                // [positions] of b, null where the plane is padding
-  const float** scale_shift_rows;  // [positions, 2]: scale and shift of that row
-  uint32_t* window;                // [window_rows, lines, P, 16]
-  float *sums, *planes;            // [2, columns, 4, 16, 16]; [growth, positions]
+  const uint32_t* weight;                    // [columns, terms, P, 16, 16]
+  ScaleShiftTable<float> scale_shift;        // padded
+  const S** b_rows = nullptr;                // [positions], null where the plane is padding
+  const float** scale_shift_rows = nullptr;  // [positions, 2]
+  uint32_t* window = nullptr;                // [window_rows, lines, P, 16]
+  float *sums = nullptr, *planes = nullptr;  // [2, columns, 4, 16, 16]; [growth, positions]
+  int64_t pitch = round_up(a.width, kLanes), columns = ceil_div(a.growth, kSide);
+  int64_t positions = units.plane_size + kStep;
+  // four times what a step reads and forms
+  int64_t window_rows = std::min(positions, 4 * (2 * units.pitch + 2 * kStep + 4));
 
-  Vec<float> previous_value = {};  // what the last position has in a line with the next one
-  int64_t start = 0, formed = 0;   // positions that the window has: from, to
+  Vec<float> previous_value = {};  // the value of the last position in a line with the next one
+  int64_t start = 0, formed = 0;   // the window has the positions from start to formed
+
+  void take_memory(Carver& memory) {
+    window = memory.take<uint32_t>(window_rows * row_pairs());
+    sums = memory.take<float>(2 * columns * kStepTiles * kTileSums);
+    planes = memory.take<float>(a.growth * units.plane_size);
+    b_rows = memory.take<const S*>(positions);
+    scale_shift_rows = memory.take<const float*>(2 * positions);
+  }
 
   int64_t row_pairs() const { return terms.lines * kLine; }
   uint32_t* line(int64_t p) const { return window + (p - start) * row_pairs(); }
 
-  // Where each position of the unit's planes has its row of b.
+  // Finds the row of b of each position of the unit's planes.
   void locate(const Unit& u) const {
-    std::fill_n(b_rows, units.plane_size + kStep, nullptr);
+    std::fill_n(b_rows, positions, nullptr);
     units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
       const int64_t n = u.sample + s, first = units.position(u, s, y);
       const S* const row = a.bottleneck + (n * units.height + u.row + y) * units.width * pitch;
       for (int64_t x = 0; x < units.width; ++x) {
         b_rows[first + x] = row + x * pitch;
-        scale_shift_rows[2 * (first + x)] = scale + n * scale_stride;
-        scale_shift_rows[2 * (first + x) + 1] = shift + n * shift_stride;
+        scale_shift_rows[2 * (first + x)] = scale_shift.scale.row(n);
+        scale_shift_rows[2 * (first + x) + 1] = scale_shift.shift.row(n);
       }
     });
   }
 
-  // One position new_positions.
+  // Forms one more position.
   DX_INLINE void form() {
     const int64_t p = formed++, whole = pitch / kDepth;
     uint32_t* const target = line(p);
@@ -100,14 +109,15 @@ struct Conv3x3ForwardWorker {
     previous_value = current_value;
   }
 
-  // Room for `count` positions new_positions, by giving up those before `first`.
+  // Makes room for `count` more positions by giving up those that precede `first`.
   void make_room(int64_t first, int64_t count) {
     if (formed + count - start <= window_rows) return;
     std::memmove(window, line(first), sizeof(uint32_t) * (formed - first) * row_pairs());
     start = first;
   }
 
-  // NR tiles of positions from p on by NC of outputs from c on; work() after each term.
+  // Multiplies NR tiles of positions from p on by NC of outputs from c on; calls work() after each
+  // term.
   template <int NR, int NC, class F>
   DX_INLINE void multiply(int64_t p, int64_t c, float* out, const F& work) const {
     const TileBlock<P, NR, NC> tiles;
@@ -124,7 +134,7 @@ struct Conv3x3ForwardWorker {
     tiles.store(out, kTileSums, kStepTiles * kTileSums);
   }
 
-  // A tile of the step from p on, from its sums to planes.
+  // Writes a tile of the step that starts at p from its sums to planes.
   DX_INLINE void finish(const float* sums, int64_t p, int64_t tile) const {
     const int64_t j = tile / kStepTiles * kSide, position = p + tile % kStepTiles * kSide;
     Vec<float> y[kSide];
@@ -169,10 +179,10 @@ struct Conv3x3ForwardWorker {
   }
 };
 
-// W as right operand, a tile of outputs.
+// Packs W as right operand, for a tile of outputs.
 template <int PARTS>
-void pack(const float* w, int64_t growth, int64_t width, const Terms& terms, int64_t c,
-          uint32_t* out) {
+void pack_weight(const float* w, int64_t growth, int64_t width, const Terms& terms, int64_t c,
+                 uint32_t* out) {
   const int64_t count = std::min(growth - c * kSide, kSide);
   int32_t offsets[kSide] = {};
   for (int64_t j = 0; j < count; ++j)
@@ -197,65 +207,33 @@ void pack(const float* w, int64_t growth, int64_t width, const Terms& terms, int
 template <class S>
 void conv3x3_forward(const Conv3x3Forward<S>& a) {
   constexpr int P = kParts<S>;
-  const int64_t samples = a.features.samples, pitch = round_up(a.width, kLanes);
-  const int64_t columns = ceil_div(a.growth, kSide);
+  const int64_t samples = a.features.samples, columns = ceil_div(a.growth, kSide);
   const Units units(samples, a.features.height, a.features.width, 16, thread_count(samples));
   const int64_t threads = thread_count(units.count);
   const Scratch term_list(sizeof(Term) * Terms::max_count(a.width));
   const Terms terms(a.width, term_list.as<Term>());
 
   const int64_t column_pairs = terms.count * P * kTilePairs;
-  const Scratch packed(4 * columns * column_pairs);
-  parallel(columns, thread_count(columns, column_pairs), [&](int64_t, int64_t begin, int64_t end) {
+  const Scratch weight(4 * columns * column_pairs);
+  parallel_items(columns, column_pairs, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c)
-      pack<P>(a.weight, a.growth, a.width, terms, c, packed.as<uint32_t>() + c * column_pairs);
+      pack_weight<P>(a.weight, a.growth, a.width, terms, c,
+                     weight.as<uint32_t>() + c * column_pairs);
   });
-  const int64_t scale_rows = a.scale_shift.scale.sample_stride ? samples : 1,
-                shift_rows = a.scale_shift.shift.sample_stride ? samples : 1;
-  const Scratch scale(4 * scale_rows * pitch), shift(4 * shift_rows * pitch);
-  pad_rows(a.scale_shift.scale.data, a.scale_shift.scale.sample_stride, scale_rows, a.width,
-           scale.as<float>());
-  pad_rows(a.scale_shift.shift.data, a.scale_shift.shift.sample_stride, shift_rows, a.width,
-           shift.as<float>());
+  const PaddedScaleShift<float> scale_shift(a.scale_shift, samples, a.width);
+  const Workers<Conv3x3ForwardWorker<S>> workers(
+      {a, units, terms, weight.as<uint32_t>(), scale_shift.values()}, threads);
   const Scratch parts(sizeof(double) * 2 * a.growth * samples * units.blocks_per_map);
 
-  const int64_t positions = units.plane_size + kStep;
-  const int64_t step_rows = 2 * units.pitch + 2 * kStep + 4;  // what a step reads and forms
-  const int64_t window_rows = std::min(positions, 4 * step_rows);
-  const int64_t window_pairs = window_rows * terms.lines * P * kSide,
-                sum_values = 2 * columns * kStepTiles * kTileSums;
-  const int64_t thread_values =
-      round_up(window_pairs + sum_values + a.growth * units.plane_size, kSide);
-  const Scratch work(4 * threads * thread_values);
-  const Scratch pointer_memory(sizeof(void*) * threads * 3 * positions);
-
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    const TileConfiguration unit;
-    uint32_t* const window = work.as<uint32_t>() + thread * thread_values;
-    float* const sums = reinterpret_cast<float*>(window + window_pairs);
-    const void** const pointers = pointer_memory.as<const void*>() + thread * 3 * positions;
-    Conv3x3ForwardWorker<S> job{a,
-                                units,
-                                terms,
-                                pitch,
-                                columns,
-                                packed.as<uint32_t>(),
-                                scale.as<float>(),
-                                shift.as<float>(),
-                                a.scale_shift.scale.sample_stride ? pitch : 0,
-                                a.scale_shift.shift.sample_stride ? pitch : 0,
-                                window_rows,
-                                reinterpret_cast<const S**>(pointers),
-                                reinterpret_cast<const float**>(pointers + positions),
-                                window,
-                                sums,
-                                sums + sum_values};
+    const TileConfiguration configuration;
+    Conv3x3ForwardWorker<S> worker = workers[thread];
     for (int64_t i = begin; i < end; ++i) {
       const Unit u = units[i];
-      job.run(u);
+      worker.run(u);
       for (int64_t j = 0; j < a.growth; ++j) {
         const auto row_of = [&](int64_t s, int64_t y) {
-          return job.planes + j * units.plane_size + units.position(u, s, y);
+          return worker.planes + j * units.plane_size + units.position(u, s, y);
         };
         write_channel(a, units, u, j, row_of, parts.as<double>());
       }
@@ -264,9 +242,7 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
   merge_block_moments(a, units, parts.as<double>());
 }
 
-template void conv3x3_forward<float>(const Conv3x3Forward<float>&);
-template void conv3x3_forward<BFloat16>(const Conv3x3Forward<BFloat16>&);
-template void conv3x3_forward<Float16>(const Conv3x3Forward<Float16>&);
+DENSENET_EXT_INSTANTIATE_AMX(conv3x3_forward, Conv3x3Forward)
 
 }  // namespace DENSENET_EXT_ISA
 }  // namespace densenet_ext
