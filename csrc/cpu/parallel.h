@@ -1,6 +1,6 @@
-// Threads and scratch memory for the kernels. The threads are torch's: its parallel_for lives in
-// its library, so this one needs no OpenMP. Large pieces of memory come from the arena, because
-// malloc would give them back to the system after every call.
+// Provides threads and scratch memory for the kernels. The threads are torch's: its parallel_for
+// lives in its library, so this one needs no OpenMP. Large pieces of memory come from the arena,
+// because malloc would give them back to the system after every call.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace densenet_ext {
 
-// Uninitialized memory, 64-byte aligned, freed at the end of the scope.
+// Owns uninitialized memory, 64-byte aligned, until the end of the scope.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);
@@ -48,7 +48,7 @@ class Carver {
   int64_t bytes_ = 0;
 };
 
-// Copies of a worker, which runs a kernel on one thread: worker.take_memory(carver) takes its
+// Makes copies of a worker, which runs a kernel on one thread. worker.take_memory(carver) takes its
 // arrays.
 template <class W>
 class Workers {
@@ -75,7 +75,8 @@ class Workers {
   Scratch memory_;
 };
 
-// The number of threads that are worth waking for `items` items of at least `values` values each.
+// Returns the number of threads that are worth waking for `items` items of at least `values` values
+// each.
 int64_t thread_count(int64_t items, int64_t values = kWorthAThread);
 
 using ThreadBody = void (*)(void* context, int64_t thread, int64_t begin, int64_t end);

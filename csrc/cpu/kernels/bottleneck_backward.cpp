@@ -1,5 +1,5 @@
-// Joint backward of a dense layer's 1x1 convolution and of the batch normalization and ReLU in
-// front of it, in one pass over x and G:
+// Computes the joint backward of a dense layer's 1x1 convolution and of the batch normalization and
+// ReLU in front of it, in one pass over x and G:
 //
 //   db = t0*dv + t1 + t2*b                   gradient of the bottleneck, through BN2
 //   dW[o, c] = sum_m db[m, o] z[m, c]        z = relu(scale*x + shift), computed again
@@ -24,7 +24,7 @@ namespace DENSENET_EXT_ISA {
 namespace {
 
 constexpr int kGroup = 12;  // input channels at a time
-// From one channel of z or dz to the next. It is constant, so that 12 of them need no 12 registers.
+// The distance between channels of z or dz is constant, so that 12 of them need no 12 registers.
 constexpr int64_t kChannelStride = padded_stride(kBackwardPixels);
 constexpr int64_t kSegment = 32;  // pixels of a channel after which the next ones are fetched
 
@@ -80,8 +80,8 @@ struct BottleneckBackwardWorker {
     copy_transposed(db, pitch, tile.positions(), pitch, db_t, stride, tile.positions());
   }
 
-  // Adds to dW of the group of channels from c0 on. `prefetch`: x of the next group of channels, at
-  // the first pixel of its tile.
+  // Adds to dW of the group of channels from c0 on. `prefetch` is x of the next group of channels
+  // at the first pixel of its tile.
   void weight_gradient(const Tile& tile, int64_t c0, const S* prefetch) const {
     for (int r0 = 0; r0 < kGroup; r0 += kBlockChannels) {
       for_vector_groups<kPixelVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {

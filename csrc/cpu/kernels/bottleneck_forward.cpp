@@ -1,5 +1,5 @@
-// Forward of the 1x1 convolution of a dense layer, with batch normalization and ReLU in its load,
-// and the moments of b over all rows:
+// Computes the 1x1 convolution of a dense layer, with batch normalization and ReLU in its load, and
+// the moments of b over all rows:
 //
 //   b[m, o] = sum_c relu(scale[c]*x[m, c] + shift[c]) * W[o, c]
 //

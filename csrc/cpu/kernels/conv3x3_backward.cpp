@@ -1,4 +1,4 @@
-// Backward of a dense layer's 3x3 convolution and of BN2's reduction:
+// Computes the backward of a dense layer's 3x3 convolution and BN2's reduction:
 //
 //   dy[j, p] = coef0*G + coef1 + coef2*x, times the dropout
 //   dh[q, i] = sum_{j, tap} W[j, i, tap] dy[j, q - tap]
@@ -25,7 +25,7 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-// Register blocks of both products: columns of row pairs, or rows of three taps of an output, by
+// Register blocks of both products are columns of row pairs, or rows of three taps of an output, by
 // vectors of i.
 constexpr int kBlockColumns = kRegisters == 32 ? 8 : 6;
 constexpr int kTapRows = kRegisters == 32 ? 3 : 2;
@@ -42,7 +42,7 @@ struct Conv3x3BackwardWorker {
   const T* weight;                 // groups of vectors [growth, kWinogradPoints, 3, NV * kVec]
   ScaleShiftTable<T> scale_shift;  // padded, as are those that follow
   PerChannel<T> post_mask;
-  const T* mean;
+  PerChannel<T> mean;
   double* sums = nullptr;         // [2, pitch]
   T* dweight = nullptr;           // [kWinogradPoints, growth, 3, pitch]
   PairColumn* columns = nullptr;  // of the unit
@@ -81,7 +81,7 @@ struct Conv3x3BackwardWorker {
     }
   }
 
-  // Product k of dh of kBlockColumns column_count and the vectors first .. first + NV.
+  // Computes product k of dh of kBlockColumns columns and the vectors first .. first + NV.
   template <int NV>
   DX_NOINLINE Block<T, kBlockColumns, NV> product(const PairColumn* block_columns, int k,
                                                   int64_t first) const {
@@ -136,13 +136,12 @@ struct Conv3x3BackwardWorker {
     for (int64_t i = 0; i < NV * kVec<T>; i += line) __builtin_prefetch(row + i, FOR_WRITE, 2);
   }
 
-  // The constants and sums of one vector of i.
+  // Holds the constants and sums of one vector of i.
   struct Channels {
     Vec<T> scale, shift, post_mask, mean, s1, s2;
   };
 
-  // Stores dv of a pixel, whose row of b starts at `o`, from its dh, adds to both sums and returns
-  // h.
+  // Stores dv of a pixel from its dh, adds to both sums and returns h. Its row of b starts at `o`.
   DX_INLINE Vec<T> finish_pixel(int64_t o, Vec<T> dh, Channels& c) const {
     const Vec<T> b = load(a.bottleneck + o), value = relu(c.scale * b + c.shift);
     const Vec<T> d = relu_gradient(value, dh) * c.post_mask;
@@ -158,7 +157,7 @@ struct Conv3x3BackwardWorker {
     const int64_t first_row = (u.sample * units.height + u.row) * units.width;
     for (int v = 0; v < NV; ++v) {
       const int64_t i = (first + v) * kVec<T>;
-      Channels c{{}, {}, {}, load(mean + i), {}, {}};
+      Channels c{{}, {}, {}, load(mean.data + i), {}, {}};
       int32_t sample = -1;
       for (int64_t p = 0; p < column_count; ++p) {
         const PairColumn& pair = columns[p];
@@ -228,7 +227,8 @@ struct Conv3x3BackwardWorker {
   }
 };
 
-// Packs the transformed weight for groups of vectors; `memory` has a transformed copy of it behind.
+// Packs the transformed weight for groups of vectors. `memory` has room for a transformed copy
+// behind it.
 template <class T>
 void pack_weight(const T* w, int64_t growth, int64_t width, T* memory) {
   const int64_t pitch = round_up(width, kLanes);
@@ -280,12 +280,11 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
 
   const Scratch weight(sizeof(T) * a.growth * kTaps * (pitch + a.width));
   pack_weight(a.weight, a.growth, a.width, weight.as<T>());
-  const PaddedScaleShift<T> scale_shift(a.scale_shift, samples, a.width);
+  const PaddedRows<T> scale(a.scale_shift.scale, samples, a.width),
+      shift(a.scale_shift.shift, samples, a.width);
   const PaddedRows<T> post_mask(a.post_mask, samples, a.width), mean({a.norm.mean}, 1, a.width);
   const Workers<Conv3x3BackwardWorker<S>> workers(
-      {a, units, planes, weight.as<T>(), scale_shift.values(), post_mask.values(),
-       mean.values().data},
-      threads);
+      {a, units, planes, weight.as<T>(), {scale, shift}, post_mask, mean}, threads);
   const int64_t dweight_values = a.growth * kTaps * pitch;
   const Scratch dweight(sizeof(T) * threads * dweight_values);
   const Scratch sums(sizeof(double) * threads * 2 * pitch);

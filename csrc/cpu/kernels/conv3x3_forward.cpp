@@ -1,5 +1,5 @@
-// Forward of a dense layer's 3x3 convolution, with BN2 and ReLU in its load and its output written
-// to the feature buffer with its moments:
+// Computes a dense layer's 3x3 convolution, with BN2 and ReLU in its load and its output written to
+// the feature buffer with its moments:
 //
 //   y[j, p] = sum_{i, tap} relu(scale[i]*b[p + tap, i] + shift[i]) W[j, i, tap]
 //
@@ -21,7 +21,7 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-// The products of one group of outputs.
+// Computes the products of one group of outputs.
 template <class T>
 struct Convolution {
   const WinogradPlanes& planes;
@@ -152,7 +152,7 @@ struct Conv3x3ForwardWorker {
     }
   }
 
-  // Loads h of channel first + i, in row y of the unit's s-th map from column x on, into square[i];
+  // Loads h of channel first + i into square[i], in row y of the unit's s-th map from column x on;
   // 0 outside.
   DX_INLINE void load_square(const Unit& u, int64_t s, int64_t y, int64_t first, int64_t x,
                              Vec<T> (&square)[kVec<T>]) const {
@@ -169,8 +169,7 @@ struct Conv3x3ForwardWorker {
   }
 };
 
-// Outputs in even groups of at most kBlockChannels: group g has those from begin(g) to begin(g +
-// 1).
+// Divides the outputs into even groups of at most kBlockChannels. Group g begins at begin(g).
 struct OutputGroups {
   int64_t growth, count = ceil_div(growth, kBlockChannels);
 
@@ -212,8 +211,9 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
   const int64_t output_values = kWinogradPoints * a.width * 3;
   const Scratch weight(sizeof(T) * 2 * a.growth * output_values);
   pack_weight(a.weight, a.width, groups, weight.as<T>());
-  const PaddedScaleShift<T> scale_shift(a.scale_shift, samples, a.width);
-  const Workers<Conv3x3ForwardWorker<S>> workers({a, units, planes, scale_shift.values()}, threads);
+  const PaddedRows<T> scale(a.scale_shift.scale, samples, a.width),
+      shift(a.scale_shift.shift, samples, a.width);
+  const Workers<Conv3x3ForwardWorker<S>> workers({a, units, planes, {scale, shift}}, threads);
   const Scratch parts(sizeof(double) * 2 * a.growth * samples * units.blocks_per_map);
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {

@@ -1,4 +1,5 @@
-// The output of a 3x3 convolution: dropout, the channel of the feature buffer, its moments.
+// Finishes the output of a 3x3 convolution: dropout, the channel of the feature buffer, its
+// moments.
 #pragma once
 
 #include "conv_units.h"
@@ -7,9 +8,9 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// Writes the rows of output j, of which row_of(s, y) is that of the unit's s-th map, to its
-// channel. Moments of the unit's part of each map, if they are wanted, go to `parts` [growth,
-// blocks, samples, 2].
+// Writes the rows of output j to its channel; row_of(s, y) is that of the unit's s-th map. Moments
+// of the unit's part of each map, if they are wanted, go to `parts`, which is [growth, blocks,
+// samples, 2].
 template <class S, class F>
 void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u, int64_t j,
                    const F& row_of, double* parts) {

@@ -1,4 +1,4 @@
-// Units of work of the 3x3 convolutions, and their zero-padded planes.
+// Divides the work of the 3x3 convolutions into units, which have zero-padded planes.
 //
 // A unit is several whole maps or a block of rows of one map, about 64K values of the bottleneck.
 // In a padded plane rows follow each other at pitch W+1: the one zero column between them pads the
@@ -38,7 +38,7 @@ struct Units {
       maps_per_unit = std::max<int64_t>(1, ceil_div(samples, std::max<int64_t>(1, units)));
       count = ceil_div(samples, maps_per_unit);
     } else {
-      // An even number of rows, so that rows are paired alike however a map is cut.
+      // An even number of rows makes pairs of rows alike however a map is cut.
       rows_per_unit = round_up(ceil_div(height, ceil_div(height, fit_rows)), 2);
       blocks_per_map = ceil_div(height, rows_per_unit);
       count = samples * blocks_per_map;
@@ -70,12 +70,12 @@ struct Units {
 
   int64_t block(const Unit& u) const { return u.row / std::max<int64_t>(1, rows_per_unit); }
 
-  // The start of row y (-1 .. rows) of the unit's s-th map in a padded plane.
+  // Returns the start of row y (-1 .. rows) of the unit's s-th map in a padded plane.
   int64_t position(const Unit& u, int64_t s, int64_t y) const {
     return base + (s * (u.rows + 1) + y) * pitch;
   }
 
-  // The number of positions from the first pixel to the last, padding between them included.
+  // Counts the positions from the first pixel to the last, padding between them included.
   int64_t span(const Unit& u) const { return (u.samples * (u.rows + 1) - 1) * pitch - 1; }
 
   // Calls body(s, y) for the rows of the unit and its neighbors, as far as they lie in the image.

@@ -1,4 +1,4 @@
-// float16 and back for machines without an instruction for it.
+// Converts float16 to float and back on machines without an instruction for it.
 #pragma once
 
 #include <cstdint>

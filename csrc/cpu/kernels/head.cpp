@@ -1,5 +1,5 @@
-// The head: batch normalization, ReLU and the mean over pixels. The backward starts the gradient
-// buffer.
+// Computes forward and backward of the head: batch normalization, ReLU and the mean over pixels.
+// The backward starts the gradient buffer.
 //
 //   out[n, c] = (1/P) sum_p relu(scale*x + shift)
 //   G = gamma*rstd * [scale*x + shift > 0] * dout/P,  S1, S2 on the way

@@ -4,7 +4,7 @@
 #define DENSENET_EXT_INSTANTIATE_FOR(S, function, Arguments) \
   template void function<S>(const Arguments<S>&);
 
-// The tile unit has no float64.
+// AMX has no float64.
 #define DENSENET_EXT_INSTANTIATE_AMX(function, Arguments)     \
   DENSENET_EXT_INSTANTIATE_FOR(float, function, Arguments)    \
   DENSENET_EXT_INSTANTIATE_FOR(BFloat16, function, Arguments) \

@@ -1,4 +1,4 @@
-// The one inner loop of all matrix work: a register block acc[R][NV] of R rows by NV vectors sums
+// All matrix work has this one inner loop: a register block acc[R][NV] of R rows by NV vectors sums
 // rank-1 updates, which are R broadcasts times NV loaded vectors.
 #pragma once
 
@@ -7,7 +7,7 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// Blocks that fit the registers: R*NV sums, NV loaded vectors, one broadcast.
+// Blocks have to fit the registers: R*NV sums, NV loaded vectors, one broadcast.
 //   Lanes are channels: kBlockPixels pixels by 1..kMaxVectors vectors.
 //   Lanes are pixels: up to kBlockChannels channels by kPixelVectors vectors.
 constexpr int kMaxVectors = 3;

@@ -1,5 +1,5 @@
-// Mean and centered sum of squares (M2) in two passes over values that are still in cache, and
-// Chan's merge of two groups in double.
+// Computes mean and centered sum of squares (M2) in two passes over values that are still in cache,
+// and merges two groups by Chan's formula in double.
 #pragma once
 
 #include "vec.h"
@@ -7,7 +7,7 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// Moments of `count` contiguous values.
+// Computes the moments of `count` contiguous values.
 template <class S, class T = Arithmetic<S>>
 DX_INLINE void contiguous_moments(const S* x, int64_t count, double& mean, double& m2) {
   constexpr int64_t step = 4 * kVec<T>;

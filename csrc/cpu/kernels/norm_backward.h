@@ -1,4 +1,5 @@
-// Backward of batch normalization from its two sums. All but the direct term of dx is affine in x:
+// Computes the backward of batch normalization from its two sums. All but the direct term of dx is
+// affine in x:
 //
 //   xhat = (q*x - mean)*rstd,   dv the gradient of gamma*xhat + beta
 //   S1 = sum dv = dbeta,   S2 = sum dv*xhat = dgamma
@@ -14,20 +15,20 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// rstd
+// Returns rstd.
 template <class T>
 DX_INLINE double reciprocal_std(const Norm<T>& norm, int64_t c) {
   return 1.0 / std::sqrt(static_cast<double>(norm.var[c]) + norm.eps);
 }
 
-// gamma*rstd
+// Returns gamma*rstd.
 template <class T>
 DX_INLINE T norm_gain(const Norm<T>& norm, int64_t c) {
   return static_cast<T>(static_cast<double>(norm.weight[c]) * reciprocal_std(norm, c));
 }
 
-// Writes dgamma, dbeta and the coefficients (or adds to these) from `sums` [channels, 2]: sum dv
-// and sum dv*(q*x - mean), over `count` values each.
+// Writes dgamma, dbeta and the coefficients (or adds to these). `sums` [channels, 2] are sum dv and
+// sum dv*(q*x - mean), over `count` values each.
 template <class T>
 inline void finish_norm_backward(const Norm<T>& norm, const double* sums, int64_t channels,
                                  double count, const PerChannel<T>& pre_mask,
@@ -61,8 +62,8 @@ inline void finish_norm_backward(const Norm<T>& norm, const double* sums, int64_
   }
 }
 
-// Writes the gradients of BN2 and the affine map of db from the threads' `sums` [threads, 2,
-// pitch]: sum dv and sum dv*(b - mean).
+// Writes the gradients of BN2 and the affine map of db. The threads' `sums` [threads, 2, pitch] are
+// sum dv and sum dv*(b - mean).
 template <class S>
 inline void finish_bottleneck_norm(const Conv3x3Backward<S>& a, const double* sums, int64_t threads,
                                    int64_t pitch) {

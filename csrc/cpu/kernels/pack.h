@@ -10,7 +10,7 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// out[c, r] = in[r, c], and 0 for r = rows .. padded.
+// Sets out[c, r] = in[r, c], and 0 for r = rows .. padded.
 template <class In, class Out, class T = Arithmetic<In>>
 inline void copy_transposed(const In* in, int64_t in_pitch, int64_t rows, int64_t columns, Out* out,
                             int64_t out_pitch, int64_t padded) {

@@ -1,5 +1,5 @@
-// Tiles of pixels for the kernels that treat pixels as rows of a matrix. A tile is a sequence of
-// pixels of one large map, or several whole small maps.
+// Divides pixels into tiles, for kernels that treat pixels as rows of a matrix. A tile is a
+// sequence of pixels of one large map, or several whole small maps.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ struct Tile {
   int64_t pixels() const { return samples * count; }
 };
 
-// The largest of the most even parts of `items` items, at most `limit` in each.
+// Returns the largest of the most even parts of `items` items, at most `limit` in each.
 inline int64_t even_share(int64_t items, int64_t limit) {
   return items > 0 ? ceil_div(items, ceil_div(items, limit)) : 1;
 }
@@ -88,8 +88,8 @@ DX_INLINE void norm_relu_tile(const Maps<const S>& features, const ScaleShiftTab
   }
 }
 
-// Positions of a tile, at most `limit`, so that `values_per_position` values of T for each of them
-// stay in the second-level cache.
+// Returns the positions of a tile, at most `limit`, so that `values_per_position` values of T for
+// each of them stay in the second-level cache.
 template <class T>
 inline int64_t tile_capacity(int64_t values_per_position, int64_t limit) {
   const int64_t fit =

@@ -1,5 +1,4 @@
-// Tiles of whole rows of the pooled map for forward and backward of the transition, and pooling
-// into them.
+// Pools whole rows into tiles, for forward and backward of the transition.
 #pragma once
 
 #include "microkernel.h"
@@ -8,7 +7,7 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// Partition of the pooled map into tiles; `Tiling` would not keep rows whole. The samples of a tile
+// Divides the pooled map into tiles of whole rows, which `Tiling` would cut. The samples of a tile
 // follow each other without a gap.
 struct PooledTiling {
   int64_t samples, height, width;  // of the pooled map
@@ -43,7 +42,8 @@ struct PooledTiling {
   }
 };
 
-// Positions of a tile whose `values_per_position` values should lie in the second-level cache.
+// Returns the positions of a tile, so that `values_per_position` values for each should lie in the
+// second-level cache.
 template <class T>
 inline int64_t pooled_capacity(int64_t values_per_position) {
   return std::max(kLeastPooledPixels, tile_capacity<T>(values_per_position, kForwardPixels));

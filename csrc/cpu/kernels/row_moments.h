@@ -1,4 +1,5 @@
-// Moments of the columns of a matrix whose rows the threads share, merged in the order of threads.
+// Computes moments of the columns of a matrix whose rows the threads share, merged in the order of
+// threads.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +40,7 @@ DX_INLINE void add_column_moments(const S* column, int64_t rows, int64_t remaini
   }
 }
 
-// The moments of the rows that one thread has seen: `mean` [pitch], followed by M2.
+// Holds the moments of the rows that one thread has seen: `mean` [pitch], followed by M2.
 struct RunningMoments {
   double& count;
   double* mean;
@@ -62,7 +63,7 @@ struct RunningMoments {
   }
 };
 
-// The moments of all threads.
+// Holds the moments of all threads.
 class RowMoments {
  public:
   RowMoments(int64_t threads, int64_t pitch)

@@ -1,5 +1,5 @@
-// Squeeze-and-excitation, in place, on the channels that a dense layer has just written (Hu et al.
-// 2018).
+// Computes squeeze-and-excitation (Hu et al. 2018) in place, on the channels that a dense layer has
+// just written.
 //
 //   pooled = mean,  hidden = relu(W1 pooled + b1),  gate = sigmoid(W2 hidden + b2),  x *= gate
 //
@@ -7,9 +7,9 @@
 //
 //   u = sum_p g*x = gate*dgate,  so the gradient of the sigmoid's argument is u*(1 - gate)
 //
-// without a division by the gate. The gradient of the unscaled x, gate*g + dpooled/P, is again
-// coef0*G
-// + coef1 + coef2*x. Threads have contiguous samples; the two small products are plain loops.
+// without a division by the gate. The gradient of the unscaled x is gate*g + dpooled/P, which is
+// again affine in G and x: the coefficients of the channels change. Threads have contiguous
+// samples; the two small products are plain loops.
 #include <algorithm>
 #include <cmath>
 
@@ -39,7 +39,7 @@ void excite(const SqueezeExciteForward<S>& a, const T* pooled, T* hidden, T* gat
   }
 }
 
-// The gradient of the sigmoid's argument in channel j of sample n.
+// Returns the gradient of the sigmoid's argument in channel j of sample n.
 template <class S>
 double argument_gradient(const SqueezeExciteBackward<S>& a, int64_t n, int64_t j) {
   using T = Arithmetic<S>;

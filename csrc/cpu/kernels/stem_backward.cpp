@@ -1,4 +1,4 @@
-// Backward of batch normalization, ReLU and the 3x3 max pool of stride 2 of the stem.
+// Computes the backward of batch normalization, ReLU and the 3x3 max pool of stride 2 of the stem.
 //
 //   dv = dout at the maximum of each window where that is positive
 //   S1 = sum dv,  S2 = sum dv*(x-mean)*rstd
@@ -20,15 +20,15 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-// The place of a maximum in its window, counted row by row from 0 to 8; kNoPlace if it is not
-// positive.
+// The places of a window are counted row by row from 0 to 8. A maximum that is not positive is at
+// kNoPlace.
 constexpr int kNoPlace = -1;
 template <class T>
 using Places = decltype(Vec<T>{} < Vec<T>{});  // integers of the width of T
 
-// A vector of I's, one for each lane of a Vec<T>. Compilers have instructions for a conversion to
-// integers that are twice or half as wide; a conversion from bytes to T's width at once goes lane
-// by lane.
+// Integers<T, I> is a vector of I's, one for each lane of a Vec<T>. Compilers have instructions for
+// a conversion to integers that are twice or half as wide; a conversion from bytes to T's width at
+// once goes lane by lane.
 template <class T, class I>
 struct IntegersOf {
   typedef I type __attribute__((vector_size(sizeof(I) * kVec<T>)));
@@ -51,22 +51,21 @@ DX_INLINE void store_places(int8_t* p, Places<T> places) {
   std::memcpy(p, &bytes, sizeof bytes);
 }
 
-// Values of each channel, zero up to the pitch.
+// Holds values of each channel, zero up to the pitch.
 template <class T>
 struct ChannelValues {
   T *scale, *shift, *mean, *constant, *slope;
 
-  ChannelValues(T* memory, int64_t pitch)
-      : scale(memory),
-        shift(memory + pitch),
-        mean(memory + 2 * pitch),
-        constant(memory + 3 * pitch),
-        slope(memory + 4 * pitch) {
+  ChannelValues(T* memory, int64_t pitch) {
     std::fill_n(memory, 5 * pitch, T(0));
+    for (T** values : {&scale, &shift, &mean, &constant, &slope}) {
+      *values = memory;
+      memory += pitch;
+    }
   }
 };
 
-// The running maximum of one window.
+// Holds the running maximum of one window.
 template <class T>
 struct Maximum {
   Vec<T> value = {}, x = {};  // the rectifier's 0
@@ -89,7 +88,8 @@ class StemGradient {
                int8_t* places)
       : a_(a), values_(values), pitch_(pitch), places_(places) {}
 
-  // Elements of a line of gradients: one for each window, and zeros in the place of a next window.
+  // Counts the elements of a line of gradients: one for each window, and zeros in the place of a
+  // next window.
   int64_t line() const { return (a_.grad_out.width + 1) * pitch_; }
 
   // Reads dout of the windows (i, 0), (i, 1), ... of sample n; zeros if there is no such row.
@@ -147,7 +147,7 @@ class StemGradient {
   }
 
  private:
-  // The gradients of some channels of a window, and the places that they go to.
+  // Loads the gradients of some channels of a window, and the places that they go to.
   struct Picked {
     Places<T> place;
     Vec<T> grad;

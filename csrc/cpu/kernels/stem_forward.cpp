@@ -1,4 +1,4 @@
-// Forward of batch normalization, ReLU and the 3x3 max pool of stride 2 of the stem.
+// Computes batch normalization, ReLU and the 3x3 max pool of stride 2 of the stem.
 //
 //   v = scale*x + shift,  out = max over a window of relu(v)
 //
@@ -54,7 +54,8 @@ void pool_row(const WindowRow<S>& row, int64_t windows, int64_t pitch, const T* 
   }
 }
 
-// Pools all of x, without the normalization; moments of its channels unless it has statistics.
+// Pools all of x without the normalization, and computes the moments of its channels unless it has
+// statistics.
 template <class S>
 void pool(const StemForward<S>& a, const Arithmetic<S>* sign, int64_t pitch) {
   using T = Arithmetic<S>;
@@ -82,7 +83,7 @@ void pool(const StemForward<S>& a, const Arithmetic<S>* sign, int64_t pitch) {
     a.batch_var[c] = values > 0 ? a.batch_var[c] / values : T(0);
 }
 
-// Makes out of the pooled map.
+// Computes out from the pooled map.
 template <class S>
 void normalize(const StemForward<S>& a, const Arithmetic<S>* sign) {
   using T = Arithmetic<S>;

@@ -1,4 +1,4 @@
-// A split of a grid of tiles by groups of input channels over the threads of a backward kernel.
+// Splits a grid of tiles by groups of input channels over the threads of a backward kernel.
 //
 // If threads share the tiles, the operand of a tile is formed once, but each thread has a private
 // sum of the whole weight gradient. If threads share the channels, there is nothing to merge, but
@@ -52,8 +52,8 @@ void parallel_shares(const ThreadSplit& s, const F& body) {
   });
 }
 
-// Private sums of the gradient of a weight, transposed and padded, and of a norm, one for each part
-// of the tiles. A share clears its channels.
+// Holds private sums of the gradient of a weight, transposed and padded, and of a norm, one for
+// each part of the tiles. A share clears its channels.
 template <class T>
 class PartialGradients {
  public:

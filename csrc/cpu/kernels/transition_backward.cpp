@@ -1,4 +1,4 @@
-// Backward of the transition, which starts the gradient buffer:
+// Computes the backward of the transition, which starts the gradient buffer:
 //
 //   dW[o, c] = sum_p' dout[o, p'] zp[c, p']
 //   dzp[c, p'] = sum_o W[o, c] dout[o, p'],   dz = dzp/4 at each of the 4 pixels

@@ -1,5 +1,5 @@
-// Forward of the transition: batch normalization, ReLU, 1x1 convolution and 2x2 average pooling.
-// Pooling and the convolution commute, so pool first: a quarter of the products.
+// Computes the transition: batch normalization, ReLU, 1x1 convolution and 2x2 average pooling.
+// Pooling and the convolution commute, so pooling comes first: a quarter of the products.
 //
 //   zp[c, p'] = mean of the 4 pixels of relu(scale*x + shift)
 //   out[o, p'] = sum_c W[o, c] zp[c, p']
@@ -17,8 +17,8 @@ namespace DENSENET_EXT_ISA {
 
 namespace {
 
-// The products of one tile: each group of outputs multiplies zp. Meanwhile they fetch the next tile
-// of x, one cache line of all channels after another, `lines` in all.
+// Multiplies zp of one tile by each group of outputs. Meanwhile the products fetch the next tile of
+// x, one cache line of all channels after another, `lines` in all.
 template <class S>
 struct TileProduct {
   using T = Arithmetic<S>;

@@ -1,4 +1,4 @@
-// The gradient of the channels of a stage as its kernels read it.
+// Reads the gradient of the channels of a stage.
 #pragma once
 
 #include "vec.h"
@@ -6,8 +6,8 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// The true gradient of channel c of sample n, coef0*G + coef1 + coef2*x, a vector of pixels at a
-// time. The arguments have `features`, `grad` and `coef`.
+// Computes the true gradient of channel c of sample n, coef0*G + coef1 + coef2*x, a vector of
+// pixels at a time. The arguments have `features`, `grad` and `coef`.
 template <class S, class T = Arithmetic<S>>
 class TrueGradient {
  public:
@@ -19,7 +19,7 @@ class TrueGradient {
         g_(a.grad.plane(n, c)),
         x_(a.features.plane(n, c)) {}
 
-  // Pixels from p on, of which `remaining` exist.
+  // Returns it at the pixels from p on, of which `remaining` exist.
   DX_INLINE Vec<T> operator()(int64_t p, int64_t remaining) const {
     return c0_ * load_first(g_ + p, remaining) + (c1_ + c2_ * load_first(x_ + p, remaining));
   }

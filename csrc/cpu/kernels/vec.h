@@ -1,6 +1,6 @@
-// A small vector type, so that one source serves AVX-512, AVX2 and whatever else the compiler knows
-// (SSE2 on plain x86-64). The compiler's vector extensions do the arithmetic. Intrinsics do what
-// the extensions cannot express: maximum, partial loads, half precision.
+// Defines a small vector type, so that one source serves AVX-512, AVX2 and whatever else the
+// compiler knows (SSE2 on plain x86-64). The compiler's vector extensions do the arithmetic.
+// Intrinsics do what the extensions cannot express: maximum, partial loads, half precision.
 #pragma once
 
 #include <cstdint>
@@ -126,7 +126,7 @@ struct LaneIndices {
 template <class T>
 inline constexpr LaneIndices<T> kLaneIndices;
 
-// A mask: all ones in the first n lanes, 0 in the rest.
+// Returns a mask: all ones in the first n lanes, 0 in the rest.
 template <class T>
 DX_INLINE auto first_lanes(int64_t n) {
   return load(kLaneIndices<T>.values) < broadcast(static_cast<T>(n));
@@ -191,8 +191,8 @@ DX_INLINE void store_first(S* p, Vec<Arithmetic<S>> v, int64_t n) {
 
 // --- arithmetic ---
 
-// max(v, 0), but NaN stays NaN as in torch.relu: x86's maximum returns its second operand when
-// either is NaN.
+// Returns max(v, 0), but NaN stays NaN as in torch.relu: x86's maximum returns its second operand
+// when either is NaN.
 DX_INLINE Vec<float> relu(Vec<float> v) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)v);
@@ -216,7 +216,7 @@ DX_INLINE Vec<double> relu(Vec<double> v) {
 #endif
 }
 
-// The gradient of relu at z (or at anything of z's sign): 0 where z <= 0, g elsewhere, NaN
+// Returns the gradient of relu at z (or at anything of z's sign): 0 where z <= 0, g elsewhere, NaN
 // included.
 template <class V>
 DX_INLINE V relu_gradient(V z, V g) {
@@ -245,7 +245,7 @@ DX_INLINE V shuffle(V a, V b) {
 }
 #endif
 
-// Sums of neighboring lanes: a[0]+a[1], a[2]+a[3], ..., b[0]+b[1], ...
+// Returns sums of neighboring lanes: a[0]+a[1], a[2]+a[3], ..., b[0]+b[1], ...
 template <class V, int... I>
 DX_INLINE V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
   return shuffle<(2 * I)...>(a, b) + shuffle<(2 * I + 1)...>(a, b);
@@ -254,7 +254,7 @@ template <class T>
 DX_INLINE Vec<T> add_pairs(Vec<T> a, Vec<T> b) {
   return add_pairs(a, b, std::make_integer_sequence<int, kVec<T>>{});
 }
-// Lane FIRST twice, the next lane twice, and so on.
+// Returns lane FIRST twice, the next lane twice, and so on.
 template <int FIRST, class V, int... I>
 DX_INLINE V double_lanes(V v, std::integer_sequence<int, I...>) {
   return shuffle<(FIRST + I / 2)...>(v, v);

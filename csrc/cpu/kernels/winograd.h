@@ -1,4 +1,5 @@
-// 3x3 convolutions with two thirds of the products: Winograd's F(2, 3) down the columns.
+// Transforms operands of 3x3 convolutions for two thirds of the products: Winograd's F(2, 3) down
+// the columns.
 //
 //   Two rows of the result from four rows d of the data and one column of the filter g:
 //   t = (d0 - d2, d1 + d2, d2 - d1, d3 - d1),  u = (g0, (g0 + g1 + g2)/2, (g0 - g1 + g2)/2, g2)
@@ -23,9 +24,9 @@ namespace DENSENET_EXT_ISA {
 
 constexpr int kWinogradPoints = 4;  // of t, u and m
 
-// A column of a pair of rows: its position in a transformed plane, its sample in the unit, the
-// number of its upper pixel in the unit, and the distance from that to the lower one (0 if
-// outside).
+// Describes a column of a pair of rows: its position in a transformed plane, its sample in the
+// unit, the number of its upper pixel in the unit, and the distance from that to the lower one (0
+// if outside).
 struct PairColumn {
   int32_t position, sample, pixel, lower;
 };
@@ -39,11 +40,11 @@ struct WinogradPlanes {
     plane_size = padded_stride(round_up(kBase + rows * units.pitch, kLanes) + kSlack);
   }
 
-  // The start of pair r of the unit's s-th map in a transformed plane.
+  // Returns the start of pair r of the unit's s-th map in a transformed plane.
   int64_t position(const Unit& u, int64_t s, int64_t r) const {
     return kBase + (s * ceil_div(u.rows, 2) + r) * units.pitch;
   }
-  // The first position, and the number of positions to the last, padding between them included.
+  // Positions begin at first(); span() counts them, padding between them included.
   int64_t first() const { return kBase; }
   int64_t span(const Unit& u) const { return u.samples * ceil_div(u.rows, 2) * units.pitch - 1; }
 

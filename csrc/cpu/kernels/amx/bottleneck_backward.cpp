@@ -1,5 +1,5 @@
-// Backward of the 1x1 convolution of a dense layer and of what is in front of it on AMX; formulas:
-// ../bottleneck_backward.cpp.
+// Computes the backward of the 1x1 convolution of a dense layer and of what is in front of it on
+// AMX; formulas: ../bottleneck_backward.cpp.
 //
 // A tile has up to 512 pixels; its db is formed once, as right operand of both products. Then for
 // 32 channels at a time: dz is formed from W, and meanwhile z of the next channels; dW is formed
@@ -29,7 +29,7 @@ struct BottleneckBackwardWorker {
   float* dweight = nullptr;                // [channels / 16, pitch / 16, 16, 16]
   uint32_t* z = nullptr;                   // [2, 2, kMaxChunks, P, 16, 16]
   TileColumns<S>* tile_columns = nullptr;  // of three tiles
-  int64_t end = 0;                         // of the thread's tiles
+  int64_t begin = 0, end = 0;              // of the thread's tiles
   int64_t groups = ceil_div(a.channels, kGroup);
   BottleneckOperands<S> operands{a};
   BottleneckSweep<S> sweep{a};
@@ -43,14 +43,20 @@ struct BottleneckBackwardWorker {
     sweep.moments = memory.take<float>(2 * kGroup * kSide);
     tile_columns = memory.take<TileColumns<S>>(3);
   }
-  // Bytes of memory that do not depend on the capacity.
+  // These bytes of memory do not depend on the capacity.
   static constexpr int64_t kFixedBytes =
       4 * (2 * 2 * kRows + kGroup * kChannelStride + 2 * kGroup * kSide);
 
   int64_t count(int64_t c0) const { return std::min(kGroup, a.channels - c0); }
-  const TileColumns<S>& columns(int64_t tile) const { return tile_columns[tile % 3]; }
   void list_columns(int64_t tile) const {
     if (tile < end) tile_columns[tile % 3].assign(a, tiling[tile], ones);
+  }
+
+  // A stage is one group of channels of one tile; columns are null beyond the last stage.
+  int64_t first_channel(int64_t stage) const { return stage % groups * kGroup; }
+  const TileColumns<S>* columns_of(int64_t stage) const {
+    const int64_t tile = begin + stage / groups;
+    return tile < end ? &tile_columns[tile % 3] : nullptr;
   }
 
   // Forms dz of the group of channels from c0 on.
@@ -119,46 +125,35 @@ struct BottleneckBackwardWorker {
 
   uint32_t* z_of(int64_t stage) const { return z + stage % 2 * 2 * kRows; }
 
-  // Spreads forming z of a stage over `calls` portions. A stage is one group of one tile.
-  FormProgress<S> form_z(int64_t begin, int64_t stage, int64_t calls) const {
-    const int64_t tile = begin + stage / groups, next = begin + (stage + 1) / groups;
-    FormProgress<S> f{&columns(tile),
-                      next < end ? &columns(next) : nullptr,
-                      stage % groups * kGroup,
-                      (stage + 1) % groups * kGroup,
-                      z_of(stage),
-                      0,
-                      0};
-    if (tile >= end) return f;
-    f.remaining = count(f.c0) * f.columns->chunks;
-    f.portion = ceil_div(f.remaining, calls);
-    return f;
+  // Spreads forming z of a stage over `calls` portions.
+  FormProgress<S> form_z(int64_t stage, int64_t calls) const {
+    const TileColumns<S>* const columns = columns_of(stage);
+    const int64_t c0 = first_channel(stage), cells = columns ? count(c0) * columns->chunks : 0;
+    return {columns, columns_of(stage + 1), c0, first_channel(stage + 1), z_of(stage),
+            cells,   ceil_div(cells, calls)};
   }
 
   // Spreads the sweep of a stage over `calls` portions.
-  SweepProgress<S> sweep_dz(int64_t begin, int64_t stage, int64_t calls) const {
-    const int64_t next = begin + (stage + 1) / groups, c0 = stage % groups * kGroup;
-    const TileColumns<S>& current = columns(begin + stage / groups);
-    const int64_t strips = count(c0) * current.strips;
-    return {&current, next < end ? &columns(next) : nullptr,
-            c0,       (stage + 1) % groups * kGroup,
-            strips,   ceil_div(strips, calls)};
+  SweepProgress<S> sweep_dz(int64_t stage, int64_t calls) const {
+    const TileColumns<S>* const columns = columns_of(stage);
+    const int64_t c0 = first_channel(stage), strips = count(c0) * columns->strips;
+    return {columns, columns_of(stage + 1),  c0, first_channel(stage + 1),
+            strips,  ceil_div(strips, calls)};
   }
 
-  // Forms dz of a group, and between the products z of the next stage. In the first group, also the
-  // strip of db that the next strip of dz needs.
+  // Forms dz of a stage, and between the products z of the next one; in the first group of a tile,
+  // also the strip of db that the next strip of dz needs.
   template <class F>
-  void run_input_gradient(const TileColumns<S>& current, int64_t begin, int64_t stage,
-                          const F& fetch) const {
-    const int64_t c0 = stage % groups * kGroup, rows = ceil_div(count(c0), kSide);
-    FormProgress<S> next = form_z(begin, stage + 1, current.strips * rows * operands.depths);
+  void run_input_gradient(const TileColumns<S>& columns, int64_t stage, const F& fetch) const {
+    const int64_t c0 = first_channel(stage), rows = ceil_div(count(c0), kSide);
+    FormProgress<S> next = form_z(stage + 1, columns.strips * rows * operands.depths);
     int64_t k = 2, depth = 0;
-    const int64_t chunks = c0 == 0 ? 2 * current.strips : 0;
+    const int64_t chunks = c0 == 0 ? 2 * columns.strips : 0;
     const auto form_portion = [&] {
       operands.form(next);
       fetch();
       for (int64_t i = rows; i <= 2 && k < chunks; ++i) {
-        operands.form_db(current, k, depth);
+        operands.form_db(columns, k, depth);
         if (++depth == operands.depths) {
           depth = 0;
           ++k;
@@ -166,54 +161,53 @@ struct BottleneckBackwardWorker {
       }
     };
     if (rows == 2) {
-      input_gradient<2>(current, c0, form_portion);
+      input_gradient<2>(columns, c0, form_portion);
     } else {
-      input_gradient<1>(current, c0, form_portion);
+      input_gradient<1>(columns, c0, form_portion);
     }
     next.portion = next.remaining;
     operands.form(next);
   }
 
-  // Adds to dW of a group, and between the products sweeps over its dz.
+  // Adds to dW of a stage, and between the products sweeps over its dz.
   template <bool FIRST, class F>
-  void run_weight_gradient(const TileColumns<S>& current, int64_t begin, int64_t stage,
-                           const F& fetch) const {
-    const int64_t c0 = stage % groups * kGroup, rows = ceil_div(count(c0), kSide);
-    SweepProgress<S> sweeping = sweep_dz(begin, stage, current.chunks * weight_blocks(rows));
-    weight_gradient(current, c0, z_of(stage), stage >= groups, [&] {
-      sweep.template run<FIRST>(sweeping);
+  void run_weight_gradient(const TileColumns<S>& columns, int64_t stage, const F& fetch) const {
+    const int64_t c0 = first_channel(stage), rows = ceil_div(count(c0), kSide);
+    SweepProgress<S> progress = sweep_dz(stage, columns.chunks * weight_blocks(rows));
+    weight_gradient(columns, c0, z_of(stage), stage >= groups, [&] {
+      sweep.template run<FIRST>(progress);
       fetch();
     });
-    sweeping.portion = sweeping.remaining;
-    sweep.template run<FIRST>(sweeping);
+    progress.portion = progress.remaining;
+    sweep.template run<FIRST>(progress);
     sweep.add_moments(c0, count(c0));
   }
 
-  // Treats the thread's tiles, from `begin` on.
+  // Treats the thread's tiles.
   template <bool FIRST>
-  void run(int64_t begin) const {
+  void run() const {
     list_columns(begin);
     list_columns(begin + 1);
-    FormProgress<S> first = form_z(begin, 0, 1);
+    FormProgress<S> first = form_z(0, 1);
     operands.form(first);
     for (int64_t tile = begin; tile < end; ++tile) {
       list_columns(tile + 2);
-      const TileColumns<S>& current = columns(tile);
+      const int64_t first_stage = (tile - begin) * groups;
+      const TileColumns<S>& columns = *columns_of(first_stage);
+      const TileColumns<S>* const next = columns_of(first_stage + groups);
       for (int64_t i = 0; i < 2 * operands.depths; ++i)
-        operands.form_db(current, i / operands.depths, i % operands.depths);
+        operands.form_db(columns, i / operands.depths, i % operands.depths);
       // dv and b of the next tile are fetched during the last groups.
       const int64_t fetching_groups = std::min<int64_t>(groups, 4),
-                    calls = fetching_groups * (current.strips * 2 * operands.depths +
-                                               current.chunks * weight_blocks(2));
-      FetchProgress fetching =
-          tile + 1 < end ? operands.fetch_rows(columns(tile + 1), calls) : FetchProgress{};
+                    calls = fetching_groups * (columns.strips * 2 * operands.depths +
+                                               columns.chunks * weight_blocks(2));
+      FetchProgress fetching = next ? operands.fetch_rows(*next, calls) : FetchProgress{};
       for (int64_t g = 0; g < groups; ++g) {
-        const int64_t stage = (tile - begin) * groups + g;
         const auto fetch = [&] {
           if (g >= groups - fetching_groups) fetching.fetch_portion();
         };
-        run_input_gradient(current, begin, stage, fetch);
-        run_weight_gradient<FIRST>(current, begin, stage, fetch);
+        run_input_gradient(columns, first_stage + g, fetch);
+        run_weight_gradient<FIRST>(columns, first_stage + g, fetch);
       }
       static_assert(kNarrowMemory<S> <= kGroup * kChannelStride);
       if (previous) previous.run(tiling[tile], reinterpret_cast<uint32_t*>(sweep.dz));
@@ -243,7 +237,8 @@ void pack_weight(const BottleneckBackward<S>& a, int64_t c0, int64_t depths, uin
   }
 }
 
-// The positions of a tile: its db fits the cache, and the threads have equal numbers of tiles.
+// Returns the positions of a tile: its db fits the cache, and the threads have equal numbers of
+// tiles.
 template <class S>
 int64_t tile_positions(const BottleneckBackward<S>& a) {
   const BottleneckOperands<S> operands{a};
@@ -320,13 +315,14 @@ void bottleneck_backward(const BottleneckBackward<S>& a) {
   parallel(tiling.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     const TileConfiguration configuration;
     Worker worker = workers[thread];
+    worker.begin = begin;
     worker.end = end;
     worker.dweight = dweight.as<float>() + thread * dweight_values;
     worker.sweep.sums = sums.as<double>() + thread * 2 * a.channels;
     if (a.grad_in.data) {
-      worker.template run<false>(begin);
+      worker.template run<false>();
     } else {
-      worker.template run<true>(begin);
+      worker.template run<true>();
     }
   });
 

@@ -1,5 +1,5 @@
-// A tile of the backward of the 1x1 convolution as columns of 16 pixels of one sample, with the
-// pointers that the steps of the backward need.
+// Lists the columns of a tile of the 1x1 backward: 16 pixels of one sample, with the pointers that
+// the steps of the backward need.
 #pragma once
 
 #include "cpu/kernels/pixel_tiles.h"

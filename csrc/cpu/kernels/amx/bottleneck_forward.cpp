@@ -1,4 +1,4 @@
-// Forward of the 1x1 convolution of a dense layer on AMX; formula: ../bottleneck_forward.cpp.
+// Computes the 1x1 convolution of a dense layer on AMX; formula: ../bottleneck_forward.cpp.
 //
 // bottleneck_narrow.h is for up to 48 outputs. With more, columns of sums are pixels and rows are
 // outputs: x is planar, so that normalized, rectified and split it is a right operand without a
@@ -15,19 +15,14 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-// Columns of a group: a stretch of a plane that is worth a prefetcher's while.
+// A group has as many columns as make a stretch of a plane that is worth a prefetcher's while.
 constexpr int64_t kMaxColumns = 16;
 
-// Columns that are formed together.
+// The columns of a group are formed together.
 template <class S>
 struct ColumnGroup {
   uint32_t* z;
-  struct {
-    const S *x, *prefetch;  // at channel 0; x in the next group
-    const float *scale, *shift;
-    S* b;
-    int64_t count;
-  } columns[kMaxColumns];
+  ForwardColumn<S> columns[kMaxColumns];
 };
 
 template <class S>
@@ -44,7 +39,7 @@ struct WideBottleneck {
   uint32_t* z = nullptr;  // [2, width, chunks, P, 16, 16], with a gap from column to column
   float* sums = nullptr;  // [2, pitch / 16, 4, 16, 16]
 
-  // A group that is formed cell by cell: one channel pair of a chunk in one column.
+  // A group is formed cell by cell; a cell is one channel pair of a chunk in one column.
   struct FormProgress {
     const Group* group;
     int64_t remaining, row = 0, column = 0;
@@ -81,17 +76,8 @@ struct WideBottleneck {
   Group group(int64_t index) const {
     Group group;
     group.z = z + index % 2 * width * column_step;
-    for (int64_t i = 0; i < width; ++i) {
-      const PixelColumn column = columns[index * width + i];
-      const PixelColumn later = columns[std::min((index + 1) * width + i, columns.count - 1)];
-      group.columns[i] = {
-          a.features.plane(column.sample, 0) + column.pixel,
-          a.features.plane(later.sample, 0) + later.pixel,
-          a.scale_shift.scale.row(column.sample),
-          a.scale_shift.shift.row(column.sample),
-          a.bottleneck + (column.sample * a.features.pixels() + column.pixel) * pitch,
-          column.count};
-    }
+    for (int64_t i = 0; i < width; ++i)
+      group.columns[i] = {a, columns, index * width + i, width, pitch};
     return group;
   }
 
@@ -131,8 +117,8 @@ struct WideBottleneck {
   }
 };
 
-// Calls body(memory, begin, end, moments) for each thread's share of the items, with memory of that
-// many values.
+// Calls body(memory, begin, end, moments) for each thread's share of the items. The memory has
+// `memory_values` values.
 template <class S, class F>
 void parallel_with_moments(const BottleneckForward<S>& a, int64_t items, int64_t memory_values,
                            int64_t pitch, const F& body) {
@@ -161,7 +147,7 @@ void wide_forward(const BottleneckForward<S>& a, const ForwardWeight<S>& weight)
   using Worker = WideBottleneck<S>;
   const int64_t pitch = weight.outputs * kSide, chunks = weight.chunks;
   const PixelColumns columns(a.features.samples, a.features.pixels());
-  // one line more than a power of two, so that a row's columns do not share cache sets
+  // The step has one line more than a power of two, so that a row's columns do not share cache sets
   const int64_t column_step = chunks * Worker::kChunk + kSide;
   const int64_t fit = std::min(kAmxTileBytes / (2 * 4 * column_step),
                                ceil_div(columns.count, 4 * thread_count(columns.count)));

@@ -1,4 +1,4 @@
-// Forward of a 1x1 convolution with few outputs on AMX; bottleneck_narrow.h has the interface.
+// Computes a 1x1 convolution with few outputs on AMX; bottleneck_narrow.h has the interface.
 //
 // z of a chunk is formed while the preceding chunk is multiplied, in a place so small that it never
 // leaves the first-level cache. b is written, and its moments are taken, one strip later.
@@ -66,31 +66,15 @@ class NarrowBottleneck {
   }
 
  private:
-  struct StripColumn {
-    const S *x, *prefetch;  // of channel 0; kPrefetchColumns columns later
-    const float *scale, *shift;
-    S* b;
-    int64_t count;
-  };
   struct Strip {
-    StripColumn column[kNarrowColumns];
+    ForwardColumn<S> column[kNarrowColumns];
     bool whole;  // 32 pixels of one sample
   };
 
   Strip strip(int64_t index) const {
     Strip strip;
-    for (int64_t i = 0; i < kNarrowColumns; ++i) {
-      const int64_t c = index * kNarrowColumns + i;
-      const PixelColumn column = columns[c],
-                        later = columns[std::min(c + kPrefetchColumns, columns.count - 1)];
-      strip.column[i] = {
-          a.features.plane(column.sample, 0) + column.pixel,
-          a.features.plane(later.sample, 0) + later.pixel,
-          a.scale_shift.scale.row(column.sample),
-          a.scale_shift.shift.row(column.sample),
-          a.bottleneck + (column.sample * a.features.pixels() + column.pixel) * kPitch,
-          column.count};
-    }
+    for (int64_t i = 0; i < kNarrowColumns; ++i)
+      strip.column[i] = {a, columns, index * kNarrowColumns + i, kPrefetchColumns, kPitch};
     strip.whole = strip.column[1].count == kSide && strip.column[1].x == strip.column[0].x + kSide;
     return strip;
   }
@@ -100,7 +84,7 @@ class NarrowBottleneck {
     const int64_t c0 = k * kDepth + r, c1 = c0 + kSide, step = a.features.plane_stride;
     out += r * kSide;
     if (s.whole && c1 < a.channels) {
-      const StripColumn& p = s.column[0];
+      const ForwardColumn<S>& p = s.column[0];
       const S *const x0 = p.x + c0 * step, *const x1 = p.x + c1 * step;
       const Vec<float> scale0 = broadcast(p.scale[c0]), shift0 = broadcast(p.shift[c0]),
                        scale1 = broadcast(p.scale[c1]), shift1 = broadcast(p.shift[c1]);
@@ -114,7 +98,7 @@ class NarrowBottleneck {
       return;
     }
     for (int64_t i = 0; i < kNarrowColumns; ++i) {
-      const StripColumn& p = s.column[i];
+      const ForwardColumn<S>& p = s.column[i];
       const auto value = [&](int64_t c) __attribute__((always_inline)) {
         if (c >= a.channels) return Vec<float>{};
         __builtin_prefetch(p.prefetch + c * step, 0, 2);
@@ -149,8 +133,8 @@ class NarrowBottleneck {
   // Writes a tile of sums to rows of b and fetches those of `following`.
   DX_INLINE void finish(const Strip& s, const Strip& following, int64_t index, int64_t tile) const {
     const int64_t o = tile / kNarrowColumns * kSide;
-    const StripColumn &p = s.column[tile % kNarrowColumns],
-                      &next = following.column[tile % kNarrowColumns];
+    const ForwardColumn<S>&p = s.column[tile % kNarrowColumns],
+          &next = following.column[tile % kNarrowColumns];
     Vec<float> rows[kSide];
     load_transposed(sums_of(index) + tile * kTileSums, rows);
     DX_UNROLL

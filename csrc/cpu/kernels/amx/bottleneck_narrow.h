@@ -1,7 +1,6 @@
-// Forward of the 1x1 convolution of a dense layer with so few outputs that their sums for two
-// columns of pixels stay in registers: up to 48, which growth rate 12 has. The forward op uses it,
-// and so does the backward op for the previous layer; it is compiled once, in
-// bottleneck_narrow.cpp.
+// Computes the 1x1 convolution of a dense layer with so few outputs that their sums for two columns
+// of pixels stay in registers: up to 48, which growth rate 12 has. The forward op uses it, and so
+// does the backward op for the previous layer; it is compiled once, in bottleneck_narrow.cpp.
 #pragma once
 
 #include "cpu/kernel_arguments.h"
@@ -13,7 +12,7 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// W as left operand [pitch / 16, chunks, parts, 16, 16]; rows are outputs.
+// Packs W as left operand [pitch / 16, chunks, parts, 16, 16]; rows are outputs.
 template <class S>
 struct ForwardWeight {
   static constexpr int64_t kChunk = kParts<S> * kTilePairs;
@@ -46,15 +45,37 @@ inline void add_moments(const BottleneckForward<S>& a, const PixelColumns& colum
   moments.add_rows(a.bottleneck + row * pitch, columns.row(last) - row, pitch, pitch);
 }
 
+// Holds the pointers of one column of pixels.
+template <class S>
+struct ForwardColumn {
+  const S *x, *prefetch;  // at channel 0; x of a later column
+  const float *scale, *shift;
+  S* b;
+  int64_t count;  // pixels
+
+  ForwardColumn() = default;
+  ForwardColumn(const BottleneckForward<S>& a, const PixelColumns& columns, int64_t i,
+                int64_t distance, int64_t pitch) {
+    const PixelColumn column = columns[i],
+                      later = columns[std::min(i + distance, columns.count - 1)];
+    x = a.features.plane(column.sample, 0) + column.pixel;
+    prefetch = a.features.plane(later.sample, 0) + later.pixel;
+    scale = a.scale_shift.scale.row(column.sample);
+    shift = a.scale_shift.shift.row(column.sample);
+    b = a.bottleneck + (column.sample * a.features.pixels() + column.pixel) * pitch;
+    count = column.count;
+  }
+};
+
 constexpr int64_t kNarrow = 3 * kSide;  // the most outputs
 constexpr int64_t kNarrowColumns = 2;   // of a strip
 inline bool is_narrow(int64_t width) { return width > 0 && width <= kNarrow; }
 
-// Values of memory of a thread: z of two chunks and the sums of two strips.
+// A thread needs memory for z of two chunks and the sums of two strips.
 template <class S>
 constexpr int64_t kNarrowMemory = 2 * kNarrowColumns * (kParts<S> * kTilePairs + kNarrow * kSide);
 
-// Strips begin .. end of pixel columns, on one thread.
+// Describes the strips begin .. end of pixel columns, for one thread.
 template <class S>
 struct NarrowStrips {
   const BottleneckForward<S>& a;

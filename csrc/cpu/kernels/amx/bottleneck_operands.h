@@ -1,5 +1,5 @@
-// The operands of the backward of the 1x1 convolution: db in both orientations and z. They are
-// formed and their sources are fetched in portions, between the products.
+// Forms the operands of the 1x1 backward, db in both orientations and z. They are formed, and their
+// sources are fetched, in portions between the products.
 #pragma once
 
 #include "bottleneck_columns.h"
@@ -7,7 +7,7 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// z of a group of channels, 32 pixels of a channel at a time.
+// Says how far z of a group of channels is formed, 32 pixels of a channel at a time.
 template <class S>
 struct FormProgress {
   const TileColumns<S>*columns, *next;  // next: of the group that follows, which is fetched
@@ -17,7 +17,7 @@ struct FormProgress {
   int64_t r = 0, k = 0;
 };
 
-// The rows of dv and b of a tile, a line of each at a time.
+// Says how far the rows of dv and b of a tile are fetched, a line of each at a time.
 struct FetchProgress {
   const char *dv = nullptr, *b = nullptr;
   int64_t dv_remaining = 0, b_remaining = 0, portion = 0;  // in lines of 64 bytes

@@ -1,5 +1,5 @@
-// The sweep of the backward of the 1x1 convolution: masks dz, adds to the sums of BN1 and updates
-// G, in portions between the products.
+// Masks dz of the 1x1 backward, adds to the sums of BN1 and updates G, in portions between the
+// products.
 #pragma once
 
 #include "bottleneck_columns.h"
@@ -7,7 +7,7 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// dz of a group of channels, 64 pixels of a channel at a time.
+// Says how far the sweep over dz of a group of channels is, 64 pixels of a channel at a time.
 template <class S>
 struct SweepProgress {
   const TileColumns<S>*columns, *next;
@@ -24,8 +24,8 @@ struct BottleneckSweep {
   float* moments = nullptr;      // [2, kGroup, 16]
   double* sums = nullptr;        // [channels, 2]
 
-  // Sweeps over a portion. It is one function, because the compiler unrolls the columns of a strip
-  // that is not whole only so.
+  // Sweeps over a portion. This is one function, because if it is split, the compiler no longer
+  // unrolls the columns of strips that are not whole.
   template <bool FIRST>
   DX_INLINE void run(SweepProgress<S>& f) const {
     int64_t n = std::min(f.portion, f.remaining);

@@ -1,4 +1,4 @@
-// Backward of a dense layer's 3x3 convolution of bfloat16 on AMX; formulas:
+// Computes the backward of a dense layer's 3x3 convolution of bfloat16 on AMX; formulas:
 // ../conv3x3_backward.cpp.
 //
 // Units and padded planes are those of the other machines. dy is rounded at once, into planes of
@@ -23,14 +23,14 @@ namespace {
 
 constexpr int64_t kStrip = 64;  // positions
 
-// A position of the padded plane, and the rows that belong to it.
+// A position of the padded plane has these rows.
 struct Position {
   const BFloat16* b;
   float* dv;
   const float *scale, *shift, *post_mask;
 };
 
-// The next position to list.
+// A cursor is at the next position to list.
 struct Cursor {
   int64_t s = 0, y = 0, x = 0;
 };
@@ -42,7 +42,8 @@ struct Conv3x3BackwardWorker {
   const uint32_t* weight;              // [inner, chunks, 16, 16]
   ScaleShiftTable<float> scale_shift;  // padded, as are those that follow
   PerChannel<float> post_mask;
-  const float *mean, *zeros;
+  PerChannel<float> mean;
+  const float* zeros;
   const int64_t* tap_source;                         // [9 * growth], of position 0 in planes
   float* dweight = nullptr;                          // [row_tiles, inner, 16, 16]
   double* sums = nullptr;                            // [2, pitch]
@@ -161,7 +162,7 @@ struct Conv3x3BackwardWorker {
     const Position* const next_rows = positions[(strip + 1) % 2] + c * kSide;
     uint32_t* const out =
         h + (r * h_chunks + strip * 2 + c / 2) * kTilePairs + c % 2 * (kSide / 2) * kSide;
-    const Vec<float> center = load(mean + i);
+    const Vec<float> center = load(mean.data + i);
     Vec<float> s1 = load(unit_sums + i), s2 = load(unit_sums + sizes.pitch + i);
     DX_UNROLL
     for (int p = 0; p < kSide; p += 2) {
@@ -319,17 +320,24 @@ void conv3x3_backward(const Conv3x3Backward<BFloat16>& a) {
                pack_weight(a.weight, sizes, a.width, r, lines.as<float>() + thread * line,
                            weight.as<uint32_t>() + r * sizes.chunks * kTilePairs);
            });
-  const PaddedScaleShift<float> scale_shift(a.scale_shift, samples, a.width);
+  const PaddedRows<float> scale(a.scale_shift.scale, samples, a.width),
+      shift(a.scale_shift.shift, samples, a.width);
   const PaddedRows<float> post_mask(a.post_mask, samples, a.width), mean({a.norm.mean}, 1, a.width);
   const Scratch zeros(sizeof(float) * pitch), tap_source(sizeof(int64_t) * sizes.rows);
   std::fill_n(zeros.as<float>(), pitch, 0.f);
   for (int64_t r = 0; r < sizes.rows; ++r)
     tap_source.as<int64_t>()[r] = r / 9 * units.plane_size + units.base - units.offset[r % 9];
 
-  const Workers<Conv3x3BackwardWorker> workers(
-      {a, units, sizes, weight.as<uint32_t>(), scale_shift.values(), post_mask.values(),
-       mean.values().data, zeros.as<float>(), tap_source.as<int64_t>()},
-      threads);
+  const Workers<Conv3x3BackwardWorker> workers({a,
+                                                units,
+                                                sizes,
+                                                weight.as<uint32_t>(),
+                                                {scale, shift},
+                                                post_mask,
+                                                mean,
+                                                zeros.as<float>(),
+                                                tap_source.as<int64_t>()},
+                                               threads);
   const int64_t dweight_values = sizes.row_tiles * sizes.inner * kTileSums;
   const Scratch dweight(sizeof(float) * threads * dweight_values);
   const Scratch sums(sizeof(double) * threads * 2 * pitch);

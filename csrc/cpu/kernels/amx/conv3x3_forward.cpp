@@ -1,4 +1,4 @@
-// Forward of a dense layer's 3x3 convolution on AMX; formula: ../conv3x3_forward.cpp.
+// Computes a dense layer's 3x3 convolution on AMX; formula: ../conv3x3_forward.cpp.
 //
 // h = relu(scale*b + shift) is a left operand: a row is a position of the padded plane, as it lies
 // in b, and each of its parts is a whole cache line, so that a tap is the same tiles some rows
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kStepTiles = 4, kStep = kStepTiles * kSide;  // positions of a step
 
-// One chunk of the sum: two half chunks of inputs, each at one tap.
+// A term is one chunk of the sum: two half chunks of inputs, each at one tap.
 struct Term {
   int64_t tap[2], input[2], line;  // tap 9: no tap; line: chunk of a position
 };
@@ -60,7 +60,7 @@ struct Conv3x3ForwardWorker {
   float *sums = nullptr, *planes = nullptr;  // [2, columns, 4, 16, 16]; [growth, positions]
   int64_t pitch = round_up(a.width, kLanes), columns = ceil_div(a.growth, kSide);
   int64_t positions = units.plane_size + kStep;
-  // four times what a step reads and forms
+  // The window has four times what a step reads and forms.
   int64_t window_rows = std::min(positions, 4 * (2 * units.pitch + 2 * kStep + 4));
 
   Vec<float> previous_value = {};  // the value of the last position in a line with the next one
@@ -220,9 +220,10 @@ void conv3x3_forward(const Conv3x3Forward<S>& a) {
       pack_weight<P>(a.weight, a.growth, a.width, terms, c,
                      weight.as<uint32_t>() + c * column_pairs);
   });
-  const PaddedScaleShift<float> scale_shift(a.scale_shift, samples, a.width);
+  const PaddedRows<float> scale(a.scale_shift.scale, samples, a.width),
+      shift(a.scale_shift.shift, samples, a.width);
   const Workers<Conv3x3ForwardWorker<S>> workers(
-      {a, units, terms, weight.as<uint32_t>(), scale_shift.values()}, threads);
+      {a, units, terms, weight.as<uint32_t>(), {scale, shift}}, threads);
   const Scratch parts(sizeof(double) * 2 * a.growth * samples * units.blocks_per_map);
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {

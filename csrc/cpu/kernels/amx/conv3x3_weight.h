@@ -1,5 +1,5 @@
-// The sizes of the products of the 3x3 backward on AMX, and its weight: W as left operand, dW from
-// the threads' sums.
+// Defines the sizes of the products of the 3x3 backward on AMX, packs W as left operand and merges
+// the threads' sums of dW.
 #pragma once
 
 #include "cpu/kernels/conv_units.h"
@@ -28,8 +28,8 @@ struct ProductSizes {
   int64_t panel_pairs() const { return chunks * 4 * kTilePairs; }  // of a strip
   int64_t strip_sums() const { return inner * 4 * kTileSums; }
 
-  // The measure of work that Units takes: it counts values of 4 bytes and has a fixed budget of
-  // them.
+  // Returns the measure of work that Units takes: it counts values of 4 bytes and has a fixed
+  // budget of them.
   int64_t values_per_pixel() const {
     const int64_t bytes = 4 * couples + 2 * growth + 2 * pitch + 2 * 2 * 2 * kSide;
     const int64_t fixed = 4 * (weight_pairs() + 2 * panel_pairs() + 2 * strip_sums());

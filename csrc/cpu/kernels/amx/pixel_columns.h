@@ -1,5 +1,5 @@
-// A partition of pixels into columns of 16 for products with AMX. No column straddles two samples;
-// the last one of a sample may be partly filled.
+// Divides pixels into columns of 16 for products with AMX. No column straddles two samples; the
+// last one of a sample may be partly filled.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct PixelColumns {
         columns_per_map(ceil_div(pixels, kLanes)),
         count(samples * columns_per_map) {}
 
-  // The columns begin .. end of these, counted from 0.
+  // Returns the columns begin .. end of these, counted from 0.
   PixelColumns part(int64_t begin, int64_t end) const {
     PixelColumns part = *this;
     part.first = first + begin;
@@ -37,7 +37,7 @@ struct PixelColumns {
     return {i / columns_per_map, pixel, std::min(kLanes, pixels - pixel)};
   }
 
-  // The first row of column i in a [samples * pixels] matrix.
+  // Returns the first row of column i in a [samples * pixels] matrix.
   int64_t row(int64_t i) const {
     i = first + std::min(i, count);
     return i / columns_per_map * pixels + i % columns_per_map * kLanes;

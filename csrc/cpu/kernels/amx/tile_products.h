@@ -1,7 +1,7 @@
-// Matrix products on Intel's AMX. One instruction multiplies 16 rows by 32 values of bfloat16 with
-// 32 values by 16 columns and adds to 16 x 16 sums of float32, at about 16 times the rate of
-// AVX-512. AMX instructions run asynchronously, so vector work is interleaved between them in small
-// portions.
+// Computes matrix products with Intel's AMX. One instruction multiplies 16 rows by 32 values of
+// bfloat16 with 32 values by 16 columns and adds to 16 x 16 sums of float32, at about 16 times the
+// rate of AVX-512. AMX instructions run asynchronously, so vector work is interleaved between them
+// in small portions.
 //
 // bfloat16 is one part. float32 is split into three parts of 8 bits of mantissa each, x = x0 + x1 +
 // x2 exactly, and a product is the six larger ones of nine products of parts. The rest is about
@@ -107,8 +107,8 @@ DX_INLINE void unrolled(const F& body) {
   unrolled(std::make_integer_sequence<int, N>{}, body);
 }
 
-// Tiles of rows or columns of an operand. Part p at chunk k of the i-th is at data + i*step +
-// k*chunk_step + p*kTilePairs.
+// A panel has tiles of rows or columns of an operand. Part p at chunk k of the i-th is at data +
+// i*step + k*chunk_step + p*kTilePairs.
 struct Panel {
   const uint32_t* data;
   int64_t step, chunk_step;
@@ -116,8 +116,8 @@ struct Panel {
   Panel tail(int64_t i) const { return {data + i * step, step, chunk_step}; }
 };
 
-// NR x NC tiles of sums; tile (r, c) is register r*NC + c. An instruction takes 52 cycles and one
-// can begin every 16, so four tiles keep the hardware busy.
+// A block has NR x NC tiles of sums; tile (r, c) is register r*NC + c. An instruction takes 52
+// cycles and one can begin every 16, so four tiles keep the hardware busy.
 template <int PARTS, int NR, int NC>
 struct TileBlock {
   static constexpr int kLeft = NR * NC, kRight = kLeft + NR, kSpare = 8 - kRight;  // of 8 registers
