@@ -25,8 +25,7 @@ struct Maps {
   E* pixel(int64_t n, int64_t p) const { return data + (n * pixels() + p) * channels; }
 };
 
-// Selects types for the argument structures: a stage and its surroundings have the same kind of
-// maps.
+// Selects types for the argument structures: maps inside a stage and outside are of one kind.
 struct Cpu {
   template <class E>
   using Maps = densenet_ext::Maps<E>;
@@ -36,8 +35,7 @@ struct Cpu {
   using Gradient = Arithmetic<S>;
 };
 
-// X(function, Arguments) stands for a kernel and the structure in kernel_ops/kernel_arguments.h
-// that it gets.
+// X(function, Arguments) is a kernel and its structure in kernel_ops/kernel_arguments.h.
 #define DENSENET_EXT_KERNELS(X)                     \
   X(append, Append)                                 \
   X(finish_gradient, FinishGradient)                \

@@ -29,8 +29,7 @@ class Scratch {
   bool in_arena_;
 };
 
-// Hands out arrays from one block of memory, each at a multiple of 64 bytes. Without memory it only
-// counts bytes.
+// Hands out arrays from one block of memory, at multiples of 64 bytes; without one, counts bytes.
 class Carver {
  public:
   explicit Carver(char* memory = nullptr) : memory_(memory) {}
@@ -48,8 +47,7 @@ class Carver {
   int64_t bytes_ = 0;
 };
 
-// Makes copies of a worker, which runs a kernel on one thread. worker.take_memory(carver) takes its
-// arrays.
+// Makes copies of a worker, which runs a kernel on one thread and has take_memory(carver).
 template <class W>
 class Workers {
  public:
@@ -75,8 +73,7 @@ class Workers {
   Scratch memory_;
 };
 
-// Returns the number of threads that are worth waking for `items` items of at least `values` values
-// each.
+// Returns the number of threads worth waking for items of at least `values` values each.
 int64_t thread_count(int64_t items, int64_t values = kWorthAThread);
 
 using ThreadBody = void (*)(void* context, int64_t thread, int64_t begin, int64_t end);

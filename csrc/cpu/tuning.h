@@ -14,12 +14,11 @@ constexpr int64_t kWorthAThread = 16384;
 // A tile of the 1x1 convolution or of the transition has at most this many pixels.
 constexpr int64_t kForwardPixels = 256, kBackwardPixels = 512;
 
-// The operands of a tile of pixels have about this many bytes. Tile sizes within a wide range made
-// no difference.
+// The operands of a tile of pixels have about these bytes; the size made no difference in a wide
+// range.
 constexpr int64_t kTileBytes = 384 * 1024;
 
-// A tile of the 1x1 convolution has at least this many pixels: with fewer, reading W costs more
-// than a z that spills.
+// A tile of the 1x1 convolution has these pixels at least: reading W costs more than z that spills.
 constexpr int64_t kLeastBottleneckPixels = 64;
 
 // A tile of the transition has at least this many pixels: with fewer, what is done once a tile
@@ -30,8 +29,7 @@ constexpr int64_t kLeastPooledPixels = 128;
 // fast on 32x32 maps (216 channels) and 1.05 times on 56x56.
 constexpr int64_t kPrefetchBytes = 1024 * 1024;
 
-// A unit of the 3x3 convolution has about this many values of b; half of that in backward, which
-// reads dv, too.
+// A unit of the 3x3 convolution has about this many values of b; in backward, half of that.
 constexpr int64_t kUnitValues = 64 * 1024;
 
 // On machines with AMX, whose second-level cache has 2 MB, the operands of a tile have these bytes.

@@ -25,8 +25,7 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-// Register blocks of both products are columns of row pairs, or rows of three taps of an output, by
-// vectors of i.
+// Register blocks have columns of row pairs, or rows of three taps of an output, by vectors of i.
 constexpr int kBlockColumns = kRegisters == 32 ? 8 : 6;
 constexpr int kTapRows = kRegisters == 32 ? 3 : 2;
 constexpr int kVectors = kRegisters == 32 ? 3 : 2;
@@ -227,8 +226,7 @@ struct Conv3x3BackwardWorker {
   }
 };
 
-// Packs the transformed weight for groups of vectors. `memory` has room for a transformed copy
-// behind it.
+// Packs the transformed weight for groups of vectors; a transformed copy lies behind it.
 template <class T>
 void pack_weight(const T* w, int64_t growth, int64_t width, T* memory) {
   const int64_t pitch = round_up(width, kLanes);

@@ -152,8 +152,7 @@ struct Conv3x3ForwardWorker {
     }
   }
 
-  // Loads h of channel first + i into square[i], in row y of the unit's s-th map from column x on;
-  // 0 outside.
+  // Loads h of channel first + i, in row y of the unit's s-th map from column x on, into square[i].
   DX_INLINE void load_square(const Unit& u, int64_t s, int64_t y, int64_t first, int64_t x,
                              Vec<T> (&square)[kVec<T>]) const {
     const int64_t n = u.sample + s, row = u.row + y;

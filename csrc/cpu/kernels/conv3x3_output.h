@@ -1,5 +1,4 @@
-// Finishes the output of a 3x3 convolution: dropout, the channel of the feature buffer, its
-// moments.
+// Finishes a 3x3 convolution: dropout, the channel of the feature buffer, its moments.
 #pragma once
 
 #include "conv_units.h"
@@ -9,8 +8,7 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
 // Writes the rows of output j to its channel; row_of(s, y) is that of the unit's s-th map. Moments
-// of the unit's part of each map, if they are wanted, go to `parts`, which is [growth, blocks,
-// samples, 2].
+// of the unit's part of each map go to `parts` [growth, blocks, samples, 2], if they are wanted.
 template <class S, class F>
 void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u, int64_t j,
                    const F& row_of, double* parts) {
@@ -19,12 +17,9 @@ void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u
   for (int64_t s = 0; s < u.samples; ++s) {
     const int64_t n = u.sample + s, first = u.row * units.width;
     S* const channel = a.features.plane(n, a.offset + j) + first;
-    const bool* const mask =
-        a.dropout_mask ? a.dropout_mask + (n * a.growth + j) * units.height * units.width + first
-                       : nullptr;
     for (int64_t y = 0; y < u.rows; ++y) {
       T* const row = row_of(s, y);
-      if (mask) drop_out(mask + y * units.width, units.width, a.dropout_scale, row);
+      drop_out(a, n, j, first + y * units.width, row);
       for (int64_t x = 0; x < units.width; x += kVec<T>)
         store_first(channel + y * units.width + x, load(row + x), units.width - x);
     }

@@ -54,17 +54,10 @@ struct Units {
 
   Unit operator[](int64_t i) const {
     Unit u;
-    if (blocks_per_map > 1) {
-      u.sample = i / blocks_per_map;
-      u.samples = 1;
-      u.row = (i % blocks_per_map) * rows_per_unit;
-      u.rows = std::min(rows_per_unit, height - u.row);
-    } else {
-      u.sample = i * maps_per_unit;
-      u.samples = std::min(maps_per_unit, samples - u.sample);
-      u.row = 0;
-      u.rows = height;
-    }
+    u.sample = i / blocks_per_map * maps_per_unit;
+    u.samples = std::min(maps_per_unit, samples - u.sample);
+    u.row = i % blocks_per_map * rows_per_unit;
+    u.rows = std::min(rows_per_unit, height - u.row);
     return u;
   }
 
@@ -97,11 +90,13 @@ struct Units {
   }
 };
 
-// Applies one row of a dropout mask.
-template <class T>
-inline void drop_out(const bool* mask, int64_t width, double scale, T* row) {
-  const T factor = static_cast<T>(scale);
-  for (int64_t x = 0; x < width; ++x) row[x] = mask[x] ? row[x] * factor : T(0);
+// Applies the dropout of output j to a row of the map of sample n that starts at pixel `first`.
+template <class Arguments, class T>
+inline void drop_out(const Arguments& a, int64_t n, int64_t j, int64_t first, T* row) {
+  if (!a.dropout_mask) return;
+  const bool* const mask = a.dropout_mask + (n * a.growth + j) * a.features.pixels() + first;
+  const T factor = static_cast<T>(a.dropout_scale);
+  for (int64_t x = 0; x < a.features.width; ++x) row[x] = mask[x] ? row[x] * factor : T(0);
 }
 
 // Writes dy of output j, its true gradient times the dropout, to a padded plane.
@@ -117,9 +112,7 @@ inline void load_gradient_plane(const Conv3x3Backward<S>& a, const Units& units,
       const int64_t remaining = units.width - x;
       store_first(row + x, gradient(first + x, remaining), remaining);
     }
-    if (a.dropout_mask)
-      drop_out(a.dropout_mask + (n * a.growth + j) * units.height * units.width + first,
-               units.width, a.dropout_scale, row);
+    drop_out(a, n, j, first, row);
   });
 }
 

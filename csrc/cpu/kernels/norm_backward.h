@@ -15,7 +15,6 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// Returns rstd.
 template <class T>
 DX_INLINE double reciprocal_std(const Norm<T>& norm, int64_t c) {
   return 1.0 / std::sqrt(static_cast<double>(norm.var[c]) + norm.eps);

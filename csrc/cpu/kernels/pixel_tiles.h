@@ -48,17 +48,10 @@ struct Tiling {
 
   Tile operator[](int64_t i) const {
     Tile t;
-    if (tiles_per_map > 1) {
-      t.sample = i / tiles_per_map;
-      t.samples = 1;
-      t.pixel = (i % tiles_per_map) * tile_pixels;
-      t.count = std::min(tile_pixels, pixels - t.pixel);
-    } else {
-      t.sample = i * maps_per_tile;
-      t.samples = std::min(maps_per_tile, samples - t.sample);
-      t.pixel = 0;
-      t.count = pixels;
-    }
+    t.sample = i / tiles_per_map * maps_per_tile;
+    t.samples = std::min(maps_per_tile, samples - t.sample);
+    t.pixel = i % tiles_per_map * tile_pixels;
+    t.count = std::min(tile_pixels, pixels - t.pixel);
     t.pitch = round_up(t.count, alignment);
     return t;
   }

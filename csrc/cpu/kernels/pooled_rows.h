@@ -32,9 +32,9 @@ struct PooledTiling {
 
   Tile operator[](int64_t i) const {
     Tile t;
-    t.sample = tiles_per_map > 1 ? i / tiles_per_map : i * maps_per_tile;
-    t.samples = tiles_per_map > 1 ? 1 : std::min(maps_per_tile, samples - t.sample);
-    const int64_t row = tiles_per_map > 1 ? (i % tiles_per_map) * rows_per_tile : 0;
+    t.sample = i / tiles_per_map * maps_per_tile;
+    t.samples = std::min(maps_per_tile, samples - t.sample);
+    const int64_t row = i % tiles_per_map * rows_per_tile;
     t.pixel = row * width;
     t.count = std::min(rows_per_tile, height - row) * width;
     t.pitch = t.count;
@@ -42,8 +42,7 @@ struct PooledTiling {
   }
 };
 
-// Returns the positions of a tile, so that `values_per_position` values for each should lie in the
-// second-level cache.
+// Returns the positions of a tile, so that its values should lie in the second-level cache.
 template <class T>
 inline int64_t pooled_capacity(int64_t values_per_position) {
   return std::max(kLeastPooledPixels, tile_capacity<T>(values_per_position, kForwardPixels));

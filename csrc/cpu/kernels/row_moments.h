@@ -1,5 +1,4 @@
-// Computes moments of the columns of a matrix whose rows the threads share, merged in the order of
-// threads.
+// Computes moments of the columns of a matrix whose rows the threads share, merged in order.
 #pragma once
 
 #include <algorithm>

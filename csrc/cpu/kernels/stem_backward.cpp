@@ -20,8 +20,7 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-// The places of a window are counted row by row from 0 to 8. A maximum that is not positive is at
-// kNoPlace.
+// The places of a window are counted row by row from 0 to 8; kNoPlace: none is positive.
 constexpr int kNoPlace = -1;
 template <class T>
 using Places = decltype(Vec<T>{} < Vec<T>{});  // integers of the width of T
@@ -88,8 +87,7 @@ class StemGradient {
                int8_t* places)
       : a_(a), values_(values), pitch_(pitch), places_(places) {}
 
-  // Counts the elements of a line of gradients: one for each window, and zeros in the place of a
-  // next window.
+  // Counts the elements of a line of gradients: one for each window, and zeros for a next window.
   int64_t line() const { return (a_.grad_out.width + 1) * pitch_; }
 
   // Reads dout of the windows (i, 0), (i, 1), ... of sample n; zeros if there is no such row.
@@ -105,8 +103,7 @@ class StemGradient {
     }
   }
 
-  // Notes the places of a row's maxima, if dx is wanted, and adds to the sums [2, pitch] of dv and
-  // dv*(x - mean).
+  // Notes the places of a row's maxima, if dx is wanted, and adds dv and dv*(x - mean) to the sums.
   void add_row(int64_t n, int64_t i, const T* dout, T* sums) const {
     const WindowRow<S> row(a_.x, n, i);
     int8_t* place = places_ ? places_of(n, i) : nullptr;

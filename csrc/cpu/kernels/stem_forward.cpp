@@ -54,8 +54,7 @@ void pool_row(const WindowRow<S>& row, int64_t windows, int64_t pitch, const T* 
   }
 }
 
-// Pools all of x without the normalization, and computes the moments of its channels unless it has
-// statistics.
+// Pools all of x without the normalization, and computes the moments if they are needed.
 template <class S>
 void pool(const StemForward<S>& a, const Arithmetic<S>* sign, int64_t pitch) {
   using T = Arithmetic<S>;

@@ -192,7 +192,7 @@ DX_INLINE void store_first(S* p, Vec<Arithmetic<S>> v, int64_t n) {
 // --- arithmetic ---
 
 // Returns max(v, 0), but NaN stays NaN as in torch.relu: x86's maximum returns its second operand
-// when either is NaN.
+// if either is NaN.
 DX_INLINE Vec<float> relu(Vec<float> v) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)v);
@@ -216,8 +216,8 @@ DX_INLINE Vec<double> relu(Vec<double> v) {
 #endif
 }
 
-// Returns the gradient of relu at z (or at anything of z's sign): 0 where z <= 0, g elsewhere, NaN
-// included.
+// Returns the gradient of relu at z, or at anything of its sign: 0 where z <= 0, else g, also at
+// NaN.
 template <class V>
 DX_INLINE V relu_gradient(V z, V g) {
   return (z <= V{}) ? V{} : g;

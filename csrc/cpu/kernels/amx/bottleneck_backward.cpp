@@ -237,8 +237,7 @@ void pack_weight(const BottleneckBackward<S>& a, int64_t c0, int64_t depths, uin
   }
 }
 
-// Returns the positions of a tile: its db fits the cache, and the threads have equal numbers of
-// tiles.
+// Returns the positions of a tile: its db fits the cache, and threads have equally many tiles.
 template <class S>
 int64_t tile_positions(const BottleneckBackward<S>& a) {
   const BottleneckOperands<S> operands{a};

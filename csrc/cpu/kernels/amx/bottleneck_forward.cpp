@@ -117,8 +117,7 @@ struct WideBottleneck {
   }
 };
 
-// Calls body(memory, begin, end, moments) for each thread's share of the items. The memory has
-// `memory_values` values.
+// Calls body(memory, begin, end, moments) on each thread, with memory of `memory_values` values.
 template <class S, class F>
 void parallel_with_moments(const BottleneckForward<S>& a, int64_t items, int64_t memory_values,
                            int64_t pitch, const F& body) {

@@ -1,5 +1,4 @@
-// Masks dz of the 1x1 backward, adds to the sums of BN1 and updates G, in portions between the
-// products.
+// Masks dz of the 1x1 backward, sums it and updates G, in portions between the products.
 #pragma once
 
 #include "bottleneck_columns.h"

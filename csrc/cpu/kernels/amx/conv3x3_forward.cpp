@@ -116,8 +116,8 @@ struct Conv3x3ForwardWorker {
     start = first;
   }
 
-  // Multiplies NR tiles of positions from p on by NC of outputs from c on; calls work() after each
-  // term.
+  // Multiplies NR tiles of positions from p on by NC of outputs from c on, with work() between
+  // terms.
   template <int NR, int NC, class F>
   DX_INLINE void multiply(int64_t p, int64_t c, float* out, const F& work) const {
     const TileBlock<P, NR, NC> tiles;

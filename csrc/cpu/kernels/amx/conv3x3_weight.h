@@ -1,5 +1,4 @@
-// Defines the sizes of the products of the 3x3 backward on AMX, packs W as left operand and merges
-// the threads' sums of dW.
+// Packs W for the 3x3 backward on AMX and merges the threads' sums of dW; sizes of the products.
 #pragma once
 
 #include "cpu/kernels/conv_units.h"
@@ -28,8 +27,7 @@ struct ProductSizes {
   int64_t panel_pairs() const { return chunks * 4 * kTilePairs; }  // of a strip
   int64_t strip_sums() const { return inner * 4 * kTileSums; }
 
-  // Returns the measure of work that Units takes: it counts values of 4 bytes and has a fixed
-  // budget of them.
+  // Returns what Units takes: it counts values of 4 bytes and has a fixed budget of them.
   int64_t values_per_pixel() const {
     const int64_t bytes = 4 * couples + 2 * growth + 2 * pitch + 2 * 2 * 2 * kSide;
     const int64_t fixed = 4 * (weight_pairs() + 2 * panel_pairs() + 2 * strip_sums());

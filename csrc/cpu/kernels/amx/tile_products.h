@@ -33,8 +33,7 @@ constexpr int kParts = std::is_same_v<S, BFloat16> ? 1 : 3;
 
 typedef uint32_t Pairs __attribute__((vector_size(kVectorBytes)));
 
-// Splits (even, odd) into parts. Three parts are cut off, not rounded: the split is exact, and NaN
-// stays NaN in one of them.
+// Splits (even, odd) into parts. Three are cut off, not rounded: this is exact, and NaN stays NaN.
 template <int PARTS>
 DX_INLINE void split(Vec<float> even, Vec<float> odd, __m512i (&parts)[PARTS]) {
   if constexpr (PARTS == 1) {
@@ -159,8 +158,7 @@ struct TileBlock {
     }
   }
 
-  // Adds the products of part PA of the left operands, in registers, and those parts of a chunk
-  // that it meets.
+  // Adds the products of part PA of the left operands, in registers, with its parts of a chunk.
   template <int PA>
   DX_INLINE void right_parts(const Panel& right) const {
     unrolled<PARTS - PA>([&](auto pb) __attribute__((always_inline)) {
