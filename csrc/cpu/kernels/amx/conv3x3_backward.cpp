@@ -289,8 +289,9 @@ struct Conv3x3BackwardWorker {
     }
   }
 
-  // Treats a unit; dW starts at zero if it is `fresh`.
-  void run(const Unit& u, bool fresh) {
+  // Treats a unit; dW starts at zero if it is `fresh`. Inlined into its caller, it spills
+  // registers.
+  DX_NOINLINE void run(const Unit& u, bool fresh) {
     load_planes(u);
     std::fill_n(unit_sums, 2 * sizes.pitch, 0.f);
     if (post_mask.data) {
