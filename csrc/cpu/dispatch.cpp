@@ -1,5 +1,5 @@
-// Chooses the kernels of the best instruction set that this machine has;
-// DENSENET_EXT_CPU_CAPABILITY forces a lower one.
+// Chooses the kernels of the best instruction set of this machine. DENSENET_EXT_CPU_CAPABILITY
+// forces a lower one.
 #include "dispatch.h"
 
 #include <cstdlib>
@@ -23,7 +23,7 @@ struct Capability {
 
 #if defined(DENSENET_EXT_AMX)
 // True if the processor has AMX and AVX-512 for bfloat16, and the system lets this process use
-// them: the registers are large, so that Linux wants to be asked. It answers for all threads.
+// them. Linux wants to be asked, because the registers are large; it answers for all threads.
 bool may_use_amx() {
 #if defined(__linux__)
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, avx512_bf16 = 1u << 5;

@@ -1,4 +1,5 @@
-// The CPU kernels as plain C++: their feature maps, and the set of kernels of one instruction set.
+// Defines the CPU kernels as plain C++: their feature maps, and the set of kernels of one
+// instruction set.
 //
 // csrc/cpu/kernels/ is compiled once per instruction set and knows nothing of torch: the kernel ops
 // check tensors, fill the structures of kernel_ops/kernel_arguments.h and call the set that
@@ -9,9 +10,9 @@
 
 namespace densenet_ext {
 
-// Feature maps [samples, channels, height, width], planar unless said otherwise: the pixels of a
-// plane are contiguous, planes and samples may be padded. Of channels-last maps the channels of a
-// pixel are contiguous, and nothing is padded.
+// Describes feature maps [samples, channels, height, width], planar unless said otherwise: the
+// pixels of a plane are contiguous, planes and samples may be padded. In channels-last maps the
+// channels of a pixel are contiguous, and nothing is padded.
 template <class E>
 struct Maps {
   E* data = nullptr;
@@ -24,7 +25,7 @@ struct Maps {
   E* pixel(int64_t n, int64_t p) const { return data + (n * pixels() + p) * channels; }
 };
 
-// The backend of the argument structures: a stage and what is around it have the same kind of maps.
+// Selects types for the argument structures: maps inside a stage and outside are of one kind.
 struct Cpu {
   template <class E>
   using Maps = densenet_ext::Maps<E>;
@@ -40,7 +41,7 @@ struct Cpu {
 DENSENET_EXT_KERNELS(DENSENET_EXT_ALIAS)
 #undef DENSENET_EXT_ALIAS
 
-// The kernels of one instruction set for one storage type.
+// Holds the kernels of one instruction set for one storage type.
 template <class S>
 struct Kernels {
 #define DENSENET_EXT_FIELD(function, Arguments) void (*function)(const Arguments<S>&);
@@ -55,7 +56,7 @@ struct KernelSet {
   Kernels<Float16> float16;
 };
 
-// One definition each, in kernels/kernel_set.cpp compiled with that instruction set's flags.
+// Each has one definition, in kernels/kernel_set.cpp compiled with that instruction set's flags.
 namespace baseline {
 const KernelSet& kernel_set();
 }

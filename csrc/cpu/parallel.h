@@ -1,14 +1,17 @@
-// Threads and scratch memory for the kernels. The threads are torch's (its parallel_for lives in
-// its library, so no OpenMP of our own) and the memory comes from the arena if there is much of
-// it, which malloc would give back to the system after every call.
+// Provides threads and scratch memory for the kernels. The threads are torch's: its parallel_for
+// lives in its library, so this one needs no OpenMP. Large pieces of memory come from the arena,
+// because malloc would give them back to the system after every call.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "tuning.h"
+#include "types.h"
+
 namespace densenet_ext {
 
-// Uninitialized memory, 64-byte aligned, freed at the end of the scope.
+// Owns uninitialized memory, 64-byte aligned, until the end of the scope.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);
@@ -26,18 +29,59 @@ class Scratch {
   bool in_arena_;
 };
 
-// How many values a thread has to have before it is worth waking it to copy or add them.
-constexpr int64_t kWorthAThread = 16384;
+// Hands out arrays from one block of memory, at multiples of 64 bytes; without one, counts bytes.
+class Carver {
+ public:
+  explicit Carver(char* memory = nullptr) : memory_(memory) {}
 
-// How many threads `parallel` will use for `items` items of work, of at least `values` values each.
+  template <class E>
+  E* take(int64_t count) {
+    char* const array = memory_ ? memory_ + bytes_ : nullptr;
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(E)), 64);
+    return reinterpret_cast<E*>(array);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
+};
+
+// Makes copies of a worker, which runs a kernel on one thread and has take_memory(carver).
+template <class W>
+class Workers {
+ public:
+  Workers(const W& worker, int64_t threads)
+      : worker_(worker), bytes_(count_bytes(worker)), memory_(threads * bytes_) {}
+
+  W operator[](int64_t thread) const {
+    W worker = worker_;
+    Carver carver(memory_.as<char>() + thread * bytes_);
+    worker.take_memory(carver);
+    return worker;
+  }
+
+ private:
+  static int64_t count_bytes(W worker) {
+    Carver carver;
+    worker.take_memory(carver);
+    return carver.bytes();
+  }
+
+  W worker_;
+  int64_t bytes_;  // of one worker
+  Scratch memory_;
+};
+
+// Returns the number of threads worth waking for items of at least `values` values each.
 int64_t thread_count(int64_t items, int64_t values = kWorthAThread);
 
 using ThreadBody = void (*)(void* context, int64_t thread, int64_t begin, int64_t end);
 void parallel_threads(int64_t items, int64_t threads, ThreadBody body, void* context);
 
-// body(thread, begin, end) on `threads` threads: each owns one contiguous share of the items, the
-// same at every call, so that sums kept per thread and merged in order are bit-equal from run to
-// run.
+// Calls body(thread, begin, end) on `threads` threads. Each has one contiguous share of the items,
+// which is the same at every call: private sums that are merged in the order of the threads are
+// equal to the last bit from run to run.
 template <class F>
 void parallel(int64_t items, int64_t threads, const F& body) {
   parallel_threads(
@@ -46,6 +90,13 @@ void parallel(int64_t items, int64_t threads, const F& body) {
         (*static_cast<const F*>(context))(thread, begin, end);
       },
       const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Calls body(begin, end) likewise, for items of `values` values each.
+template <class F>
+void parallel_items(int64_t items, int64_t values, const F& body) {
+  parallel(items, thread_count(items, values),
+           [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
 }
 
 }  // namespace densenet_ext

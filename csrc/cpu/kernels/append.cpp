@@ -1,13 +1,14 @@
-// Copying channels into the feature buffer with their moments, and the gradient of channels out of
-// the gradient buffer. Planar maps go one plane at a time, and threads own contiguous planes. Of
-// channels-last maps, squares of pixels by channels are transposed in registers: append copies
-// kLanes planes of a sample, whose moments are taken while they are in cache; finish_gradient
+// Append copies channels into the feature buffer and takes their moments; finish_gradient writes
+// the true gradient of channels. Planar maps go one plane at a time, and threads have contiguous
+// planes. In channels-last maps, squares of pixels by channels are transposed in registers: append
+// copies kLanes planes of a sample and takes their moments while they are in cache; finish_gradient
 // writes all channels of a block of pixels. Bytes moved: append x and its copy once;
 // finish_gradient G, x and out once.
 #include "cpu/parallel.h"
 #include "instantiate.h"
 #include "moments.h"
 #include "pack.h"
+#include "true_gradient.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
@@ -19,7 +20,7 @@ void measure_plane(const Append<S>& a, int64_t n, int64_t c) {
   using T = Arithmetic<S>;
   if (!a.moments.mean) return;
   double mean, m2;
-  run_moments(a.features.plane(n, a.offset + c), a.x.pixels(), mean, m2);
+  contiguous_moments(a.features.plane(n, a.offset + c), a.x.pixels(), mean, m2);
   a.moments.mean[n * a.moments.channels + a.offset + c] = static_cast<T>(mean);
   a.moments.m2[n * a.moments.channels + a.offset + c] = static_cast<T>(m2);
 }
@@ -49,27 +50,6 @@ void append_pixels(const Append<S>& a) {
   });
 }
 
-// The true gradient of one channel of the gradient buffer, a vector of pixels at a time.
-template <class S, class T = Arithmetic<S>>
-class TrueGradient {
- public:
-  TrueGradient(const FinishGradient<S>& a, int64_t n, int64_t c)
-      : c0_(broadcast(a.coef.at(0, n, c))),
-        c1_(broadcast(a.coef.at(1, n, c))),
-        c2_(broadcast(a.coef.at(2, n, c))),
-        g_(a.grad.plane(n, c)),
-        x_(a.features.plane(n, c)) {}
-
-  DX_INLINE Vec<T> operator()(int64_t p, int64_t left) const {
-    return c0_ * load_first(g_ + p, left) + (c1_ + c2_ * load_first(x_ + p, left));
-  }
-
- private:
-  Vec<T> c0_, c1_, c2_;
-  const T* g_;
-  const S* x_;
-};
-
 template <class S>
 void finish_planes(const FinishGradient<S>& a) {
   using T = Arithmetic<S>;
@@ -85,8 +65,7 @@ void finish_planes(const FinishGradient<S>& a) {
   });
 }
 
-// The channels from `first` on, as many as a vector has at most, of the pixels from `begin` to
-// `end`.
+// Writes the channels from `first` on, at most a vector of them, of the pixels begin .. end.
 template <class S>
 void finish_group(const FinishGradient<S>& a, int64_t n, int64_t first, int64_t begin,
                   int64_t end) {

@@ -1,16 +1,16 @@
-// Joint backward of a dense layer's 1x1 convolution and of the batch normalization and ReLU in
-// front of it, one pass over x and G:
+// Computes the joint backward of a dense layer's 1x1 convolution and of the batch normalization and
+// ReLU in front of it, in one pass over x and G:
 //
 //   db = t0*dv + t1 + t2*b                   gradient of the bottleneck, through BN2
-//   dW[o, c] = sum_m db[m, o] z[m, c]        z = relu(scale*x + shift), remade
+//   dW[o, c] = sum_m db[m, o] z[m, c]        z = relu(scale*x + shift), computed again
 //   dz[m, c] = sum_o db[m, o] W[o, c]
 //   G += q*gamma*rstd * dv1,  dv1 = r*dz*[z > 0];   S1, S2 of BN1 on the way
 //
-// A tile of up to 512 pixels: db is formed once, in both orientations. Then for 12 channels at a
-// time: z (12 runs of pixels), dW (lanes are o) while the next 12 runs of x are fetched, dz (lanes
-// are pixels) while G is fetched, and a sweep that masks, sums and updates G: z and dz never leave
-// the cache. Threads own shares of tiles and channels; the sums of the shares of tiles are merged
-// in order. Bytes moved: dv, b, x and G once, G written once.
+// A tile has up to 512 pixels; its db is formed once, in both orientations. Then for 12 channels at
+// a time: z is formed; dW is summed (lanes are o) while x of the next 12 channels is fetched; dz is
+// formed (lanes are pixels) while G is fetched; and a sweep masks dz, sums it and updates G. z and
+// dz never leave the cache. Threads have shares of tiles and channels; the sums of the shares of
+// tiles are merged in order. Bytes moved: dv, b, x and G once, G written once.
 #include "cpu/parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
@@ -23,40 +23,49 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-constexpr int kGroup = 12;            // input channels at a time
-constexpr int64_t kMostPixels = 512;  // of a tile
-// From one run of z or dz to the next: constant, so that 12 runs need no 12 registers.
-constexpr int64_t kRun = padded_stride(kMostPixels);
-constexpr int64_t kSegment = 32;  // pixels of a run whose successors are fetched at once
+constexpr int kGroup = 12;  // input channels at a time
+// The distance between channels of z or dz is constant, so that 12 of them need no 12 registers.
+constexpr int64_t kChannelStride = padded_stride(kBackwardPixels);
+constexpr int64_t kSegment = 32;  // pixels of a channel after which the next ones are fetched
 
 template <class S>
-struct Job {
+struct BottleneckBackwardWorker {
   using T = Arithmetic<S>;
   const BottleneckBackward<S>& a;
-  int64_t pitch, stride;  // of db and dweight; of db_t
-  const T* weight;        // [groups, width, kGroup]
-  const T* scaled;        // gamma*rstd [channels]
-  // of one thread
-  T *db, *db_t, *z, *dz, *dweight;
-  double* sums;
+  int64_t capacity;                  // positions of a tile
+  const T* weight = nullptr;         // [groups, width, kGroup]
+  const T* gains = nullptr;          // gamma*rstd [channels]
+  T *db = nullptr, *db_t = nullptr;  // [capacity, pitch], [pitch, stride]
+  T *z = nullptr, *dz = nullptr;     // [kGroup, kChannelStride]
+  // of the thread's share of the tiles
+  T* dweight = nullptr;    // [channels, pitch]
+  double* sums = nullptr;  // [channels, 2]
+  int64_t pitch = round_up(a.width, kLanes), stride = padded_stride(capacity);
+
+  void take_memory(Carver& memory) {
+    db = memory.take<T>(pitch * capacity);
+    db_t = memory.take<T>(pitch * stride);
+    z = memory.take<T>(kGroup * kChannelStride);
+    dz = memory.take<T>(kGroup * kChannelStride);
+  }
 
   DX_NOINLINE void form_db(const Tile& tile) const {
     const int64_t first_row = tile.sample * a.features.pixels() + tile.pixel;
-    const int64_t vectors = pitch / kVec<T>;
-    for_vector_groups<kMaxVectors>(vectors, [&](int64_t first, auto group) {
+    for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
       constexpr int NV = decltype(group)::value;
       Vec<T> t0[NV], t1[NV], t2[NV];
       for (int v = 0; v < NV; ++v) {
-        const int64_t column = (first + v) * kVec<T>, left = std::max<int64_t>(a.width - column, 0);
-        t0[v] = load_first(a.db_affine + column, left);
-        t1[v] = load_first(a.db_affine + a.width + column, left);
-        t2[v] = load_first(a.db_affine + 2 * a.width + column, left);
+        const int64_t column = (first + v) * kVec<T>,
+                      remaining = std::max<int64_t>(a.width - column, 0);
+        t0[v] = load_first(a.db_affine + column, remaining);
+        t1[v] = load_first(a.db_affine + a.width + column, remaining);
+        t2[v] = load_first(a.db_affine + 2 * a.width + column, remaining);
       }
-      const int64_t at = first_row * pitch + first * kVec<T>;
-      const auto* dv = a.dv + at;
-      const S* b = a.bottleneck + at;
+      const int64_t start = first_row * pitch + first * kVec<T>;
+      const T* dv = a.dv + start;
+      const S* b = a.bottleneck + start;
       T* out = db + first * kVec<T>;
-      for (int64_t i = 0; i < tile.rows(); ++i) {
+      for (int64_t i = 0; i < tile.pixels(); ++i) {
         DX_UNROLL
         for (int v = 0; v < NV; ++v) {
           const int64_t lane = v * kVec<T>;
@@ -67,37 +76,29 @@ struct Job {
         out += pitch;
       }
     });
-    std::fill_n(db + tile.rows() * pitch, (tile.positions() - tile.rows()) * pitch, T(0));
-    for (int64_t p = 0; p < tile.positions(); p += kVec<T>) {
-      for (int64_t v = 0; v < vectors; ++v) {
-        Vec<T> square[kVec<T>];
-        DX_UNROLL
-        for (int i = 0; i < kVec<T>; ++i) square[i] = load(db + (p + i) * pitch + v * kVec<T>);
-        transpose<T>(square);
-        DX_UNROLL
-        for (int i = 0; i < kVec<T>; ++i) store(db_t + (v * kVec<T> + i) * stride + p, square[i]);
-      }
-    }
+    std::fill_n(db + tile.pixels() * pitch, (tile.positions() - tile.pixels()) * pitch, T(0));
+    copy_transposed(db, pitch, tile.positions(), pitch, db_t, stride, tile.positions());
   }
 
-  // `ahead`: x of the group of channels that follows, at the first pixel of the tile it is in.
-  void weight_gradient(const Tile& tile, int64_t c0, const S* ahead) const {
-    for (int r0 = 0; r0 < kGroup; r0 += kChannelRows) {
+  // Adds to dW of the group of channels from c0 on. `prefetch` is x of the next group of channels
+  // at the first pixel of its tile.
+  void weight_gradient(const Tile& tile, int64_t c0, const S* prefetch) const {
+    for (int r0 = 0; r0 < kGroup; r0 += kBlockChannels) {
       for_vector_groups<kPixelVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
         constexpr int NV = decltype(group)::value;
-        Block<T, kChannelRows, NV> block;
+        Block<T, kBlockChannels, NV> block;
         for (int64_t s = 0; s < tile.samples; ++s) {
-          const S* const next = ahead + s * a.features.sample_stride;
+          const S* const next = prefetch + s * a.features.sample_stride;
           for (int64_t p = 0; p < tile.count; p += kSegment) {
             if (first == 0) {
-              for (int r = r0; r < r0 + kChannelRows; ++r) {
+              for (int r = r0; r < r0 + kBlockChannels; ++r) {
                 for (int64_t i = 0; i < kSegment; i += 64 / sizeof(S))
                   __builtin_prefetch(next + r * a.features.plane_stride + p + i, 0, 2);
               }
             }
             const int64_t position = s * tile.pitch + p;
-            block.product(std::min(kSegment, tile.count - p), z + r0 * kRun + position, kRun, 1,
-                          db + position * pitch + first * kVec<T>, pitch);
+            block.product(std::min(kSegment, tile.count - p), z + r0 * kChannelStride + position,
+                          kChannelStride, 1, db + position * pitch + first * kVec<T>, pitch);
           }
         }
         block.add_to_rows(dweight + (c0 + r0) * pitch + first * kVec<T>, pitch);
@@ -105,11 +106,11 @@ struct Job {
     }
   }
 
-  // G of channel c0 and those after it, about those positions.
+  // Fetches G of the channels from c0 on at those positions.
   DX_INLINE void fetch_gradient(const Tile& tile, int64_t c0, int64_t position,
                                 int64_t count) const {
     const int64_t s = position / tile.pitch,
-                  rows = std::min<int64_t>(kChannelRows, a.channels - c0);
+                  rows = std::min<int64_t>(kBlockChannels, a.channels - c0);
     if (s >= tile.samples) return;
     const T* g = a.grad.plane(tile.sample + s, c0) + tile.pixel + position % tile.pitch;
     for (int64_t r = 0; r < rows; ++r, g += a.grad.plane_stride) {
@@ -117,20 +118,21 @@ struct Job {
     }
   }
 
+  // Forms dz of the group of channels from c0 on.
   void input_gradient(const Tile& tile, int64_t c0) const {
-    for (int r0 = 0; r0 < kGroup; r0 += kChannelRows) {
+    for (int r0 = 0; r0 < kGroup; r0 += kBlockChannels) {
       for_vector_groups<kPixelVectors>(tile.positions() / kVec<T>, [&](int64_t first, auto group) {
         constexpr int NV = decltype(group)::value;
         fetch_gradient(tile, c0 + r0, first * kVec<T>, NV * kVec<T>);
-        Block<T, kChannelRows, NV> block;
+        Block<T, kBlockChannels, NV> block;
         block.product(a.width, weight + c0 * a.width + r0, 1, kGroup, db_t + first * kVec<T>,
                       stride);
-        block.store_rows(dz + r0 * kRun + first * kVec<T>, kRun);
+        block.store_rows(dz + r0 * kChannelStride + first * kVec<T>, kChannelStride);
       });
     }
   }
 
-  // Everything that follows from dz, for channel c, the r-th of its group.
+  // Masks dz of channel c, the r-th of its group, adds to the sums of BN1 and updates G.
   template <bool FIRST>
   void update_channel(const Tile& tile, int64_t c, int64_t r) const {
     const Vec<T> mean = broadcast(a.norm.mean[c]);
@@ -138,22 +140,23 @@ struct Job {
     for (int64_t s = 0; s < tile.samples; ++s) {
       const int64_t n = tile.sample + s;
       const Vec<T> q = broadcast(a.pre_mask.data ? a.pre_mask.row(n)[c] : T(1)),
-                   post = broadcast(a.post_mask.data ? a.post_mask.row(n)[c] : T(1)),
-                   step = q * broadcast(scaled[c]);
-      const T* const z_run = z + r * kRun + s * tile.pitch;
-      const T* const dz_run = dz + r * kRun + s * tile.pitch;
+                   post_mask = broadcast(a.post_mask.data ? a.post_mask.row(n)[c] : T(1)),
+                   step = q * broadcast(gains[c]);
+      const T* const z_channel = z + r * kChannelStride + s * tile.pitch;
+      const T* const dz_channel = dz + r * kChannelStride + s * tile.pitch;
       const S* const x = a.features.plane(n, c) + tile.pixel;
-      const T* const before = FIRST ? nullptr : a.grad_in.plane(n, c) + tile.pixel;
+      const T* const grad_in = FIRST ? nullptr : a.grad_in.plane(n, c) + tile.pixel;
       T* const g = a.grad.plane(n, c) + tile.pixel;
       const int64_t count = tile.count;
-      const auto update = [&](int64_t p, int64_t left) {
-        const Vec<T> d = where_positive(load(z_run + p), load_first(dz_run + p, left)) * post;
+      const auto update = [&](int64_t p, int64_t remaining) {
+        const Vec<T> d =
+            relu_gradient(load(z_channel + p), load_first(dz_channel + p, remaining)) * post_mask;
         s1 += d;
-        s2 += d * (q * load_first(x + p, left) - mean);
+        s2 += d * (q * load_first(x + p, remaining) - mean);
         if constexpr (FIRST) {
-          store_first(g + p, step * d, left);
+          store_first(g + p, step * d, remaining);
         } else {
-          store_first(g + p, step * d + load_first(before + p, left), left);
+          store_first(g + p, step * d + load_first(grad_in + p, remaining), remaining);
         }
       };
       int64_t p = 0;
@@ -164,14 +167,15 @@ struct Job {
     sums[2 * c + 1] += static_cast<double>(sum_lanes<T>(s2));
   }
 
-  // The groups of channels first .. last. `next`: the tile that comes after it.
+  // Treats the groups of channels first .. last of a tile; `next` is the tile that follows it.
   void run(const Tile& tile, const Tile& next, int64_t first, int64_t last) const {
     form_db(tile);
     for (int64_t g = first; g < last; ++g) {
       const int64_t c0 = g * kGroup, count = std::min<int64_t>(kGroup, a.channels - c0);
       for (int64_t r = 0; r < count; ++r)
-        norm_relu_tile(a.features, a.scale_shift, tile, c0 + r, z + r * kRun);
-      for (int64_t r = count; r < kGroup; ++r) std::fill_n(z + r * kRun, tile.positions(), T(0));
+        norm_relu_tile(a.features, a.scale_shift, tile, c0 + r, z + r * kChannelStride);
+      for (int64_t r = count; r < kGroup; ++r)
+        std::fill_n(z + r * kChannelStride, tile.positions(), T(0));
       weight_gradient(tile, c0,
                       g + 1 == last ? a.features.plane(next.sample, first * kGroup) + next.pixel
                                     : a.features.plane(tile.sample, c0 + kGroup) + tile.pixel);
@@ -196,60 +200,35 @@ template <class S>
 void bottleneck_backward(const BottleneckBackward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t pitch = round_up(a.width, kLanes), channels = round_up(a.channels, kGroup);
-  const int64_t capacity = tile_capacity<T>(2 * pitch, kMostPixels);
+  const int64_t capacity = tile_capacity<T>(2 * pitch, kBackwardPixels);
   const Tiling tiling(a.features.samples, a.features.pixels(), capacity, 1);
-  const Shares shares(tiling.count, channels / kGroup,
-                      thread_count(tiling.count * channels / kGroup));
+  const ThreadSplit split(tiling.count, channels / kGroup,
+                          thread_count(tiling.count * channels / kGroup));
 
-  const Scratch packed(sizeof(T) * channels * a.width);
-  const Scratch scaled(sizeof(T) * a.channels);
-  pack_column_groups<kGroup>(a.weight, a.width, a.channels, packed.as<T>());
-  for (int64_t c = 0; c < a.channels; ++c)
-    scaled.as<T>()[c] =
-        static_cast<T>(static_cast<double>(a.norm.weight[c]) * reciprocal_std(a.norm, c));
+  const Scratch weight(sizeof(T) * channels * a.width), gains(sizeof(T) * a.channels);
+  pack_column_groups<kGroup>(a.weight, a.width, a.channels, weight.as<T>());
+  for (int64_t c = 0; c < a.channels; ++c) gains.as<T>()[c] = norm_gain(a.norm, c);
+  BottleneckBackwardWorker<S> shared{a, capacity};
+  shared.weight = weight.as<T>();
+  shared.gains = gains.as<T>();
+  const Workers<BottleneckBackwardWorker<S>> workers(shared, split.threads());
+  const PartialGradients<T> partials(split, channels * pitch, 2 * a.channels);
 
-  const int64_t stride = padded_stride(capacity),
-                tile_values = pitch * capacity + pitch * stride + 2 * kGroup * kRun;
-  const Scratch tiles(sizeof(T) * shares.threads() * tile_values);
-  const Scratch partials(sizeof(T) * shares.tile_parts * channels * pitch);
-  const Scratch sums(sizeof(double) * shares.tile_parts * 2 * a.channels);
-  if (tiling.count == 0) {
-    std::fill_n(partials.as<T>(), channels * pitch, T(0));
-    std::fill_n(sums.as<double>(), 2 * a.channels, 0.0);
-  }
-
-  parallel_shares(shares, [&](const Share& share) {
-    T* const tile = tiles.as<T>() + share.thread * tile_values;
-    T* const dweight = partials.as<T>() + share.tile_part * channels * pitch;
-    double* const own_sums = sums.as<double>() + share.tile_part * 2 * a.channels;
-    const int64_t first = share.first_group * kGroup,
-                  last = std::min(share.last_group * kGroup, a.channels);
-    std::fill_n(dweight + first * pitch, (share.last_group * kGroup - first) * pitch, T(0));
-    std::fill_n(own_sums + 2 * first, 2 * (last - first), 0.0);
-    const Job<S> job{a,
-                     pitch,
-                     stride,
-                     packed.as<T>(),
-                     scaled.as<T>(),
-                     tile,
-                     tile + pitch * capacity,
-                     tile + pitch * (capacity + stride),
-                     tile + pitch * (capacity + stride) + kGroup * kRun,
-                     dweight,
-                     own_sums};
+  parallel_shares(split, [&](const Share& share) {
+    BottleneckBackwardWorker<S> worker = workers[share.thread];
+    const int64_t first = share.first_group * kGroup, last = share.last_group * kGroup;
+    worker.dweight = partials.dweight(share, first * pitch, last * pitch);
+    worker.sums = partials.sums(share, 2 * first, 2 * std::min(last, a.channels));
     for (int64_t i = share.first_tile; i < share.last_tile; ++i)
-      job.run(tiling[i], tiling[std::min(i + 1, share.last_tile - 1)], share.first_group,
-              share.last_group);
+      worker.run(tiling[i], tiling[std::min(i + 1, share.last_tile - 1)], share.first_group,
+                 share.last_group);
   });
 
-  merge_transposed(partials.as<T>(), shares.tile_parts, channels * pitch, pitch, a.width,
-                   a.channels, a.dweight);
-  double* const total = sums.as<double>();
-  add_partials(total, shares.tile_parts, 2 * a.channels, 2 * a.channels);
-  const double rows =
+  partials.merge_dweight(pitch, a.width, a.channels, a.dweight);
+  const double count =
       static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
-  finish_norm_backward(a.norm, total, a.channels, rows, a.pre_mask, a.coef, true, a.dnorm_weight,
-                       a.dnorm_bias);
+  finish_norm_backward(a.norm, partials.merge_sums(), a.channels, count, a.pre_mask, a.coef, true,
+                       a.dnorm_weight, a.dnorm_bias);
   if (a.previous.weight) bottleneck_forward(a.previous);
 }
 

@@ -1,13 +1,12 @@
-// Forward of the 1x1 convolution of a dense layer, batch normalization and ReLU in its load, and
+// Computes the 1x1 convolution of a dense layer, with batch normalization and ReLU in its load, and
 // the moments of b over all rows:
 //
 //   b[m, o] = sum_c relu(scale[c]*x[m, c] + shift[c]) * W[o, c]
 //
 // A tile of up to 256 pixels of all input channels is normalized and rectified into z [C,
-// positions] in the second-level cache; a register block of 8 pixels by 3 vectors of outputs then
-// runs over a chunk of channels, and meanwhile fetches the next tile of x; b keeps the sums from
-// chunk to chunk. Threads own contiguous tiles.
-// Bytes moved: x once, b once.
+// positions] in the second-level cache. A register block of 8 pixels by 3 vectors of outputs then
+// runs over a chunk of channels and meanwhile fetches the next tile of x; b holds the sums from
+// chunk to chunk. Threads have contiguous tiles. Bytes moved: x once, b once.
 #include <type_traits>
 
 #include "cpu/parallel.h"
@@ -21,7 +20,7 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-constexpr int64_t kChunk = 96;  // channels of which the first-level cache holds z and W
+constexpr int64_t kChunk = 96;  // channels whose z and W fit the first-level cache
 
 template <class S, class T = Arithmetic<S>>
 void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const Tile& next,
@@ -29,22 +28,22 @@ void bottleneck_tile(const BottleneckForward<S>& a, const Tile& tile, const Tile
   for (int64_t c = 0; c < a.channels; ++c)
     norm_relu_tile(a.features, a.scale_shift, tile, c, z + c * stride);
   S* const rows = a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch;
-  // Where b would round the sums of a chunk, it is the only one.
+  // There is only one chunk if b would round its sums.
   const int64_t chunk = std::is_same_v<S, T> ? kChunk : a.channels;
   for_vector_groups<kMaxVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
     constexpr int NV = decltype(group)::value;
     const T* const panel = weight + first * kVec<T> * a.channels;
     for (int64_t c = 0; c < a.channels; c += chunk) {
-      for (int64_t m = 0; m < tile.rows(); m += kPixelRows) {
-        const S* const ahead =
+      for (int64_t m = 0; m < tile.pixels(); m += kBlockPixels) {
+        const S* const prefetch =
             a.features.plane(next.sample + m / tile.count, c) + next.pixel + m % tile.count;
         const bool fetch = first == 0 && m * sizeof(S) % 64 == 0;
         S* const out = rows + m * pitch + first * kVec<T>;
-        const int64_t valid = std::min<int64_t>(kPixelRows, tile.rows() - m);
-        Block<T, kPixelRows, NV> block;
+        const int64_t valid = std::min<int64_t>(kBlockPixels, tile.pixels() - m);
+        Block<T, kBlockPixels, NV> block;
         if (c > 0) block.load_rows(out, pitch, valid);
         block.product(std::min(chunk, a.channels - c), z + c * stride + m, 1, stride,
-                      panel + c * NV * kVec<T>, NV * kVec<T>, ahead,
+                      panel + c * NV * kVec<T>, NV * kVec<T>, prefetch,
                       fetch ? a.features.plane_stride : 0);
         block.store_rows(out, pitch, valid);
       }
@@ -58,11 +57,10 @@ template <class S>
 void bottleneck_forward(const BottleneckForward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t pitch = round_up(a.width, kLanes);
-  // with fewer than 64 positions, reading W costs more than a z that spills
-  const int64_t capacity = std::max<int64_t>(64, tile_capacity<T>(a.channels, 256));
+  const int64_t capacity =
+      std::max(kLeastBottleneckPixels, tile_capacity<T>(a.channels, kForwardPixels));
   const Tiling tiling(a.features.samples, a.features.pixels(), capacity, 1);
   const int64_t threads = thread_count(tiling.count);
-  const bool moments = a.mean != nullptr;
 
   const Scratch packed(sizeof(T) * a.channels * pitch);
   T* const weight = packed.as<T>();
@@ -74,27 +72,19 @@ void bottleneck_forward(const BottleneckForward<S>& a) {
   });
   const int64_t stride = padded_stride(capacity), tile_values = a.channels * stride;
   const Scratch tiles(sizeof(T) * threads * tile_values);
-  const Scratch sums(sizeof(double) * threads * 2 * pitch);
-  const Scratch counts(sizeof(double) * threads);
-  std::fill_n(sums.as<double>(), threads * 2 * pitch, 0.0);
-  std::fill_n(counts.as<double>(), threads, 0.0);
+  const RowMoments moments(threads, pitch);
 
   parallel(tiling.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    double* const mean = sums.as<double>() + thread * 2 * pitch;
-    double& count = counts.as<double>()[thread];
+    T* const z = tiles.as<T>() + thread * tile_values;
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile = tiling[i], next = tiling[std::min(i + 1, end - 1)];
-      bottleneck_tile<S>(a, tile, next, weight, pitch, tiles.as<T>() + thread * tile_values,
-                         stride);
-      if (moments) {
-        add_row_moments<S>(a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch,
-                           tile.rows(), pitch, pitch, count, mean, mean + pitch);
-        count += static_cast<double>(tile.rows());
-      }
+      bottleneck_tile<S>(a, tile, next, weight, pitch, z, stride);
+      if (!a.mean) continue;
+      const S* const b = a.bottleneck + (tile.sample * a.features.pixels() + tile.pixel) * pitch;
+      moments[thread].add_rows(b, tile.pixels(), pitch, pitch);
     }
   });
-  if (!moments) return;
-  finish_row_moments(counts.as<double>(), sums.as<double>(), threads, pitch, a.width, a.mean, a.m2);
+  if (a.mean) moments.finish(a.width, a.mean, a.m2);
 }
 
 DENSENET_EXT_INSTANTIATE(bottleneck_forward, BottleneckForward)

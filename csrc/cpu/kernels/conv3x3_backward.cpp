@@ -1,103 +1,115 @@
-// Backward of a dense layer's 3x3 convolution and of BN2's reduction:
+// Computes the backward of a dense layer's 3x3 convolution and BN2's reduction:
 //
 //   dy[j, p] = coef0*G + coef1 + coef2*x, times the dropout
 //   dh[q, i] = sum_{j, tap} W[j, i, tap] dy[j, q - tap]
-//   dW[j, i, tap] = sum_q dy[j, q - tap] h[q, i]          h = relu(scale*b + shift), remade
+//   dW[j, i, tap] = sum_q dy[j, q - tap] h[q, i]          h = relu(scale*b + shift), computed again
 //   dv = r*dh*[h > 0],  S1 = sum dv,  S2 = sum dv*bhat: dbeta, dgamma, and db = t0*dv + t1 + t2*b
 //
-// Unit: half of the forward's. dy goes to zero-padded planes and from them to the terms of
-// winograd.h, which serve both products. Then for 2 or 3 vectors of i at a time: for each term a
-// register block of 6 or 8 columns of row pairs runs over all outputs; dh is gathered from these
-// products, h remade, dv stored, both sums added to, and h put as terms in the products' place; dW
-// from those, 6 or 9 rows of its terms by the vectors over all columns. Columns follow each other
-// regardless of rows and maps, by a table of where they are, so that small maps leave no part of a
-// block idle. Threads own contiguous units and private sums, merged in thread order. Bytes moved:
+// A unit is half of the forward's. dy goes to zero-padded planes and is transformed as in
+// winograd.h, for both products. Then for 2 or 3 vectors of i at a time: for each point a register
+// block of 6 or 8 columns of row pairs runs over all outputs; dh is gathered from these products, h
+// computed again, dv stored, both sums added to, and h transformed in the place of the products; dW
+// is summed from that, 6 or 9 rows by the vectors over all columns. Columns follow each other
+// regardless of rows and maps, by a list of their positions, so that small maps leave no part of a
+// block idle. Threads have contiguous units and private sums, merged in thread order. Bytes moved:
 // b, dv and k channels of G and x once.
 #include "cpu/parallel.h"
 #include "instantiate.h"
 #include "microkernel.h"
 #include "norm_backward.h"
 #include "pack.h"
-#include "pixel_tiles.h"
+#include "padded_rows.h"
 #include "winograd.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-// Register blocks of both products: columns of row pairs, or rows of three taps of an output, by
-// vectors of i.
-constexpr int kColumns = kRegisters == 32 ? 8 : 6;
+// Register blocks have columns of row pairs, or rows of three taps of an output, by vectors of i.
+constexpr int kBlockColumns = kRegisters == 32 ? 8 : 6;
 constexpr int kTapRows = kRegisters == 32 ? 3 : 2;
 constexpr int kVectors = kRegisters == 32 ? 3 : 2;
 
+constexpr int64_t kTaps = kWinogradPoints * 3;  // of a transformed filter
+
 template <class S>
-struct Job {
+struct Conv3x3BackwardWorker {
   using T = Arithmetic<S>;
   const Conv3x3Backward<S>& a;
   const Units& units;
-  const RowPairs& pairs;
-  int64_t pitch;
-  int64_t h_stride;                      // of a vector of h
-  const T* weight;                       // groups of vectors [growth, kTerms, 3, NV * kVec]
-  const T *scale, *shift, *post, *mean;  // padded tables; post null: ones
-  int64_t scale_stride, shift_stride;    // 0 or pitch
-  // of one thread
-  PairPosition* at;  // the columns of the unit
-  T* plane;
-  T* terms;      // [kTerms, growth] planes, of dy
-  T* h;          // [kTerms, kVectors, columns, kVec], of one group of vectors
-  T* unit_sums;  // [2, pitch]
-  T* dweight;    // [kTerms, growth, 3, pitch]
-  double* sums;
+  const WinogradPlanes& planes;
+  const T* weight;                 // groups of vectors [growth, kWinogradPoints, 3, NV * kVec]
+  ScaleShiftTable<T> scale_shift;  // padded, as are those that follow
+  PerChannel<T> post_mask;
+  PerChannel<T> mean;
+  double* sums = nullptr;         // [2, pitch]
+  T* dweight = nullptr;           // [kWinogradPoints, growth, 3, pitch]
+  PairColumn* columns = nullptr;  // of the unit
+  T* plane = nullptr;
+  T* transformed = nullptr;  // [kWinogradPoints, growth] planes, of dy
+  T* h = nullptr;            // [kWinogradPoints, kVectors, columns, kVec], of one group of vectors
+  T* unit_sums = nullptr;    // [2, pitch]
+  int64_t pitch = round_up(a.width, kLanes),
+          max_columns = planes.columns_per_unit() + kBlockColumns;
+  int64_t h_stride = padded_stride(round_up(max_columns, kLanes) * kVec<T>);  // of a vector of h
 
-  void load_terms(const Unit& u) const {
+  void take_memory(Carver& memory) {
+    plane = memory.take<T>(units.plane_size);
+    transformed = memory.take<T>(transformed_values());
+    h = memory.take<T>(kWinogradPoints * kVectors * h_stride);
+    unit_sums = memory.take<T>(2 * pitch);
+    columns = memory.take<PairColumn>(max_columns);
+  }
+  int64_t transformed_values() const { return kWinogradPoints * a.growth * planes.plane_size; }
+
+  // Transforms dy of a unit.
+  void load_transformed(const Unit& u) const {
     for (int64_t j = 0; j < a.growth; ++j) {
       load_gradient_plane(a, units, u, j, plane);
       for (int64_t s = 0; s < u.samples; ++s) {
         for (int64_t y = 0; y < u.rows; y += 2) {
-          // From the lowest row up, because taps look back. A row below the padding is one that
-          // nothing inside depends on.
+          // Rows go from the lowest up, because taps look back. Nothing inside depends on a row
+          // that lies below the padding.
           const T* const first = plane + units.position(u, s, y - 1);
           const T* const last = plane + units.position(u, s, std::min(y + 2, u.rows));
-          form_terms(last, first + 2 * units.pitch, first + units.pitch, first, units.pitch,
-                     terms + j * pairs.plane_size + pairs.position(u, s, y / 2),
-                     a.growth * pairs.plane_size);
+          transform_data(last, first + 2 * units.pitch, first + units.pitch, first, units.pitch,
+                         transformed + j * planes.plane_size + planes.position(u, s, y / 2),
+                         a.growth * planes.plane_size);
         }
       }
     }
   }
 
-  // Product k of dh of kColumns columns and the vectors first .. first + NV.
+  // Computes product k of dh of kBlockColumns columns and the vectors first .. first + NV.
   template <int NV>
-  DX_NOINLINE Block<T, kColumns, NV> product(const PairPosition* columns, int k,
-                                             int64_t first) const {
-    const T* column[kColumns];
+  DX_NOINLINE Block<T, kBlockColumns, NV> product(const PairColumn* block_columns, int k,
+                                                  int64_t first) const {
+    const T* column[kBlockColumns];
     DX_UNROLL
-    for (int r = 0; r < kColumns; ++r)
-      column[r] = terms + k * a.growth * pairs.plane_size + columns[r].plane;
-    Block<T, kColumns, NV> block;
-    const T* w = weight + (first * a.growth * kTerms + k * NV) * 3 * kVec<T>;
+    for (int r = 0; r < kBlockColumns; ++r)
+      column[r] = transformed + k * a.growth * planes.plane_size + block_columns[r].position;
+    Block<T, kBlockColumns, NV> block;
+    const T* w = weight + (first * a.growth * kWinogradPoints + k * NV) * 3 * kVec<T>;
     int64_t offset = 1;
     for (int64_t j = 0; j < a.growth; ++j) {
       DX_UNROLL
       for (int t = 0; t < 3; ++t)
         block.update([&](int r) { return (column[r] + offset)[-t]; }, w + t * NV * kVec<T>);
-      w += kTerms * 3 * NV * kVec<T>;
-      offset += pairs.plane_size;
+      w += kWinogradPoints * 3 * NV * kVec<T>;
+      offset += planes.plane_size;
     }
     return block;
   }
 
-  // All of them, to h. Meanwhile b and dv are fetched for what follows.
+  // Stores all products to h. Meanwhile b and dv are fetched for finish_columns.
   template <int NV>
-  void products(const Unit& u, int64_t columns, int64_t first) const {
+  void products(const Unit& u, int64_t column_count, int64_t first) const {
     const int64_t origin =
         (u.sample * units.height + u.row) * units.width * pitch + first * kVec<T>;
-    for (int k = 0; k < kTerms; ++k) {
-      for (int64_t p = 0; p < columns; p += kColumns) {
-        for (int r = 0; r < kColumns; ++r) {
-          const PairPosition& pair = at[p + r];
+    for (int k = 0; k < kWinogradPoints; ++k) {
+      for (int64_t p = 0; p < column_count; p += kBlockColumns) {
+        for (int r = 0; r < kBlockColumns; ++r) {
+          const PairColumn& pair = columns[p + r];
           const int64_t row = origin + (pair.pixel + (k % 2) * pair.lower) * pitch;
           if (k < 2) {
             fetch<NV, 0>(a.bottleneck + row);
@@ -105,12 +117,12 @@ struct Job {
             fetch<NV, 1>(a.dv + row);
           }
         }
-        const Block<T, kColumns, NV> block = product<NV>(at + p, k, first);
+        const Block<T, kBlockColumns, NV> block = product<NV>(columns + p, k, first);
         T* const out = h + k * kVectors * h_stride + p * kVec<T>;
         DX_UNROLL
         for (int v = 0; v < NV; ++v) {
           DX_UNROLL
-          for (int r = 0; r < kColumns; ++r)
+          for (int r = 0; r < kBlockColumns; ++r)
             store(out + v * h_stride + r * kVec<T>, block.acc[r][v]);
         }
       }
@@ -123,37 +135,37 @@ struct Job {
     for (int64_t i = 0; i < NV * kVec<T>; i += line) __builtin_prefetch(row + i, FOR_WRITE, 2);
   }
 
-  // Of one vector of i.
+  // Holds the constants and sums of one vector of i.
   struct Channels {
-    Vec<T> scale, shift, post, mean, s1, s2;
+    Vec<T> scale, shift, post_mask, mean, s1, s2;
   };
 
-  // dv of a pixel, whose row of b starts at `o`, from its dh, and both sums; returns h.
+  // Stores dv of a pixel from its dh, adds to both sums and returns h. Its row of b starts at `o`.
   DX_INLINE Vec<T> finish_pixel(int64_t o, Vec<T> dh, Channels& c) const {
     const Vec<T> b = load(a.bottleneck + o), value = relu(c.scale * b + c.shift);
-    const Vec<T> d = where_positive(value, dh) * c.post;
+    const Vec<T> d = relu_gradient(value, dh) * c.post_mask;
     store(a.dv + o, d);
     c.s1 += d;
     c.s2 += d * (b - c.mean);
     return value;
   }
 
-  // What follows from the products, which the terms of h replace.
+  // Finishes the columns from their products, which transformed h replaces.
   template <int NV>
-  void finish_columns(const Unit& u, int64_t columns, int64_t first) const {
+  void finish_columns(const Unit& u, int64_t column_count, int64_t first) const {
     const int64_t first_row = (u.sample * units.height + u.row) * units.width;
     for (int v = 0; v < NV; ++v) {
       const int64_t i = (first + v) * kVec<T>;
-      Channels c{{}, {}, {}, load(mean + i), {}, {}};
+      Channels c{{}, {}, {}, load(mean.data + i), {}, {}};
       int32_t sample = -1;
-      for (int64_t p = 0; p < columns; ++p) {
-        const PairPosition& pair = at[p];
+      for (int64_t p = 0; p < column_count; ++p) {
+        const PairColumn& pair = columns[p];
         if (pair.sample != sample) {
           sample = pair.sample;
           const int64_t n = u.sample + sample;
-          c.scale = load(scale + n * scale_stride + i);
-          c.shift = load(shift + n * shift_stride + i);
-          c.post = post ? load(post + n * pitch + i) : broadcast(T(1));
+          c.scale = load(scale_shift.scale.row(n) + i);
+          c.shift = load(scale_shift.shift.row(n) + i);
+          c.post_mask = post_mask.data ? load(post_mask.row(n) + i) : broadcast(T(1));
         }
         T* const h0 = h + v * h_stride + p * kVec<T>;
         T* const h1 = h0 + kVectors * h_stride;
@@ -174,15 +186,15 @@ struct Job {
     }
   }
 
-  // Terms k of dW of ROWS outputs from j on.
+  // Adds to point k of dW of ROWS outputs from j on.
   template <int ROWS, int NV>
-  void tap_rows(int64_t columns, int k, int64_t j, int64_t first) const {
+  void tap_rows(int64_t column_count, int k, int64_t j, int64_t first) const {
     Block<T, 3 * ROWS, NV> block;
     const T* dy[ROWS];
-    for (int i = 0; i < ROWS; ++i) dy[i] = terms + (k * a.growth + j + i) * pairs.plane_size;
+    for (int i = 0; i < ROWS; ++i) dy[i] = transformed + (k * a.growth + j + i) * planes.plane_size;
     const T* h_column = h + k * kVectors * h_stride;
-    for (int64_t p = 0; p < columns; ++p) {
-      const int64_t position = at[p].plane;
+    for (int64_t p = 0; p < column_count; ++p) {
+      const int64_t position = columns[p].position;
       block.update([&](int t) { return (dy[t / 3] + 1 - t % 3)[position]; }, h_column, h_stride);
       h_column += kVec<T>;
     }
@@ -190,28 +202,68 @@ struct Job {
   }
 
   template <int NV>
-  void weight_gradient(int64_t columns, int64_t first) const {
-    for (int k = 0; k < kTerms; ++k) {
+  void weight_gradient(int64_t column_count, int64_t first) const {
+    for (int k = 0; k < kWinogradPoints; ++k) {
       int64_t j = 0;
-      for (; j + kTapRows <= a.growth; j += kTapRows) tap_rows<kTapRows, NV>(columns, k, j, first);
-      for (; j < a.growth; ++j) tap_rows<1, NV>(columns, k, j, first);
+      for (; j + kTapRows <= a.growth; j += kTapRows)
+        tap_rows<kTapRows, NV>(column_count, k, j, first);
+      for (; j < a.growth; ++j) tap_rows<1, NV>(column_count, k, j, first);
     }
   }
 
   void run(const Unit& u) const {
-    load_terms(u);
-    const int64_t columns = pairs.columns(u);
-    pairs.positions(u, at);
-    std::fill_n(at + columns, kColumns, at[0]);
+    load_transformed(u);
+    const int64_t column_count = planes.column_count(u);
+    planes.list_columns(u, columns);
+    std::fill_n(columns + column_count, kBlockColumns, columns[0]);
     for_vector_groups<kVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
       constexpr int NV = decltype(group)::value;
-      products<NV>(u, columns, first);
-      finish_columns<NV>(u, columns, first);
-      weight_gradient<NV>(columns, first);
+      products<NV>(u, column_count, first);
+      finish_columns<NV>(u, column_count, first);
+      weight_gradient<NV>(column_count, first);
     });
     for (int64_t i = 0; i < 2 * pitch; ++i) sums[i] += static_cast<double>(unit_sums[i]);
   }
 };
+
+// Packs the transformed weight for groups of vectors; a transformed copy lies behind it.
+template <class T>
+void pack_weight(const T* w, int64_t growth, int64_t width, T* memory) {
+  const int64_t pitch = round_up(width, kLanes);
+  T* const transformed = memory + growth * kTaps * pitch;
+  parallel_items(growth, kTaps * pitch, [&](int64_t begin, int64_t end) {
+    transform_weight(w + begin * width * 9, (end - begin) * width,
+                     transformed + begin * width * kTaps, kTaps, 3);
+    for_vector_groups<kVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
+      constexpr int64_t lanes = decltype(group)::value * kVec<T>;
+      const int64_t column = first * kVec<T>;
+      for (int64_t j = begin; j < end; ++j) {
+        copy_transposed(transformed + (j * width + column) * kTaps, kTaps,
+                        std::clamp<int64_t>(width - column, 0, lanes), kTaps,
+                        memory + (column * growth + j * lanes) * kTaps, lanes, lanes);
+      }
+    });
+  });
+}
+
+// Merges the threads' dweight, of which thread 0 has the total, into dW [growth, width, 3, 3].
+template <class T>
+void merge_dweight(T* total, int64_t threads, int64_t growth, int64_t width, T* out) {
+  const int64_t pitch = round_up(width, kLanes), values = growth * kTaps * pitch;
+  parallel_items(growth, threads * kTaps * pitch, [&](int64_t begin, int64_t end) {
+    const int64_t distance = growth * 3 * pitch;  // of points
+    for (int64_t j = begin; j < end; ++j) {
+      T* const output = total + j * 3 * pitch;
+      for (int k = 0; k < kWinogradPoints; ++k)
+        add_partials(output + k * distance, threads, values, 3 * pitch);
+      collect_weight_gradient(output, distance, 3 * pitch);
+      for (const int k : {0, 1, 3}) {
+        const int64_t y = (k + 1) / 2;  // of the taps' rows
+        copy_transposed(output + k * distance, pitch, 3, width, out + j * width * 9 + y * 3, 9, 3);
+      }
+    }
+  });
+}
 
 }  // namespace
 
@@ -221,96 +273,33 @@ void conv3x3_backward(const Conv3x3Backward<S>& a) {
   const int64_t samples = a.features.samples, pitch = round_up(a.width, kLanes);
   const Units units(samples, a.features.height, a.features.width, 2 * a.width,
                     thread_count(samples));
+  const WinogradPlanes planes(units);
   const int64_t threads = thread_count(units.count);
 
-  const RowPairs pairs(units);
-
-  constexpr int64_t kTaps = kTerms * 3;
-  const Scratch packed(sizeof(T) * a.growth * kTaps * (pitch + a.width));
-  T* const weight = packed.as<T>();
-  T* const unpacked = weight + a.growth * kTaps * pitch;
-  parallel_items(a.growth, kTaps * pitch, [&](int64_t begin, int64_t end) {
-    form_weight_terms(a.weight + begin * a.width * 9, (end - begin) * a.width,
-                      unpacked + begin * a.width * kTaps, kTaps, 3);
-    for_vector_groups<kVectors>(pitch / kVec<T>, [&](int64_t first, auto group) {
-      constexpr int64_t lanes = decltype(group)::value * kVec<T>;
-      const int64_t column = first * kVec<T>;
-      for (int64_t j = begin; j < end; ++j) {
-        copy_transposed(unpacked + (j * a.width + column) * kTaps, kTaps,
-                        std::clamp<int64_t>(a.width - column, 0, lanes), kTaps,
-                        weight + (column * a.growth + j * lanes) * kTaps, lanes, lanes);
-      }
-    });
-  });
-  const int64_t scale_rows = a.scale_shift.scale.sample_stride ? samples : 1,
-                shift_rows = a.scale_shift.shift.sample_stride ? samples : 1;
-  const int64_t post_rows = a.post_mask.data ? samples : 0;
-  const Scratch tables(sizeof(T) * (scale_rows + shift_rows + post_rows + 1) * pitch);
-  T* const scale = tables.as<T>();
-  T* const shift = scale + scale_rows * pitch;
-  T* const post = shift + shift_rows * pitch;
-  T* const mean = post + post_rows * pitch;
-  pad_rows(a.scale_shift.scale.data, a.scale_shift.scale.sample_stride, scale_rows, a.width, scale);
-  pad_rows(a.scale_shift.shift.data, a.scale_shift.shift.sample_stride, shift_rows, a.width, shift);
-  if (post_rows) pad_rows(a.post_mask.data, a.post_mask.sample_stride, post_rows, a.width, post);
-  pad_rows(a.norm.mean, int64_t{0}, 1, a.width, mean);
-
-  const int64_t columns = pairs.columns_per_unit();
-  const int64_t term_values = kTerms * a.growth * pairs.plane_size;
-  const int64_t h_stride = padded_stride(round_up(columns + kColumns, kLanes) * kVec<T>);
-  const int64_t h_values = kTerms * kVectors * h_stride, dweight_values = kTaps * a.growth * pitch;
-  const int64_t thread_values =
-      units.plane_size + term_values + h_values + 2 * pitch + dweight_values;
-  const Scratch positions(sizeof(PairPosition) * threads * (columns + kColumns));
-  const Scratch work(sizeof(T) * threads * thread_values);
+  const Scratch weight(sizeof(T) * a.growth * kTaps * (pitch + a.width));
+  pack_weight(a.weight, a.growth, a.width, weight.as<T>());
+  const PaddedRows<T> scale(a.scale_shift.scale, samples, a.width),
+      shift(a.scale_shift.shift, samples, a.width);
+  const PaddedRows<T> post_mask(a.post_mask, samples, a.width), mean({a.norm.mean}, 1, a.width);
+  const Workers<Conv3x3BackwardWorker<S>> workers(
+      {a, units, planes, weight.as<T>(), {scale, shift}, post_mask, mean}, threads);
+  const int64_t dweight_values = a.growth * kTaps * pitch;
+  const Scratch dweight(sizeof(T) * threads * dweight_values);
   const Scratch sums(sizeof(double) * threads * 2 * pitch);
   std::fill_n(sums.as<double>(), threads * 2 * pitch, 0.0);
-  const auto dweight_of = [&](int64_t thread) {
-    return work.as<T>() + (thread + 1) * thread_values - dweight_values;
-  };
-  if (units.count == 0) std::fill_n(dweight_of(0), dweight_values, T(0));
+  if (units.count == 0) std::fill_n(dweight.as<T>(), dweight_values, T(0));
 
   parallel(units.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    T* const own = work.as<T>() + thread * thread_values;
-    T* const own_h = own + units.plane_size + term_values;
-    std::fill_n(own, units.plane_size + term_values, T(0));
-    std::fill_n(dweight_of(thread), dweight_values, T(0));
-    const Job<S> job{a,
-                     units,
-                     pairs,
-                     pitch,
-                     h_stride,
-                     weight,
-                     scale,
-                     shift,
-                     post_rows ? post : nullptr,
-                     mean,
-                     a.scale_shift.scale.sample_stride ? pitch : 0,
-                     a.scale_shift.shift.sample_stride ? pitch : 0,
-                     positions.as<PairPosition>() + thread * (columns + kColumns),
-                     own,
-                     own + units.plane_size,
-                     own_h,
-                     own_h + h_values,
-                     dweight_of(thread),
-                     sums.as<double>() + thread * 2 * pitch};
-    for (int64_t i = begin; i < end; ++i) job.run(units[i]);
+    Conv3x3BackwardWorker<S> worker = workers[thread];
+    worker.sums = sums.as<double>() + thread * 2 * pitch;
+    worker.dweight = dweight.as<T>() + thread * dweight_values;
+    std::fill_n(worker.plane, units.plane_size, T(0));
+    std::fill_n(worker.transformed, worker.transformed_values(), T(0));
+    std::fill_n(worker.dweight, dweight_values, T(0));
+    for (int64_t i = begin; i < end; ++i) worker.run(units[i]);
   });
 
-  parallel_items(a.growth, threads * kTaps * pitch, [&](int64_t begin, int64_t end) {
-    const int64_t distance = a.growth * 3 * pitch;  // of terms
-    for (int64_t j = begin; j < end; ++j) {
-      T* const total = dweight_of(0) + j * 3 * pitch;
-      for (int k = 0; k < kTerms; ++k)
-        add_partials(total + k * distance, threads, thread_values, 3 * pitch);
-      gather_weight_terms(total, distance, 3 * pitch);
-      for (const int k : {0, 1, 3}) {
-        const int64_t y = (k + 1) / 2;  // of the taps' rows
-        copy_transposed(total + k * distance, pitch, 3, a.width,
-                        a.dweight + j * a.width * 9 + y * 3, 9, 3);
-      }
-    }
-  });
+  merge_dweight(dweight.as<T>(), threads, a.growth, a.width, a.dweight);
   finish_bottleneck_norm(a, sums.as<double>(), threads, pitch);
 }
 

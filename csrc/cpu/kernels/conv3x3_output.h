@@ -1,5 +1,4 @@
-// What follows the sums of a 3x3 convolution: dropout, the channel of the feature buffer, its
-// moments.
+// Finishes a 3x3 convolution: dropout, the channel of the feature buffer, its moments.
 #pragma once
 
 #include "conv_units.h"
@@ -8,8 +7,8 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// From the rows of output j, row_of(s, y) that of the unit's s-th map, to its channel. Moments of
-// the unit's part of each map, where they are wanted, to `parts` [growth, blocks, samples, 2].
+// Writes the rows of output j to its channel; row_of(s, y) is that of the unit's s-th map. Moments
+// of the unit's part of each map go to `parts` [growth, blocks, samples, 2], if they are wanted.
 template <class S, class F>
 void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u, int64_t j,
                    const F& row_of, double* parts) {
@@ -18,26 +17,19 @@ void write_channel(const Conv3x3Forward<S>& a, const Units& units, const Unit& u
   for (int64_t s = 0; s < u.samples; ++s) {
     const int64_t n = u.sample + s, first = u.row * units.width;
     S* const channel = a.features.plane(n, a.offset + j) + first;
-    const bool* const mask =
-        a.dropout_mask ? a.dropout_mask + (n * a.growth + j) * units.height * units.width + first
-                       : nullptr;
-    const T keep_scale = static_cast<T>(a.dropout_scale);
     for (int64_t y = 0; y < u.rows; ++y) {
       T* const row = row_of(s, y);
-      if (mask) {
-        for (int64_t x = 0; x < units.width; ++x)
-          row[x] = mask[y * units.width + x] ? row[x] * keep_scale : T(0);
-      }
+      drop_out(a, n, j, first + y * units.width, row);
       for (int64_t x = 0; x < units.width; x += kVec<T>)
         store_first(channel + y * units.width + x, load(row + x), units.width - x);
     }
     if (!a.moments.mean) continue;
     double* const part = parts + 2 * ((j * units.blocks_per_map + units.block(u)) * samples + n);
-    run_moments(channel, u.rows * units.width, part[0], part[1]);
+    contiguous_moments(channel, u.rows * units.width, part[0], part[1]);
   }
 }
 
-// The moments of whole maps from those of their blocks.
+// Merges the moments of the blocks of each map.
 template <class S>
 void merge_block_moments(const Conv3x3Forward<S>& a, const Units& units, const double* parts) {
   using T = Arithmetic<S>;

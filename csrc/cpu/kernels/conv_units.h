@@ -1,14 +1,16 @@
-// Units of work of the 3x3 convolutions and their zero-padded planes.
+// Divides the work of the 3x3 convolutions into units, which have zero-padded planes.
 //
 // A unit is several whole maps or a block of rows of one map, about 64K values of the bottleneck.
-// In a padded plane rows follow each other at pitch W+1: the one zero column between them is the
-// right padding of one row and the left padding of the next, and one zero row does the same between
-// maps. So a tap of the convolution is a constant offset, and vectors run over pixels without
-// regard to rows.
+// In a padded plane rows follow each other at pitch W+1: the one zero column between them pads the
+// one row on its right and the next row on its left, and one zero row does the same between maps.
+// So a tap of the convolution is a constant offset, and vectors run over pixels without regard to
+// rows.
 #pragma once
 
 #include <algorithm>
 
+#include "cpu/tuning.h"
+#include "true_gradient.h"
 #include "vec.h"
 
 namespace densenet_ext {
@@ -17,8 +19,6 @@ namespace DENSENET_EXT_ISA {
 struct Unit {
   int64_t sample, samples;  // samples > 1 only with whole maps
   int64_t row, rows;
-
-  int64_t pixels(int64_t width) const { return samples * rows * width; }
 };
 
 struct Units {
@@ -30,16 +30,15 @@ struct Units {
 
   Units(int64_t samples, int64_t height, int64_t width, int64_t values_per_pixel, int64_t threads)
       : samples(samples), height(height), width(width), rows_per_unit(height) {
-    constexpr int64_t budget = 64 * 1024;
     const int64_t fit_rows =
-        std::max<int64_t>(1, budget / std::max<int64_t>(1, values_per_pixel * width));
+        std::max<int64_t>(1, kUnitValues / std::max<int64_t>(1, values_per_pixel * width));
     if (fit_rows >= height) {
       const int64_t fit_maps = std::max<int64_t>(1, fit_rows / std::max<int64_t>(1, height));
       const int64_t units = round_up(ceil_div(samples, fit_maps), threads);
       maps_per_unit = std::max<int64_t>(1, ceil_div(samples, std::max<int64_t>(1, units)));
       count = ceil_div(samples, maps_per_unit);
     } else {
-      // Even, so that rows are paired alike however a map is cut.
+      // An even number of rows makes pairs of rows alike however a map is cut.
       rows_per_unit = round_up(ceil_div(height, ceil_div(height, fit_rows)), 2);
       blocks_per_map = ceil_div(height, rows_per_unit);
       count = samples * blocks_per_map;
@@ -47,42 +46,32 @@ struct Units {
     if (height * width == 0) count = 0;
     pitch = width + 1;
     base = kLanes + pitch;
-    const int64_t slack =
-        4 * kLanes;  // what a last register block may read or write beyond the end
-    plane_size = round_up(base + (maps_per_unit * (rows_per_unit + 1) + 1) * pitch + slack, kLanes);
-    if (plane_size / kLanes % 2 == 0)
-      plane_size += kLanes;  // planes a multiple of 4 KB apart would share cache sets
+    const int64_t slack = 4 * kLanes;  // a last register block may read or write beyond the end
+    plane_size = padded_stride(
+        round_up(base + (maps_per_unit * (rows_per_unit + 1) + 1) * pitch + slack, kLanes));
     for (int64_t t = 0; t < 9; ++t) offset[t] = (t / 3 - 1) * pitch + (t % 3 - 1);
   }
 
   Unit operator[](int64_t i) const {
     Unit u;
-    if (blocks_per_map > 1) {
-      u.sample = i / blocks_per_map;
-      u.samples = 1;
-      u.row = (i % blocks_per_map) * rows_per_unit;
-      u.rows = std::min(rows_per_unit, height - u.row);
-    } else {
-      u.sample = i * maps_per_unit;
-      u.samples = std::min(maps_per_unit, samples - u.sample);
-      u.row = 0;
-      u.rows = height;
-    }
+    u.sample = i / blocks_per_map * maps_per_unit;
+    u.samples = std::min(maps_per_unit, samples - u.sample);
+    u.row = i % blocks_per_map * rows_per_unit;
+    u.rows = std::min(rows_per_unit, height - u.row);
     return u;
   }
 
   int64_t block(const Unit& u) const { return u.row / std::max<int64_t>(1, rows_per_unit); }
 
-  // Where row y (-1 .. rows) of the unit's s-th map starts in a padded plane.
+  // Returns the start of row y (-1 .. rows) of the unit's s-th map in a padded plane.
   int64_t position(const Unit& u, int64_t s, int64_t y) const {
     return base + (s * (u.rows + 1) + y) * pitch;
   }
 
-  // Positions from the first pixel to the last, padding between them included.
+  // Counts the positions from the first pixel to the last, padding between them included.
   int64_t span(const Unit& u) const { return (u.samples * (u.rows + 1) - 1) * pitch - 1; }
 
-  // Calls body(s, y) for the rows of the unit that a 3x3 convolution reads, neighbours included, as
-  // far as they lie in the image.
+  // Calls body(s, y) for the rows of the unit and its neighbors, as far as they lie in the image.
   template <class F>
   void for_rows_with_halo(const Unit& u, const F& body) const {
     for (int64_t s = 0; s < u.samples; ++s) {
@@ -92,7 +81,7 @@ struct Units {
     }
   }
 
-  // The rows above and below the unit are zero where they lie outside the image.
+  // Clears the rows above and below the unit that lie outside the image.
   template <class T>
   void clear_outside(const Unit& u, T* plane) const {
     if (u.row == 0) std::fill_n(plane + position(u, 0, -1) - 1, pitch + 1, T(0));
@@ -101,41 +90,30 @@ struct Units {
   }
 };
 
-// dy of output j, coef0*G + coef1 + coef2*x times the dropout, to a padded plane.
+// Applies the dropout of output j to a row of the map of sample n that starts at pixel `first`.
+template <class Arguments, class T>
+inline void drop_out(const Arguments& a, int64_t n, int64_t j, int64_t first, T* row) {
+  if (!a.dropout_mask) return;
+  const bool* const mask = a.dropout_mask + (n * a.growth + j) * a.features.pixels() + first;
+  const T factor = static_cast<T>(a.dropout_scale);
+  for (int64_t x = 0; x < a.features.width; ++x) row[x] = mask[x] ? row[x] * factor : T(0);
+}
+
+// Writes dy of output j, its true gradient times the dropout, to a padded plane.
 template <class S, class T = Arithmetic<S>>
 inline void load_gradient_plane(const Conv3x3Backward<S>& a, const Units& units, const Unit& u,
                                 int64_t j, T* plane) {
-  const int64_t c = a.offset + j;
   units.clear_outside(u, plane);
   units.for_rows_with_halo(u, [&](int64_t s, int64_t y) {
     const int64_t n = u.sample + s, first = (u.row + y) * units.width;
-    const Vec<T> c0 = broadcast(a.coef.at(0, n, c)), c1 = broadcast(a.coef.at(1, n, c)),
-                 c2 = broadcast(a.coef.at(2, n, c));
-    const T* const g = a.grad.plane(n, c) + first;
-    const S* const x = a.features.plane(n, c) + first;
+    const TrueGradient<S> gradient(a, n, a.offset + j);
     T* const row = plane + units.position(u, s, y);
-    for (int64_t i = 0; i < units.width; i += kVec<T>) {
-      const int64_t left = units.width - i;
-      store_first(row + i, c0 * load_first(g + i, left) + (c1 + c2 * load_first(x + i, left)),
-                  left);
+    for (int64_t x = 0; x < units.width; x += kVec<T>) {
+      const int64_t remaining = units.width - x;
+      store_first(row + x, gradient(first + x, remaining), remaining);
     }
-    if (a.dropout_mask) {
-      const bool* const mask =
-          a.dropout_mask + (n * a.growth + j) * units.height * units.width + first;
-      const T keep_scale = static_cast<T>(a.dropout_scale);
-      for (int64_t i = 0; i < units.width; ++i) row[i] = mask[i] ? row[i] * keep_scale : T(0);
-    }
+    drop_out(a, n, j, first, row);
   });
-}
-
-// [rows, width] padded with zeros to [rows, round_up(width, kLanes)].
-template <class T>
-inline void pad_rows(const T* data, int64_t row_stride, int64_t rows, int64_t width, T* out) {
-  const int64_t pitch = round_up(width, kLanes);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < pitch; ++i)
-      out[r * pitch + i] = i < width ? data[r * row_stride + i] : T(0);
-  }
 }
 
 }  // namespace DENSENET_EXT_ISA

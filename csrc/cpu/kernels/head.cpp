@@ -1,10 +1,11 @@
-// The head: batch normalization, ReLU and the mean over pixels, forward and backward; the backward
-// starts the gradient buffer.
+// Computes forward and backward of the head: batch normalization, ReLU and the mean over pixels.
+// The backward starts the gradient buffer.
 //
-//   out[n, c] = (1/P) sum_p relu(scale*x + shift)          G = gamma*rstd * [scale*x + shift > 0] *
-//   dout/P,  S1, S2 on the way
+//   out[n, c] = (1/P) sum_p relu(scale*x + shift)
+//   G = gamma*rstd * [scale*x + shift > 0] * dout/P,  S1, S2 on the way
 //
-// One plane at a time; threads own contiguous planes. Bytes moved: x once (and G once).
+// Lanes are the pixels of one plane; threads have contiguous planes. Bytes moved: x once (and G
+// once).
 #include "cpu/parallel.h"
 #include "instantiate.h"
 #include "norm_backward.h"
@@ -59,26 +60,19 @@ void head_backward(const HeadBackward<S>& a) {
       const int64_t n = i / channels, c = i % channels;
       const Vec<T> s = broadcast(a.scale_shift.scale.row(n)[c]),
                    t = broadcast(a.scale_shift.shift.row(n)[c]), mean = broadcast(a.norm.mean[c]);
-      const T each = load_scalar(a.grad_out + i) / static_cast<T>(pixels);
-      const Vec<T> dz = broadcast(each),
-                   step = broadcast(static_cast<T>(static_cast<double>(a.norm.weight[c]) *
-                                                   reciprocal_std(a.norm, c)));
+      const T dz_value = load_scalar(a.grad_out + i) / static_cast<T>(pixels);
+      const Vec<T> dz = broadcast(dz_value), step = broadcast(norm_gain(a.norm, c));
       const S* const x = a.features.plane(n, c);
       T* const g = a.grad.plane(n, c);
       Vec<T> s1 = {}, s2 = {};
       for (int64_t p = 0; p < pixels; p += kVec<T>) {
-        const int64_t left = pixels - p;
-        const Vec<T> value = load_first(x + p, left);
-        Vec<T> d = where_positive(s * value + t, dz);
-        if (left < kVec<T>) {
-          T lanes[kVec<T>];
-          store(lanes, d);
-          for (int64_t j = left; j < kVec<T>; ++j) lanes[j] = T(0);
-          d = load(lanes);
-        }
+        const int64_t remaining = pixels - p;
+        const Vec<T> value = load_first(x + p, remaining);
+        Vec<T> d = relu_gradient(s * value + t, dz);
+        if (remaining < kVec<T>) d = keep_first<T>(d, remaining);
         s1 += d;
         s2 += d * (value - mean);
-        store_first(g + p, step * d, left);
+        store_first(g + p, step * d, remaining);
       }
       plane_sums.as<double>()[2 * i] = static_cast<double>(sum_lanes<T>(s1));
       plane_sums.as<double>()[2 * i + 1] = static_cast<double>(sum_lanes<T>(s2));

@@ -1,4 +1,4 @@
-// The set of kernels of this instruction set.
+// Collects the kernels of this instruction set.
 #include "cpu/kernel_arguments.h"
 
 namespace densenet_ext {

@@ -1,5 +1,5 @@
-// The one inner loop of all matrix work: a register block acc[R][NV] of R rows by NV vectors
-// gathers rank-1 updates, R broadcasts times NV loaded vectors.
+// All matrix work has this one inner loop: a register block acc[R][NV] of R rows by NV vectors sums
+// rank-1 updates, which are R broadcasts times NV loaded vectors.
 #pragma once
 
 #include "vec.h"
@@ -7,12 +7,12 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// Shapes that fit the registers: R*NV sums, NV loaded vectors, one broadcast.
-//   lanes are channels: kPixelRows rows (pixels) by 1..kMaxVectors vectors;  lanes are pixels: up
-//   to kChannelRows rows (channels) by kPixelVectors vectors.
+// Blocks have to fit the registers: R*NV sums, NV loaded vectors, one broadcast.
+//   Lanes are channels: kBlockPixels pixels by 1..kMaxVectors vectors.
+//   Lanes are pixels: up to kBlockChannels channels by kPixelVectors vectors.
 constexpr int kMaxVectors = 3;
-constexpr int kPixelRows = kRegisters == 32 ? 8 : 4;
-constexpr int kChannelRows = kRegisters == 32 ? 12 : 6;
+constexpr int kBlockPixels = kRegisters == 32 ? 8 : 4;
+constexpr int kBlockChannels = kRegisters == 32 ? 12 : 6;
 constexpr int kPixelVectors = 2;
 
 template <class T, int R, int NV>
@@ -27,7 +27,7 @@ struct Block {
     }
   }
 
-  // The first `count` rows.
+  // Loads the first `count` rows.
   template <class S>
   DX_INLINE void load_rows(const S* in, int64_t row_step, int64_t count) {
     DX_UNROLL
@@ -51,13 +51,13 @@ struct Block {
     for (int r = 0; r < R; ++r) {
       DX_UNROLL
       for (int v = 0; v < NV; ++v) {
-        T* const to = out + r * row_step + v * kVec<T>;
-        store(to, load(to) + acc[r][v]);
+        T* const target = out + r * row_step + v * kVec<T>;
+        store(target, load(target) + acc[r][v]);
       }
     }
   }
 
-  // acc[r][v] += a(r) * b[v], the vectors of b lying `step` apart
+  // acc[r][v] += a(r) * b[v], where the vectors of b are `step` apart
   template <class F>
   DX_INLINE void update(const F& a, const T* b, int64_t step = kVec<T>) {
     Vec<T> bv[NV];
@@ -76,7 +76,7 @@ struct Block {
     update([&](int r) { return a[r * row_step]; }, b);
   }
 
-  // The sum of `count` rank-1 updates, a and b advancing by their steps.
+  // Adds `count` rank-1 updates; a and b advance by their steps.
   DX_INLINE void product(int64_t count, const T* a, int64_t row_step, int64_t a_step, const T* b,
                          int64_t b_step) {
     for (int64_t i = 0; i < count; ++i) {
@@ -86,16 +86,16 @@ struct Block {
     }
   }
 
-  // The same, and what lies at `ahead` is fetched, which advances, too.
+  // Likewise, and fetches from `prefetch`, which advances, too.
   template <class P>
   DX_INLINE void product(int64_t count, const T* a, int64_t row_step, int64_t a_step, const T* b,
-                         int64_t b_step, const P* ahead, int64_t ahead_step) {
+                         int64_t b_step, const P* prefetch, int64_t prefetch_step) {
     for (int64_t i = 0; i < count; ++i) {
-      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(prefetch, 0, 2);
       rank1(a, row_step, b);
       a += a_step;
       b += b_step;
-      ahead += ahead_step;
+      prefetch += prefetch_step;
     }
   }
 };

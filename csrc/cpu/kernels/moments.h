@@ -1,5 +1,5 @@
-// Mean and centred sum of squares, two passes over what is still in cache, and Chan's merge of two
-// groups in double.
+// Computes mean and centered sum of squares (M2) in two passes over values that are still in cache,
+// and merges two groups by Chan's formula in double.
 #pragma once
 
 #include "vec.h"
@@ -7,9 +7,9 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// Of a contiguous run of x.
+// Computes the moments of `count` contiguous values.
 template <class S, class T = Arithmetic<S>>
-DX_INLINE void run_moments(const S* x, int64_t count, double& mean, double& m2) {
+DX_INLINE void contiguous_moments(const S* x, int64_t count, double& mean, double& m2) {
   constexpr int64_t step = 4 * kVec<T>;
   Vec<T> sums[4] = {};
   int64_t i = 0;
@@ -43,13 +43,13 @@ DX_INLINE void run_moments(const S* x, int64_t count, double& mean, double& m2) 
       m2 += d * d;
     }
   }
-  // the centre was rounded to T
-  const double off = mean - static_cast<double>(static_cast<T>(mean));
-  m2 -= static_cast<double>(count) * off * off;
+  // Corrects for the center, which was rounded to T.
+  const double rounding = mean - static_cast<double>(static_cast<T>(mean));
+  m2 -= static_cast<double>(count) * rounding * rounding;
   if (m2 < 0) m2 = 0;
 }
 
-// (count, mean, m2) of a group joined with those of another.
+// Merges the moments of another group into (count, mean, m2); the caller adds the counts.
 DX_INLINE void merge_moments(double count, double& mean, double& m2, double other_count,
                              double other_mean, double other_m2) {
   const double total = count + other_count;

@@ -1,11 +1,11 @@
-// Backward of batch normalization from its two sums; all but the direct term of dx is affine in x:
+// Computes the backward of batch normalization from its two sums. All but the direct term of dx is
+// affine in x:
 //
 //   xhat = (q*x - mean)*rstd,   dv the gradient of gamma*xhat + beta
 //   S1 = sum dv = dbeta,   S2 = sum dv*xhat = dgamma
 //   dx = q*gamma*rstd*(dv - S1/M - xhat*S2/M)
 //
-// The first term goes to the gradient buffer; the others are added to the coefficients of the
-// channel.
+// The direct term goes to the gradient buffer, the others to the coefficients of the channel.
 #pragma once
 
 #include <cmath>
@@ -20,10 +20,17 @@ DX_INLINE double reciprocal_std(const Norm<T>& norm, int64_t c) {
   return 1.0 / std::sqrt(static_cast<double>(norm.var[c]) + norm.eps);
 }
 
-// From `sums` [channels, 2]: sum dv and sum dv*(q*x - mean), of `rows` values each.
+// Returns gamma*rstd.
+template <class T>
+DX_INLINE T norm_gain(const Norm<T>& norm, int64_t c) {
+  return static_cast<T>(static_cast<double>(norm.weight[c]) * reciprocal_std(norm, c));
+}
+
+// Writes dgamma, dbeta and the coefficients (or adds to these). `sums` [channels, 2] are sum dv and
+// sum dv*(q*x - mean), over `count` values each.
 template <class T>
 inline void finish_norm_backward(const Norm<T>& norm, const double* sums, int64_t channels,
-                                 double rows, const PerChannel<T>& pre_mask,
+                                 double count, const PerChannel<T>& pre_mask,
                                  const Coefficients<T>& coef, bool accumulate, T* dweight,
                                  T* dbias) {
   for (int64_t c = 0; c < channels; ++c) {
@@ -34,11 +41,11 @@ inline void finish_norm_backward(const Norm<T>& norm, const double* sums, int64_
   for (int64_t n = 0; n < coef.samples; ++n) {
     for (int64_t c = 0; c < channels; ++c) {
       double a = 0, d = 0;
-      if (norm.training && rows > 0) {
+      if (norm.training && count > 0) {
         const double rstd = reciprocal_std(norm, c),
                      q = pre_mask.data ? static_cast<double>(pre_mask.row(n)[c]) : 1.0;
         const double g = q * static_cast<double>(norm.weight[c]) * rstd;
-        const double s1 = sums[2 * c] / rows, s2 = sums[2 * c + 1] * rstd / rows;
+        const double s1 = sums[2 * c] / count, s2 = sums[2 * c + 1] * rstd / count;
         a = -g * (s1 - static_cast<double>(norm.mean[c]) * rstd * s2);
         d = -q * g * rstd * s2;
       }
@@ -54,8 +61,8 @@ inline void finish_norm_backward(const Norm<T>& norm, const double* sums, int64_
   }
 }
 
-// BN2's gradients and the table of db, from the threads' `sums` [threads, 2, pitch]: sum dv and
-// sum dv*(b - mean).
+// Writes the gradients of BN2 and the affine map of db. The threads' `sums` [threads, 2, pitch] are
+// sum dv and sum dv*(b - mean).
 template <class S>
 inline void finish_bottleneck_norm(const Conv3x3Backward<S>& a, const double* sums, int64_t threads,
                                    int64_t pitch) {

@@ -1,5 +1,5 @@
-// Between the layouts of tensors and those of the register blocks: transposed copies in squares of
-// kVec x kVec in registers, shared out to the threads.
+// Copies between the layouts of tensors and those of register blocks. Transposed copies go through
+// squares of kVec x kVec in registers.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// out[c, r] = in[r, c], and 0 for r = rows .. padded.
+// Sets out[c, r] = in[r, c], and 0 for r = rows .. padded.
 template <class In, class Out, class T = Arithmetic<In>>
 inline void copy_transposed(const In* in, int64_t in_pitch, int64_t rows, int64_t columns, Out* out,
                             int64_t out_pitch, int64_t padded) {
@@ -29,14 +29,7 @@ inline void copy_transposed(const In* in, int64_t in_pitch, int64_t rows, int64_
   }
 }
 
-// body(begin, end) over the items 0 .. items, of `values` values each, in shares of the threads.
-template <class F>
-void parallel_items(int64_t items, int64_t values, const F& body) {
-  parallel(items, thread_count(items, values),
-           [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
-}
-
-// W [rows, columns] as [columns, pitch], zeros beyond rows.
+// Packs W [rows, columns] as [columns, pitch], zeros beyond rows.
 template <class T>
 void pack_transposed(const T* w, int64_t rows, int64_t columns, int64_t pitch, T* out) {
   parallel_items(ceil_div(columns, kLanes), kLanes * rows, [&](int64_t begin, int64_t end) {
@@ -45,7 +38,7 @@ void pack_transposed(const T* w, int64_t rows, int64_t columns, int64_t pitch, T
   });
 }
 
-// W [rows, columns] as groups of R rows, transposed: [groups, columns, R], zeros beyond rows.
+// Packs W [rows, columns] as groups of R rows, transposed: [groups, columns, R], zeros beyond rows.
 template <int R, class T>
 void pack_row_groups(const T* w, int64_t rows, int64_t columns, T* out) {
   parallel_items(ceil_div(rows, R), R * columns, [&](int64_t begin, int64_t end) {
@@ -56,26 +49,26 @@ void pack_row_groups(const T* w, int64_t rows, int64_t columns, T* out) {
   });
 }
 
-// W [rows, columns] as groups of R columns: [groups, rows, R], zeros beyond columns.
+// Packs W [rows, columns] as groups of R columns: [groups, rows, R], zeros beyond columns.
 template <int R, class T>
 void pack_column_groups(const T* w, int64_t rows, int64_t columns, T* out) {
   parallel_items(ceil_div(columns, R), R * rows, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * R, valid = std::min<int64_t>(R, columns - first);
-      T* to = out + first * rows;
-      for (int64_t i = 0; i < rows; ++i, to += R) {
-        const T* const from = w + i * columns + first;
+      T* target = out + first * rows;
+      for (int64_t i = 0; i < rows; ++i, target += R) {
+        const T* const source = w + i * columns + first;
         if (valid == R) {
-          std::copy_n(from, R, to);
+          std::copy_n(source, R, target);
         } else {
-          std::fill(std::copy_n(from, valid, to), to + R, T(0));
+          std::fill(std::copy_n(source, valid, target), target + R, T(0));
         }
       }
     }
   });
 }
 
-// total[i] += the partial sums of the other threads, `distance` apart, in their order.
+// Adds the partial sums of the other threads, `distance` apart, to `total` in the order of threads.
 template <class T>
 inline void add_partials(T* total, int64_t threads, int64_t distance, int64_t count) {
   for (int64_t t = 1; t < threads; ++t) {
@@ -84,8 +77,8 @@ inline void add_partials(T* total, int64_t threads, int64_t distance, int64_t co
   }
 }
 
-// dW [rows, columns] from the threads' sums [threads, `distance` = at least columns*pitch] of its
-// transpose [columns, pitch].
+// Merges the threads' sums of the transpose of dW, [columns, pitch] each and `distance` apart, and
+// writes dW [rows, columns].
 template <class T>
 void merge_transposed(T* partials, int64_t threads, int64_t distance, int64_t pitch, int64_t rows,
                       int64_t columns, T* out) {

@@ -1,5 +1,4 @@
-// What forward and backward of the transition share: tiles of whole rows of the pooled map, and
-// pooling into them.
+// Pools whole rows into tiles, for forward and backward of the transition.
 #pragma once
 
 #include "microkernel.h"
@@ -8,13 +7,13 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// Rows of the pooled map as `Tiling` over pixels would not keep them whole. The samples of a tile
+// Divides the pooled map into tiles of whole rows, which `Tiling` would cut. The samples of a tile
 // follow each other without a gap.
-struct Rows {
+struct PooledTiling {
   int64_t samples, height, width;  // of the pooled map
   int64_t maps_per_tile = 1, rows_per_tile, tiles_per_map = 1, count;
 
-  Rows(int64_t samples, int64_t height, int64_t width, int64_t capacity)
+  PooledTiling(int64_t samples, int64_t height, int64_t width, int64_t capacity)
       : samples(samples), height(height), width(width), rows_per_tile(height) {
     const int64_t pixels = std::max<int64_t>(1, height * width);
     if (pixels <= capacity) {
@@ -33,9 +32,9 @@ struct Rows {
 
   Tile operator[](int64_t i) const {
     Tile t;
-    t.sample = tiles_per_map > 1 ? i / tiles_per_map : i * maps_per_tile;
-    t.samples = tiles_per_map > 1 ? 1 : std::min(maps_per_tile, samples - t.sample);
-    const int64_t row = tiles_per_map > 1 ? (i % tiles_per_map) * rows_per_tile : 0;
+    t.sample = i / tiles_per_map * maps_per_tile;
+    t.samples = std::min(maps_per_tile, samples - t.sample);
+    const int64_t row = i % tiles_per_map * rows_per_tile;
     t.pixel = row * width;
     t.count = std::min(rows_per_tile, height - row) * width;
     t.pitch = t.count;
@@ -43,35 +42,35 @@ struct Rows {
   }
 };
 
-// Positions of a tile whose `values_per_position` values should lie in the second-level cache. With
-// fewer than 128, what is done once a tile costs more than a larger tile that spills.
+// Returns the positions of a tile, so that its values should lie in the second-level cache.
 template <class T>
 inline int64_t pooled_capacity(int64_t values_per_position) {
-  return std::max<int64_t>(128, tile_capacity<T>(values_per_position, 256));
+  return std::max(kLeastPooledPixels, tile_capacity<T>(values_per_position, kForwardPixels));
 }
 
-// zp of one channel of a tile. Writes up to one vector beyond the tile's positions.
+// Pools one channel of a tile into zp. Writes up to one vector beyond the tile's positions.
 template <class S, class T = Arithmetic<S>>
-DX_NOINLINE void pool_tile(const Maps<const S>& features, const ScaleShiftTable<T>& norm,
-                           const Rows& rows, const Tile& tile, int64_t c, T* zp) {
-  const int64_t first = tile.pixel / rows.width, last = (tile.pixel + tile.count) / rows.width,
-                used = 2 * rows.width;
+DX_NOINLINE void pool_tile(const Maps<const S>& features, const ScaleShiftTable<T>& scale_shift,
+                           const PooledTiling& tiling, const Tile& tile, int64_t c, T* zp) {
+  const int64_t first = tile.pixel / tiling.width, last = (tile.pixel + tile.count) / tiling.width,
+                input_width = 2 * tiling.width;
   T* out = zp;
   for (int64_t s = 0; s < tile.samples; ++s) {
     const int64_t n = tile.sample + s;
-    const Vec<T> scale = broadcast(norm.scale.row(n)[c]), shift = broadcast(norm.shift.row(n)[c]);
+    const Vec<T> scale = broadcast(scale_shift.scale.row(n)[c]),
+                 shift = broadcast(scale_shift.shift.row(n)[c]);
     for (int64_t y = first; y < last; ++y) {
       const S* const upper = features.plane(n, c) + 2 * y * features.width;
       const S* const lower = upper + features.width;
       const auto sum = [&](int64_t x) {
-        const int64_t left = used - x;
-        if (left <= 0) return Vec<T>{};
-        return relu(scale * load_first(upper + x, left) + shift) +
-               relu(scale * load_first(lower + x, left) + shift);
+        const int64_t remaining = input_width - x;
+        if (remaining <= 0) return Vec<T>{};
+        return relu(scale * load_first(upper + x, remaining) + shift) +
+               relu(scale * load_first(lower + x, remaining) + shift);
       };
-      for (int64_t x = 0; x < used; x += 2 * kVec<T>)
+      for (int64_t x = 0; x < input_width; x += 2 * kVec<T>)
         store(out + x / 2, add_pairs<T>(sum(x), sum(x + kVec<T>)) * broadcast(T(0.25)));
-      out += rows.width;
+      out += tiling.width;
     }
   }
   for (; out < zp + tile.positions(); out += kVec<T>) store(out, Vec<T>{});

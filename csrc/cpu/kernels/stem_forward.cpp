@@ -1,12 +1,12 @@
-// Batch normalization, ReLU and the 3x3 max pool of stride 2 of the stem, forward.
+// Computes batch normalization, ReLU and the 3x3 max pool of stride 2 of the stem.
 //
 //   v = scale*x + shift,  out = max over a window of relu(v)
 //
 // v grows with sign*x, where sign is that of gamma. So the maximum of v is that at the maximum of
-// sign*x, for which no statistics are needed: one pass over x pools sign*x into out and gathers the
-// moments, a second one over the pooled map makes out of it. A sign of 0 stands for gamma = 0,
-// where out is relu(shift) whatever x, unless that is infinite or NaN. Threads own rows of windows,
-// then planes of out. Bytes moved: x once; out three times, a quarter of x each.
+// sign*x, which needs no statistics: one pass over x pools sign*x into out and sums the moments,
+// and a second one over the pooled map normalizes it. A sign of 0 stands for gamma = 0, where out
+// is relu(shift) whatever x, unless that is infinite or NaN. Threads have rows of windows, then
+// planes of out. Bytes moved: x once; out three times, a quarter of x each.
 #include "cpu/parallel.h"
 #include "instantiate.h"
 #include "max_pool.h"
@@ -19,7 +19,7 @@ namespace {
 
 template <class T>
 T sign_of(T weight) {
-  return weight > 0 ? T(1) : weight < 0 ? T(-1) : T(0) * weight;  // NaN is its own
+  return weight > 0 ? T(1) : weight < 0 ? T(-1) : T(0) * weight;  // NaN stays NaN
 }
 
 template <class V>
@@ -27,13 +27,13 @@ DX_INLINE V larger(V a, V b) {
   return exceeds(b, a) ? b : a;
 }
 
-// The largest sign*x of each window of a row, [windows, pitch]. `column` [pitch] keeps the maximum
-// of the column that two neighbouring windows share.
+// Writes the largest sign*x of each window of a row, [windows, pitch]. `column` [pitch] holds the
+// maximum of the column that two neighboring windows share.
 template <class S, class T = Arithmetic<S>>
 void pool_row(const WindowRow<S>& row, int64_t windows, int64_t pitch, const T* sign, T* column,
               T* out) {
   for (int64_t j = 0; j < windows; ++j) {
-    const bool left = row.first_column(j) == 0, right = row.last_column(j) == 2;
+    const bool has_left = row.first_column(j) == 0, has_right = row.last_column(j) == 2;
     for (int64_t c = 0; c < pitch; c += kVec<T>, out += kVec<T>) {
       const Vec<T> s = load(sign + c);
       const auto maximum = [&](int k) {
@@ -43,8 +43,8 @@ void pool_row(const WindowRow<S>& row, int64_t windows, int64_t pitch, const T* 
         return m;
       };
       Vec<T> m = maximum(1);
-      if (left) m = larger(m, load(column + c));
-      if (right) {
+      if (has_left) m = larger(m, load(column + c));
+      if (has_right) {
         const Vec<T> shared = maximum(2);
         store(column + c, shared);
         m = larger(m, shared);
@@ -54,21 +54,17 @@ void pool_row(const WindowRow<S>& row, int64_t windows, int64_t pitch, const T* 
   }
 }
 
-// Pools all of x, without the normalization; moments of its channels unless they are given.
+// Pools all of x without the normalization, and computes the moments if they are needed.
 template <class S>
 void pool(const StemForward<S>& a, const Arithmetic<S>* sign, int64_t pitch) {
   using T = Arithmetic<S>;
   const int64_t height = a.out.height, width = a.out.width, items = a.out.samples * height,
                 threads = thread_count(items), size = (width + 1) * pitch;
-  const Scratch memory(sizeof(T) * threads * size),
-      moments(sizeof(double) * threads * (2 * pitch + 1));
-  double* const sums = moments.as<double>();
-  double* const counts = sums + threads * 2 * pitch;
-  std::fill_n(sums, threads * (2 * pitch + 1), 0.0);
+  const Scratch memory(sizeof(T) * threads * size);
+  const RowMoments moments(threads, pitch);
   parallel(items, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const column = memory.as<T>() + thread * size;
     T* const pooled = column + pitch;
-    double* const mean = sums + thread * 2 * pitch;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / height, i = item % height;
       pool_row(WindowRow<S>(a.x, n, i), width, pitch, sign, column, pooled);
@@ -76,18 +72,17 @@ void pool(const StemForward<S>& a, const Arithmetic<S>* sign, int64_t pitch) {
                       a.out.plane_stride, width);
       if (a.has_statistics) continue;
       const int64_t pixels = std::min<int64_t>(2, a.x.height - 2 * i) * a.x.width;
-      add_row_moments(a.x.pixel(n, 2 * i * a.x.width), pixels, a.x.channels, a.x.channels,
-                      counts[thread], mean, mean + pitch);
-      counts[thread] += static_cast<double>(pixels);
+      moments[thread].add_rows(a.x.pixel(n, 2 * i * a.x.width), pixels, a.x.channels, a.x.channels);
     }
   });
   if (a.has_statistics) return;
-  finish_row_moments(counts, sums, threads, pitch, a.x.channels, a.batch_mean, a.batch_var);
+  moments.finish(a.x.channels, a.batch_mean, a.batch_var);
   const auto values = static_cast<T>(a.x.samples * a.x.pixels());
   for (int64_t c = 0; c < a.x.channels; ++c)
     a.batch_var[c] = values > 0 ? a.batch_var[c] / values : T(0);
 }
 
+// Computes out from the pooled map.
 template <class S>
 void normalize(const StemForward<S>& a, const Arithmetic<S>* sign) {
   using T = Arithmetic<S>;
@@ -99,8 +94,8 @@ void normalize(const StemForward<S>& a, const Arithmetic<S>* sign) {
       const Vec<T> scale = broadcast(sign[c] * norm.scale), shift = broadcast(norm.shift);
       S* const plane = a.out.plane(n, c);
       for (int64_t p = 0; p < pixels; p += kVec<T>) {
-        const int64_t left = pixels - p;
-        store_first(plane + p, relu(scale * load_first(plane + p, left) + shift), left);
+        const int64_t remaining = pixels - p;
+        store_first(plane + p, relu(scale * load_first(plane + p, remaining) + shift), remaining);
       }
     }
   });

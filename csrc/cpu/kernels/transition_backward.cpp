@@ -1,13 +1,13 @@
-// Backward of the transition, which starts the gradient buffer:
+// Computes the backward of the transition, which starts the gradient buffer:
 //
 //   dW[o, c] = sum_p' dout[o, p'] zp[c, p']
 //   dzp[c, p'] = sum_o W[o, c] dout[o, p'],   dz = dzp/4 at each of the 4 pixels
 //   G = gamma*rstd*dz*[z > 0], 0 where an odd size drops the last row or column
 //
 // and the sums S1, S2 of the batch normalization on the way.
-// Tiles as in the forward; dout is laid out in both orientations, then 12 channels at a time.
-// Threads own shares of tiles and channels; the sums of the shares of tiles are merged in order.
-// Bytes moved: dout and x once, G once.
+// Tiles are those of the forward. dout is laid out in both orientations; then follow 12 channels at
+// a time. Threads have shares of tiles and channels; the sums of the shares of tiles are merged in
+// order. Bytes moved: dout and x once, G once.
 #include "cpu/parallel.h"
 #include "instantiate.h"
 #include "norm_backward.h"
@@ -20,57 +20,57 @@ namespace DENSENET_EXT_ISA {
 namespace {
 
 template <class S>
-struct BackwardJob {
+struct TransitionBackwardWorker {
   using T = Arithmetic<S>;
   const TransitionBackward<S>& a;
-  const Rows& rows;
-  int64_t outputs, pitch, capacity;  // output channels, and rounded up to kLanes
-  const T* weight;                   // [groups, outputs, kChannelRows]
-  // of one thread
-  T *dout, *dout_t, *zp, *dzp, *dweight;
-  double* sums;
+  const PooledTiling& tiling;
+  const T* weight = nullptr;             // [groups, outputs, kBlockChannels]
+  T *dout = nullptr, *dout_t = nullptr;  // [capacity, pitch], [pitch, capacity]
+  T *zp = nullptr, *dzp = nullptr;       // [kBlockChannels, capacity]
+  // of the thread's share of the tiles
+  T* dweight = nullptr;    // [channels, pitch]
+  double* sums = nullptr;  // [channels, 2]
+  int64_t outputs = a.grad_out.channels, pitch = round_up(outputs, kLanes);
+  int64_t capacity = padded_stride(tiling.positions() + kLanes);
 
-  // dout in both orientations: dout_t [outputs, position] as it comes, dout [position, outputs]
-  // transposed.
-  DX_NOINLINE void load_dout(const Tile& tile) const {
-    for (int64_t o = 0; o < pitch; ++o) {
-      T* const run = dout_t + o * capacity;
-      if (o >= outputs) {
-        std::fill_n(run, tile.positions(), T(0));
-        continue;
-      }
-      T* to = run;
-      for (int64_t s = 0; s < tile.samples; ++s, to += tile.pitch) {
-        const S* const source = a.grad_out.plane(tile.sample + s, o) + tile.pixel;
-        for (int64_t p = 0; p < tile.count; p += kVec<T>)
-          store(to + p, load_first(source + p, tile.count - p));
-      }
-      for (; to < run + tile.positions(); to += kVec<T>) store(to, Vec<T>{});
-    }
-    for (int64_t p = 0; p < tile.positions(); p += kVec<T>) {
-      for (int64_t o = 0; o < pitch; o += kVec<T>) {
-        Vec<T> square[kVec<T>];
-        DX_UNROLL
-        for (int i = 0; i < kVec<T>; ++i) square[i] = load(dout_t + (o + i) * capacity + p);
-        transpose<T>(square);
-        DX_UNROLL
-        for (int i = 0; i < kVec<T>; ++i) store(dout + (p + i) * pitch + o, square[i]);
-      }
-    }
+  void take_memory(Carver& memory) {
+    dout = memory.take<T>(pitch * capacity);
+    dout_t = memory.take<T>(pitch * capacity);
+    zp = memory.take<T>(kBlockChannels * capacity);
+    dzp = memory.take<T>(kBlockChannels * capacity);
   }
 
-  // Fetches x and G of the group of channels that follows.
+  DX_NOINLINE void load_dout(const Tile& tile) const {
+    for (int64_t o = 0; o < pitch; ++o) {
+      T* const channel = dout_t + o * capacity;
+      if (o >= outputs) {
+        std::fill_n(channel, tile.positions(), T(0));
+        continue;
+      }
+      T* target = channel;
+      for (int64_t s = 0; s < tile.samples; ++s, target += tile.pitch) {
+        const S* const source = a.grad_out.plane(tile.sample + s, o) + tile.pixel;
+        for (int64_t p = 0; p < tile.count; p += kVec<T>)
+          store(target + p, load_first(source + p, tile.count - p));
+      }
+      for (; target < channel + tile.positions(); target += kVec<T>) store(target, Vec<T>{});
+    }
+    copy_transposed(dout_t, capacity, pitch, tile.positions(), dout, pitch, pitch);
+  }
+
+  // Adds to dW of the channels from c on. Meanwhile it fetches x and G of the next channels.
   void weight_gradient(const Tile& tile, int64_t c) const {
     const int64_t vectors = pitch / kVec<T>, channels = a.features.channels;
     for_vector_groups<kPixelVectors>(vectors, [&](int64_t first, auto group) {
       constexpr int NV = decltype(group)::value;
       constexpr int64_t segment = 32;
-      const int64_t next = c + kChannelRows, from = next + first * kChannelRows / vectors,
-                    to = std::min(channels, next + (first + NV) * kChannelRows / vectors);
-      Block<T, kChannelRows, NV> block;
+      const int64_t next = c + kBlockChannels,
+                    fetch_begin = next + first * kBlockChannels / vectors,
+                    fetch_end = std::min(channels, next + (first + NV) * kBlockChannels / vectors);
+      Block<T, kBlockChannels, NV> block;
       for (int64_t s = 0; s < tile.samples; ++s) {
         for (int64_t p = 0; p < tile.count; p += segment) {
-          for (int64_t i = from; i < to; ++i) {
+          for (int64_t i = fetch_begin; i < fetch_end; ++i) {
             const S* const x = a.features.plane(tile.sample + s, i) + 4 * (tile.pixel + p);
             const T* const g = a.grad.plane(tile.sample + s, i) + 4 * (tile.pixel + p);
             for (int64_t j = 0; j < 4 * segment; j += 64 / sizeof(S))
@@ -87,52 +87,52 @@ struct BackwardJob {
     });
   }
 
+  // Forms dzp of a group of channels.
   void pooled_gradient(const Tile& tile, int64_t group_index) const {
     for_vector_groups<kPixelVectors>(tile.positions() / kVec<T>, [&](int64_t first, auto group) {
       constexpr int NV = decltype(group)::value;
-      Block<T, kChannelRows, NV> block;
-      block.product(outputs, weight + group_index * outputs * kChannelRows, 1, kChannelRows,
+      Block<T, kBlockChannels, NV> block;
+      block.product(outputs, weight + group_index * outputs * kBlockChannels, 1, kBlockChannels,
                     dout_t + first * kVec<T>, capacity);
       block.store_rows(dzp + first * kVec<T>, capacity);
     });
   }
 
-  // Spreads dzp over the pixels of channel c, through ReLU and the direct part of BN, into G.
+  // Spreads d, which is dzp of channel c, over the pixels, through ReLU and the direct part of
+  // batch normalization, into G.
   DX_NOINLINE void spread(const Tile& tile, int64_t c, const T* d) const {
-    const int64_t width = a.features.width, first = tile.pixel / rows.width,
-                  last = (tile.pixel + tile.count) / rows.width;
-    const Vec<T> mean = broadcast(a.norm.mean[c]),
-                 step = broadcast(static_cast<T>(static_cast<double>(a.norm.weight[c]) *
-                                                 reciprocal_std(a.norm, c)));
+    const int64_t width = a.features.width, first = tile.pixel / tiling.width,
+                  last = (tile.pixel + tile.count) / tiling.width;
+    const Vec<T> mean = broadcast(a.norm.mean[c]), step = broadcast(norm_gain(a.norm, c));
     Vec<T> s1 = {}, s2 = {};
     for (int64_t s = 0; s < tile.samples; ++s) {
       const int64_t n = tile.sample + s;
       const Vec<T> scale = broadcast(a.scale_shift.scale.row(n)[c]),
                    shift = broadcast(a.scale_shift.shift.row(n)[c]);
-      for (int64_t y = first; y < last; ++y, d += rows.width) {
+      for (int64_t y = first; y < last; ++y, d += tiling.width) {
         const S* const source = a.features.plane(n, c) + 2 * y * width;
         T* const g = a.grad.plane(n, c) + 2 * y * width;
         const auto update = [&](int64_t x, Vec<T> dz) {
-          const int64_t left = width - x;
-          if (left <= 0) return;
+          const int64_t remaining = width - x;
+          if (remaining <= 0) return;
           DX_UNROLL
           for (int i = 0; i < 2; ++i) {
-            const Vec<T> value = load_first(source + i * width + x, left);
-            const Vec<T> dv = where_positive(scale * value + shift, dz);
+            const Vec<T> value = load_first(source + i * width + x, remaining);
+            const Vec<T> dv = relu_gradient(scale * value + shift, dz);
             s1 += dv;
             s2 += dv * (value - mean);
-            store_first(g + i * width + x, step * dv, left);
+            store_first(g + i * width + x, step * dv, remaining);
           }
         };
         for (int64_t x = 0; 2 * x < width; x += kVec<T>) {  // dz is 0 in the last of odd columns
           const Vec<T> dz =
-              load_first(d + x, std::max<int64_t>(0, rows.width - x)) * broadcast(T(0.25));
+              load_first(d + x, std::max<int64_t>(0, tiling.width - x)) * broadcast(T(0.25));
           update(2 * x, double_lanes<T, 0>(dz));
           update(2 * x + kVec<T>, double_lanes<T, kVec<T> / 2>(dz));
         }
       }
-      if (last == rows.height && a.features.height > 2 * rows.height)
-        std::fill_n(a.grad.plane(n, c) + 2 * rows.height * width, width, T(0));
+      if (last == tiling.height && a.features.height > 2 * tiling.height)
+        std::fill_n(a.grad.plane(n, c) + 2 * tiling.height * width, width, T(0));
     }
     sums[2 * c] += static_cast<double>(sum_lanes<T>(s1));
     sums[2 * c + 1] += static_cast<double>(sum_lanes<T>(s2));
@@ -142,10 +142,10 @@ struct BackwardJob {
     load_dout(tile);
     const int64_t channels = a.features.channels;
     for (int64_t g = first_group; g < last_group; ++g) {
-      const int64_t c = g * kChannelRows, valid = std::min<int64_t>(kChannelRows, channels - c);
+      const int64_t c = g * kBlockChannels, valid = std::min<int64_t>(kBlockChannels, channels - c);
       for (int64_t r = 0; r < valid; ++r)
-        pool_tile(a.features, a.scale_shift, rows, tile, c + r, zp + r * capacity);
-      for (int64_t r = valid; r < kChannelRows; ++r)
+        pool_tile(a.features, a.scale_shift, tiling, tile, c + r, zp + r * capacity);
+      for (int64_t r = valid; r < kBlockChannels; ++r)
         std::fill_n(zp + r * capacity, tile.positions(), T(0));
       weight_gradient(tile, c);
       pooled_gradient(tile, g);
@@ -161,56 +161,38 @@ void transition_backward(const TransitionBackward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t samples = a.features.samples, channels = a.features.channels,
                 outputs = a.grad_out.channels, pitch = round_up(outputs, kLanes);
-  const Rows rows(samples, a.grad_out.height, a.grad_out.width, pooled_capacity<T>(2 * pitch));
-  const int64_t capacity = padded_stride(rows.positions() + kLanes),
-                groups = ceil_div(channels, kChannelRows), padded = groups * kChannelRows;
-  const Shares shares(rows.count, groups, thread_count(rows.count * groups));
-  const Scratch packed(sizeof(T) * (padded * outputs + 1));
-  pack_column_groups<kChannelRows>(a.weight, outputs, channels, packed.as<T>());
-
-  const int64_t thread_values = (2 * pitch + 2 * kChannelRows) * capacity;
-  const Scratch tiles(sizeof(T) * shares.threads() * thread_values);
-  const Scratch partials(sizeof(T) * (shares.tile_parts * padded * pitch + 1));
-  const Scratch sums(sizeof(double) * (shares.tile_parts * 2 * channels + 1));
-  if (rows.count == 0) {  // a map of one row or column pools to nothing
-    std::fill_n(partials.as<T>(), padded * pitch, T(0));
-    std::fill_n(sums.as<double>(), 2 * channels, 0.0);
+  const PooledTiling tiling(samples, a.grad_out.height, a.grad_out.width,
+                            pooled_capacity<T>(2 * pitch));
+  const int64_t groups = ceil_div(channels, kBlockChannels);
+  const ThreadSplit split(tiling.count, groups, thread_count(tiling.count * groups));
+  if (tiling.count == 0) {  // a map of one row or column pools to nothing
     for (int64_t n = 0; n < samples; ++n) {
       for (int64_t c = 0; c < channels; ++c)
         std::fill_n(a.grad.plane(n, c), a.features.pixels(), T(0));
     }
   }
 
-  parallel_shares(shares, [&](const Share& share) {
-    T* const own = tiles.as<T>() + share.thread * thread_values;
-    T* const dweight = partials.as<T>() + share.tile_part * padded * pitch;
-    double* const own_sums = sums.as<double>() + share.tile_part * 2 * channels;
-    const int64_t first = share.first_group * kChannelRows,
-                  last = std::min(share.last_group * kChannelRows, channels);
-    std::fill_n(dweight + first * pitch, (share.last_group * kChannelRows - first) * pitch, T(0));
-    std::fill_n(own_sums + 2 * first, 2 * (last - first), 0.0);
-    const BackwardJob<S> job{a,
-                             rows,
-                             outputs,
-                             pitch,
-                             capacity,
-                             packed.as<T>(),
-                             own,
-                             own + pitch * capacity,
-                             own + 2 * pitch * capacity,
-                             own + (2 * pitch + kChannelRows) * capacity,
-                             dweight,
-                             own_sums};
+  const Scratch weight(sizeof(T) * groups * kBlockChannels * outputs);
+  pack_column_groups<kBlockChannels>(a.weight, outputs, channels, weight.as<T>());
+  TransitionBackwardWorker<S> shared{a, tiling};
+  shared.weight = weight.as<T>();
+  const Workers<TransitionBackwardWorker<S>> workers(shared, split.threads());
+  const PartialGradients<T> partials(split, groups * kBlockChannels * pitch, 2 * channels);
+
+  parallel_shares(split, [&](const Share& share) {
+    TransitionBackwardWorker<S> worker = workers[share.thread];
+    const int64_t first = share.first_group * kBlockChannels,
+                  last = share.last_group * kBlockChannels;
+    worker.dweight = partials.dweight(share, first * pitch, last * pitch);
+    worker.sums = partials.sums(share, 2 * first, 2 * std::min(last, channels));
     for (int64_t i = share.first_tile; i < share.last_tile; ++i)
-      job.run(rows[i], share.first_group, share.last_group);
+      worker.run(tiling[i], share.first_group, share.last_group);
   });
 
-  merge_transposed(partials.as<T>(), shares.tile_parts, padded * pitch, pitch, outputs, channels,
-                   a.dweight);
-  double* const total = sums.as<double>();
-  add_partials(total, shares.tile_parts, 2 * channels, 2 * channels);
-  finish_norm_backward(a.norm, total, channels, static_cast<double>(samples * a.features.pixels()),
-                       PerChannel<T>{}, a.coef, false, a.dnorm_weight, a.dnorm_bias);
+  partials.merge_dweight(pitch, outputs, channels, a.dweight);
+  finish_norm_backward(a.norm, partials.merge_sums(), channels,
+                       static_cast<double>(samples * a.features.pixels()), PerChannel<T>{}, a.coef,
+                       false, a.dnorm_weight, a.dnorm_bias);
 }
 
 DENSENET_EXT_INSTANTIATE(transition_backward, TransitionBackward)

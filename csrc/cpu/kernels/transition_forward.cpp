@@ -1,12 +1,12 @@
-// Forward of the transition: batch normalization, ReLU, 1x1 convolution and 2x2 average pooling.
-// Pooling and the convolution commute, so pool first: a quarter of the products.
+// Computes the transition: batch normalization, ReLU, 1x1 convolution and 2x2 average pooling.
+// Pooling and the convolution commute, so pooling comes first: a quarter of the products.
 //
 //   zp[c, p'] = mean of the 4 pixels of relu(scale*x + shift)
 //   out[o, p'] = sum_c W[o, c] zp[c, p']
 //
 // A tile is whole rows of the pooled map, or several whole pooled maps; lanes are pooled pixels.
-// Meanwhile the next tile of x is fetched. Threads own contiguous tiles. Bytes moved: x once, out
-// once.
+// The products of a tile fetch the next tile of x. Threads have contiguous tiles. Bytes moved: x
+// once, out once.
 #include "cpu/parallel.h"
 #include "instantiate.h"
 #include "pack.h"
@@ -17,10 +17,10 @@ namespace DENSENET_EXT_ISA {
 
 namespace {
 
-// What a group of outputs multiplies: zp of a tile; and what it fetches meanwhile: line after line
-// of the next tile of x, all channels of one line at a time, `lines` in all.
+// Multiplies zp of one tile by each group of outputs. Meanwhile the products fetch the next tile of
+// x, one cache line of all channels after another, `lines` in all.
 template <class S>
-struct Operand {
+struct TileProduct {
   using T = Arithmetic<S>;
   const T* zp;
   int64_t channels, stride, positions;
@@ -28,34 +28,34 @@ struct Operand {
   Tile next;
   int64_t lines, lines_per_map;
 
-  Operand(const Maps<const S>& features, const T* zp, int64_t stride, const Tile& tile,
-          const Tile& next)
+  TileProduct(const Maps<const S>& features, const T* zp, int64_t stride, const Tile& tile,
+              const Tile& next)
       : zp(zp),
         channels(features.channels),
         stride(stride),
         positions(tile.positions()),
         features(features),
         next(next) {
-    constexpr int64_t budget = 1024 * 1024;  // of the second-level cache
     lines_per_map = ceil_div(4 * next.count * static_cast<int64_t>(sizeof(S)), 64);
-    lines = std::min(next.samples * lines_per_map, budget / (64 * std::max<int64_t>(1, channels)));
+    lines = std::min(next.samples * lines_per_map,
+                     kPrefetchBytes / (64 * std::max<int64_t>(1, channels)));
   }
 
-  // Products of the g-th group of outputs.
+  // Multiplies the g-th group of outputs.
   DX_NOINLINE void multiply(int64_t g, const T* weight, T* out) const {
     const int64_t vectors = positions / kVec<T>, blocks = ceil_div(vectors, kPixelVectors);
     int64_t line = g * blocks;
     for_vector_groups<kPixelVectors>(vectors, [&](int64_t first, auto group) {
       constexpr int NV = decltype(group)::value;
       const bool fetch = line < lines;
-      const S* const ahead = fetch ? features.plane(next.sample + line / lines_per_map, 0) +
-                                         4 * next.pixel +
-                                         line % lines_per_map * static_cast<int64_t>(64 / sizeof(S))
-                                   : features.data;
+      const S* const prefetch =
+          fetch ? features.plane(next.sample + line / lines_per_map, 0) + 4 * next.pixel +
+                      line % lines_per_map * static_cast<int64_t>(64 / sizeof(S))
+                : features.data;
       ++line;
-      Block<T, kChannelRows, NV> block;
-      block.product(channels, weight + g * kChannelRows * channels, 1, kChannelRows,
-                    zp + first * kVec<T>, stride, ahead, fetch ? features.plane_stride : 0);
+      Block<T, kBlockChannels, NV> block;
+      block.product(channels, weight + g * kBlockChannels * channels, 1, kBlockChannels,
+                    zp + first * kVec<T>, stride, prefetch, fetch ? features.plane_stride : 0);
       block.store_rows(out + first * kVec<T>, stride);
     });
   }
@@ -67,32 +67,34 @@ template <class S>
 void transition_forward(const TransitionForward<S>& a) {
   using T = Arithmetic<S>;
   const int64_t channels = a.features.channels, outputs = a.out.channels;
-  const Rows rows(a.features.samples, a.out.height, a.out.width, pooled_capacity<T>(channels));
-  const int64_t threads = thread_count(rows.count),
-                capacity = padded_stride(rows.positions() + kPixelVectors * kLanes);
-  const int64_t groups = ceil_div(outputs, kChannelRows);
-  const Scratch packed(sizeof(T) * (groups * kChannelRows * channels + 1));
-  pack_row_groups<kChannelRows>(a.weight, outputs, channels, packed.as<T>());
-  const int64_t thread_values = (channels + kChannelRows) * capacity;
+  const PooledTiling tiling(a.features.samples, a.out.height, a.out.width,
+                            pooled_capacity<T>(channels));
+  const int64_t threads = thread_count(tiling.count),
+                capacity = padded_stride(tiling.positions() + kPixelVectors * kLanes);
+  const int64_t groups = ceil_div(outputs, kBlockChannels);
+  const Scratch packed(sizeof(T) * (groups * kBlockChannels * channels + 1));
+  pack_row_groups<kBlockChannels>(a.weight, outputs, channels, packed.as<T>());
+  const int64_t thread_values = (channels + kBlockChannels) * capacity;
   const Scratch tiles(sizeof(T) * threads * thread_values);
 
-  parallel(rows.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+  parallel(tiling.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     T* const zp = tiles.as<T>() + thread * thread_values;
     T* const products = zp + channels * capacity;
     for (int64_t i = begin; i < end; ++i) {
-      const Tile tile = rows[i];
-      const Operand<S> operand(a.features, zp, capacity, tile, rows[std::min(i + 1, end - 1)]);
+      const Tile tile = tiling[i];
+      const TileProduct<S> product(a.features, zp, capacity, tile,
+                                   tiling[std::min(i + 1, end - 1)]);
       for (int64_t c = 0; c < channels; ++c)
-        pool_tile(a.features, a.scale_shift, rows, tile, c, zp + c * capacity);
+        pool_tile(a.features, a.scale_shift, tiling, tile, c, zp + c * capacity);
       for (int64_t g = 0; g < groups; ++g) {
-        const int64_t valid = std::min<int64_t>(kChannelRows, outputs - g * kChannelRows);
-        operand.multiply(g, packed.as<T>(), products);
+        const int64_t valid = std::min<int64_t>(kBlockChannels, outputs - g * kBlockChannels);
+        product.multiply(g, packed.as<T>(), products);
         for (int64_t r = 0; r < valid; ++r) {
-          const T* product = products + r * capacity;
-          for (int64_t s = 0; s < tile.samples; ++s, product += tile.pitch) {
-            S* const out = a.out.plane(tile.sample + s, g * kChannelRows + r) + tile.pixel;
+          const T* sums = products + r * capacity;
+          for (int64_t s = 0; s < tile.samples; ++s, sums += tile.pitch) {
+            S* const out = a.out.plane(tile.sample + s, g * kBlockChannels + r) + tile.pixel;
             for (int64_t p = 0; p < tile.count; p += kVec<T>)
-              store_first(out + p, load(product + p), tile.count - p);
+              store_first(out + p, load(sums + p), tile.count - p);
           }
         }
       }

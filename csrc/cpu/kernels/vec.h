@@ -1,13 +1,13 @@
-// A small vector type: one source for AVX-512, AVX2 and whatever the compiler knows (plain x86-64:
-// SSE2). The compiler's vector extensions do the arithmetic; intrinsics only where the extensions
-// have no word for it (maximum, partial loads, half precision).
+// Defines a small vector type, so that one source serves AVX-512, AVX2 and whatever else the
+// compiler knows (SSE2 on plain x86-64). The compiler's vector extensions do the arithmetic.
+// Intrinsics do what the extensions cannot express: maximum, partial loads, half precision.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
-// Reading all of x86's intrinsics takes a third of a second, of SSE2's alone none.
+// Including all of x86's intrinsics takes a third of a second, SSE2's alone no time.
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
@@ -15,14 +15,14 @@
 #endif
 
 #include "cpu/kernel_arguments.h"
+#include "float16.h"
 
 #ifndef DENSENET_EXT_ISA
-#error "compile with -DDENSENET_EXT_ISA=baseline|avx2|avx512"
+#error "compile with -DDENSENET_EXT_ISA=baseline|avx2|avx512|amx"
 #endif
 
-#define DX_INLINE inline __attribute__((always_inline))
-// For a step of a kernel whose registers must not be kept for the steps around it: inlined
-// together, the constants of one push the sums of another to the stack.
+// Marks a step of a kernel that must not share registers with the steps around it: inlined
+// together, the constants of one step push the sums of another to the stack.
 #define DX_NOINLINE __attribute__((noinline))
 #define DX_UNROLL _Pragma("GCC unroll 32")
 
@@ -55,8 +55,7 @@ DX_INLINE Vec<T> broadcast(T value) {
   return value - Vec<T>{};  // exact, NaN and -0 included
 }
 
-// --- whole vectors
-// -----------------------------------------------------------------------------------------------------------------------------------------
+// --- whole vectors ---
 
 template <class T>
 DX_INLINE Vec<T> load_native(const T* p) {
@@ -82,50 +81,12 @@ DX_INLINE Vec<float> load(const BFloat16* p) {
   std::memcpy(&bits, p, sizeof bits);
   return (Vec<float>)(__builtin_convertvector(bits, FloatBits) << 16);
 }
-DX_INLINE void store(BFloat16* p, Vec<float> v) {  // to nearest, ties to even
+DX_INLINE void store(BFloat16* p, Vec<float> v) {  // rounds to nearest, ties to even
   const FloatBits bits = (FloatBits)v;
   const FloatBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const FloatBits quiet = (bits >> 16) | 0x40u;
   const HalfBits half = __builtin_convertvector((v == v) ? rounded : quiet, HalfBits);
   std::memcpy(p, &half, sizeof half);
-}
-
-DX_INLINE float half_to_float(Float16 h) {
-  const uint32_t sign = (h.bits & 0x8000u) << 16, exponent = (h.bits >> 10) & 0x1f,
-                 mantissa = h.bits & 0x3ffu;
-  uint32_t bits;
-  if (exponent == 0x1f) {
-    bits = sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u);
-  } else if (exponent) {
-    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
-  } else {
-    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-    std::memcpy(&bits, &magnitude, 4);
-    bits |= sign;
-  }
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-DX_INLINE Float16 float_to_half(float f) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
-    half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal half: let the float adder round at 2^-24
-    float value;
-    std::memcpy(&value, &magnitude, 4);
-    value += 0.5f;
-    std::memcpy(&half, &value, 4);
-    half -= 0x3f000000u;
-  } else {
-    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  }
-  return {static_cast<uint16_t>(sign | half)};
 }
 
 #if defined(__AVX512F__)
@@ -165,7 +126,7 @@ struct LaneIndices {
 template <class T>
 inline constexpr LaneIndices<T> kLaneIndices;
 
-// All ones in the first n lanes, 0 in the rest.
+// Returns a mask: all ones in the first n lanes, 0 in the rest.
 template <class T>
 DX_INLINE auto first_lanes(int64_t n) {
   return load(kLaneIndices<T>.values) < broadcast(static_cast<T>(n));
@@ -175,8 +136,7 @@ DX_INLINE Vec<T> keep_first(Vec<T> v, int64_t n) {
   return first_lanes<T>(n) ? v : Vec<T>{};
 }
 
-// --- the first n elements, 0 <= n <= kVec; the rest load as 0 and are not stored
-// -----------------------------------------------------------------------------
+// --- the first n elements, 0 <= n <= kVec; the rest load as 0 and are not stored ---
 
 template <class S>
 DX_INLINE Vec<Arithmetic<S>> load_first(const S* p, int64_t n) {
@@ -229,11 +189,10 @@ DX_INLINE void store_first(S* p, Vec<Arithmetic<S>> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// --- arithmetic
-// --------------------------------------------------------------------------------------------------------------------------------------------
+// --- arithmetic ---
 
-// max(v, 0) that keeps NaN, as torch.relu does: x86's maximum returns its second operand when
-// either is NaN.
+// Returns max(v, 0), but NaN stays NaN as in torch.relu: x86's maximum returns its second operand
+// if either is NaN.
 DX_INLINE Vec<float> relu(Vec<float> v) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)v);
@@ -257,10 +216,10 @@ DX_INLINE Vec<double> relu(Vec<double> v) {
 #endif
 }
 
-// The gradient of relu at z (or at anything of z's sign): 0 where z <= 0, g elsewhere, NaN
-// included.
+// Returns the gradient of relu at z, or at anything of its sign: 0 where z <= 0, else g, also at
+// NaN.
 template <class V>
-DX_INLINE V where_positive(V z, V g) {
+DX_INLINE V relu_gradient(V z, V g) {
   return (z <= V{}) ? V{} : g;
 }
 
@@ -286,7 +245,7 @@ DX_INLINE V shuffle(V a, V b) {
 }
 #endif
 
-// a[0]+a[1], a[2]+a[3], ..., then the pairs of b.
+// Returns sums of neighboring lanes: a[0]+a[1], a[2]+a[3], ..., b[0]+b[1], ...
 template <class V, int... I>
 DX_INLINE V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
   return shuffle<(2 * I)...>(a, b) + shuffle<(2 * I + 1)...>(a, b);
@@ -295,7 +254,7 @@ template <class T>
 DX_INLINE Vec<T> add_pairs(Vec<T> a, Vec<T> b) {
   return add_pairs(a, b, std::make_integer_sequence<int, kVec<T>>{});
 }
-// Each of the lanes from FIRST on twice.
+// Returns lane FIRST twice, the next lane twice, and so on.
 template <int FIRST, class V, int... I>
 DX_INLINE V double_lanes(V v, std::integer_sequence<int, I...>) {
   return shuffle<(FIRST + I / 2)...>(v, v);
@@ -305,8 +264,8 @@ DX_INLINE Vec<T> double_lanes(Vec<T> v) {
   return double_lanes<FIRST>(v, std::make_integer_sequence<int, kVec<T>>{});
 }
 
-// Transpose kVec x kVec elements in registers: log2(kVec) rounds, round d exchanges the d-blocks
-// off the diagonal.
+// Transpose kVec x kVec elements in registers, in log2(kVec) rounds. The round of D exchanges
+// blocks of D x D elements across the diagonal.
 template <int D, int N, class V, int... I>
 DX_INLINE V exchange_low(V a, V b, std::integer_sequence<int, I...>) {
   return shuffle<((I & D) ? N + I - D : I)...>(a, b);
@@ -332,31 +291,6 @@ DX_INLINE void transpose_round(Vec<T> (&v)[kVec<T>]) {
 template <class T>
 DX_INLINE void transpose(Vec<T> (&v)[kVec<T>]) {
   transpose_round<T, kVec<T> / 2>(v);
-}
-
-// Of the elements of a followed by those of b every second one, from the first or the second on;
-// and, back again, the first and the second half of a's and b's elements in turn.
-template <class V, int... I>
-DX_INLINE V even_lanes(V a, V b, std::integer_sequence<int, I...>) {
-  return shuffle<(2 * I)...>(a, b);
-}
-template <class V, int... I>
-DX_INLINE V odd_lanes(V a, V b, std::integer_sequence<int, I...>) {
-  return shuffle<(2 * I + 1)...>(a, b);
-}
-template <int First, class V, int... I>
-DX_INLINE V alternate(V a, V b, std::integer_sequence<int, I...>) {
-  return shuffle<(First + I / 2 + (I % 2) * static_cast<int>(sizeof...(I)))...>(a, b);
-}
-template <class T>
-DX_INLINE void separate(Vec<T> a, Vec<T> b, Vec<T>& even, Vec<T>& odd) {
-  even = even_lanes(a, b, std::make_integer_sequence<int, kVec<T>>{});
-  odd = odd_lanes(a, b, std::make_integer_sequence<int, kVec<T>>{});
-}
-template <class T>
-DX_INLINE void interleave(Vec<T> even, Vec<T> odd, Vec<T>& a, Vec<T>& b) {
-  a = alternate<0>(even, odd, std::make_integer_sequence<int, kVec<T>>{});
-  b = alternate<kVec<T> / 2>(even, odd, std::make_integer_sequence<int, kVec<T>>{});
 }
 
 }  // namespace DENSENET_EXT_ISA

@@ -1,458 +1,221 @@
-// Backward of the 1x1 convolution of a dense layer and of what is in front of it on the tile unit;
-// formulas: ../bottleneck_backward.cpp.
+// Computes the backward of the 1x1 convolution of a dense layer and of what is in front of it on
+// AMX; formulas: ../bottleneck_backward.cpp.
 //
-// A tile of up to 512 pixels: db is formed once, as right operand of both products. Then for 32
-// channels at a time: dz from W, while z of the next channels is formed; dW from z, while the sweep
-// masks and sums dz and updates G. The unit works while the vector instructions that follow its own
-// in the program go on, so this work comes in small portions between its instructions. Rows of
-// either product are channels, which lie in the planes as a left operand and its sums do. Last, b
-// of the earlier layer: bottleneck_earlier.h.
+// A tile has up to 512 pixels; its db is formed once, as right operand of both products. Then for
+// 32 channels at a time: dz is formed from W, and meanwhile z of the next channels; dW is formed
+// from z, while the sweep masks and sums dz and updates G. Rows of either product are channels,
+// because planes have them as rows, too. b of the previous layer comes last: previous_bottleneck.h.
+#include "bottleneck_operands.h"
+#include "bottleneck_sweep.h"
+#include "cpu/kernels/instantiate.h"
 #include "cpu/kernels/norm_backward.h"
-#include "cpu/kernels/pixel_tiles.h"
-#include "cpu/parallel.h"
+#include "cpu/kernels/pack.h"
 #include "previous_bottleneck.h"
-#include "tile_products.h"
 
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 namespace {
 
-constexpr int64_t kMostPixels = 512, kMostColumns = kMostPixels / kSide,
-                  kMostChunks = kMostPixels / kDepth;
-constexpr int64_t kGroup = 32;  // channels at a time
-constexpr int64_t kBudget = 1200 * 1024;
-constexpr int64_t kRun = kMostPixels + kSide;  // from one run of dz to the next
-constexpr int64_t kTileSums = kSide * kSide;
-
-// A tile's columns of 16 pixels of one sample.
 template <class S>
-struct Plan {
-  struct Column {
-    const S* x;  // at channel 0, as are the others
-    const float* before;
-    float* grad;
-    const float *scale, *shift, *pre, *post;
-    int64_t row, count;  // its first row of db; pixels in it, 0 beyond the last column
-  };
-  Column column[kMostColumns + 4];
-  int64_t columns, chunks, strips;
-  bool whole[kMostColumns / 4];  // strips of 64 pixels of one sample
-};
-
-template <class S>
-struct Job {
+struct BottleneckBackwardWorker {
   static constexpr int P = kParts<S>;
-  static constexpr int64_t kChunk = P * kTilePairs, kRows = kMostChunks * kChunk;
-  static constexpr int64_t kOwn = 2 * 2 * kRows + kGroup * kRun + 2 * kGroup * kSide;
+  static constexpr int64_t kChunk = P * kTilePairs, kRows = kMaxChunks * kChunk;
   const BottleneckBackward<S>& a;
   const Tiling& tiling;
-  int64_t pitch, depths, groups;  // depths: chunks of outputs
-  const uint32_t* weight;         // [channels / 16, depths, P, 16, 16]
-  const float *scaled, *ones;     // gamma*rstd; [channels]
-  // of one thread
-  int64_t end;     // of its tiles
-  uint32_t* db;    // [chunks, pitch / 16, P, 16, 16]
-  uint32_t* db_t;  // [columns, depths, P, 16, 16]
-  uint32_t* z;     // [2, 2, kMostChunks, P, 16, 16]
-  float* dz;       // [kGroup, kRun]
-  float* moments;  // [2, kGroup, 16]
-  float* dweight;  // [channels / 16, pitch / 16, 16, 16]
-  double* sums;    // [channels, 2]
-  Plan<S>* plans;  // of three tiles
-  const EarlierBottleneck<S>& earlier;
+  const PreviousBottleneck<S>& previous;
+  int64_t capacity;                        // positions of a tile
+  const uint32_t* weight = nullptr;        // [channels / 16, depths, P, 16, 16]
+  const float* ones = nullptr;             // [channels]
+  float* dweight = nullptr;                // [channels / 16, pitch / 16, 16, 16]
+  uint32_t* z = nullptr;                   // [2, 2, kMaxChunks, P, 16, 16]
+  TileColumns<S>* tile_columns = nullptr;  // of three tiles
+  int64_t begin = 0, end = 0;              // of the thread's tiles
+  int64_t groups = ceil_div(a.channels, kGroup);
+  BottleneckOperands<S> operands{a};
+  BottleneckSweep<S> sweep{a};
 
-  int64_t outputs() const { return pitch / kSide; }
+  void take_memory(Carver& memory) {
+    const int64_t columns = round_up(capacity / kSide, 4);
+    operands.db = memory.take<uint32_t>(columns / 2 * operands.outputs * kChunk);
+    operands.db_t = memory.take<uint32_t>(columns * operands.depths * kChunk);
+    z = memory.take<uint32_t>(2 * 2 * kRows);
+    sweep.dz = memory.take<float>(kGroup * kChannelStride);
+    sweep.moments = memory.take<float>(2 * kGroup * kSide);
+    tile_columns = memory.take<TileColumns<S>>(3);
+  }
+  // These bytes of memory do not depend on the capacity.
+  static constexpr int64_t kFixedBytes =
+      4 * (2 * 2 * kRows + kGroup * kChannelStride + 2 * kGroup * kSide);
+
   int64_t count(int64_t c0) const { return std::min(kGroup, a.channels - c0); }
-  const Plan<S>& plan(int64_t tile) const { return plans[tile % 3]; }
-
-  void make_plan(int64_t index) const {
-    if (index >= end) return;
-    Plan<S>& out = plans[index % 3];
-    const Tile tile = tiling[index];
-    out.columns = tile.positions() / kSide;
-    out.chunks = ceil_div(out.columns, 2);
-    out.strips = ceil_div(out.columns, 4);
-    int64_t i = 0;
-    for (int64_t n = tile.sample; n < tile.sample + tile.samples; ++n) {
-      for (int64_t p = 0; p < tile.count; p += kSide) {
-        const int64_t pixel = tile.pixel + p;
-        out.column[i++] = {a.features.plane(n, 0) + pixel,
-                           a.grad_in.data ? a.grad_in.plane(n, 0) + pixel : nullptr,
-                           a.grad.plane(n, 0) + pixel,
-                           a.scale_shift.scale.row(n),
-                           a.scale_shift.shift.row(n),
-                           a.pre_mask.data ? a.pre_mask.row(n) : ones,
-                           a.post_mask.data ? a.post_mask.row(n) : ones,
-                           n * a.features.pixels() + pixel,
-                           std::min(kSide, tile.count - p)};
-      }
-    }
-    for (; i < out.strips * 4; ++i) {
-      out.column[i] = out.column[0];
-      out.column[i].count = 0;
-    }
-    for (i = 0; i < out.strips; ++i) {
-      const auto& last = out.column[4 * i + 3];
-      out.whole[i] = last.count == kSide && last.row == out.column[4 * i].row + 3 * kSide &&
-                     last.x == out.column[4 * i].x + 3 * kSide;
-    }
+  void list_columns(int64_t tile) const {
+    if (tile < end) tile_columns[tile % 3].assign(a, tiling[tile], ones);
   }
 
-  // A chunk of 32 pixels of db at a chunk of 32 outputs.
-  void form_db(const Plan<S>& plan, int64_t k, int64_t depth) const {
-    alignas(64) float squares[2][2][kTileSums];  // of two columns, at two tiles of outputs
-    for (int64_t h = 0; h < 2; ++h) {
-      const int64_t o = depth * kDepth + h * kSide, left = std::max<int64_t>(a.width - o, 0);
-      const Vec<float> t0 = load_first(a.db_affine + o, left),
-                       t1 = load_first(a.db_affine + a.width + o, left),
-                       t2 = load_first(a.db_affine + 2 * a.width + o, left);
-      const __mmask16 valid = left >= kSide ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-      for (int64_t i = 0; i < 2; ++i) {
-        const auto& column = plan.column[2 * k + i];
-        const int64_t count = left > 0 ? column.count : 0;
-        const auto* const dv = a.dv + column.row * pitch + o;
-        const S* const b = a.bottleneck + column.row * pitch + o;
-        for (int64_t r = 0; r < count; ++r) {
-          const Vec<float> value = t0 * load(dv + r * pitch) + (t1 + t2 * load(b + r * pitch));
-          store(squares[i][h] + r * kSide, (Vec<float>)_mm512_maskz_mov_ps(valid, (__m512)value));
-        }
-        for (int64_t r = count; r < kSide; ++r) store(squares[i][h] + r * kSide, Vec<float>{});
-      }
-      if (k < plan.chunks && o < pitch) {
-        uint32_t* const out = db + (k * outputs() + o / kSide) * kChunk;
-        for (int64_t r = 0; r < kSide; ++r)
-          split<P>(load(squares[0][h] + r * kSide), load(squares[1][h] + r * kSide),
-                   out + r * kSide);
-      }
-    }
-    for (int64_t i = 0; i < 2; ++i) {
-      Vec<float> even[kSide], odd[kSide];
-      load_transposed(squares[i][0], even);
-      DX_UNROLL
-      for (int r = 0; r < kSide; ++r) store(squares[i][0] + r * kSide, even[r]);
-      load_transposed(squares[i][1], odd);
-      uint32_t* const out = db_t + ((2 * k + i) * depths + depth) * kChunk;
-      DX_UNROLL
-      for (int r = 0; r < kSide; ++r)
-        split<P>(load(squares[i][0] + r * kSide), odd[r], out + r * kSide);
-    }
+  // A stage is one group of channels of one tile; columns are null beyond the last stage.
+  int64_t first_channel(int64_t stage) const { return stage % groups * kGroup; }
+  const TileColumns<S>* columns_of(int64_t stage) const {
+    const int64_t tile = begin + stage / groups;
+    return tile < end ? &tile_columns[tile % 3] : nullptr;
   }
 
-  // z of a group of channels, 32 pixels of a channel at a time.
-  struct Forming {
-    const Plan<S>*plan, *ahead;  // ahead: of the group that follows, which is fetched
-    int64_t c0, c0_ahead;
-    uint32_t* out;
-    int64_t left, portion;  // to be formed in all, at once
-    int64_t r = 0, k = 0;
-  };
-
-  void form(Forming& f) const {
-    int64_t n = std::min(f.portion, f.left);
-    f.left -= n;
-    while (n > 0) {
-      const int64_t c = f.c0 + f.r, last = std::min(f.plan->chunks, f.k + n),
-                    offset = c * a.features.plane_stride,
-                    then = (f.c0_ahead + f.r) * a.features.plane_stride;
-      const bool fetch = f.ahead && f.c0_ahead + f.r < a.channels;
-      uint32_t* const out = f.out + f.r / kSide * kRows + f.r % kSide * kSide;
-      n -= last - f.k;
-      for (int64_t k = f.k; k < last; ++k) {
-        const auto& even = f.plan->column[2 * k];
-        if (f.plan->whole[k / 2]) {
-          const Vec<float> scale = broadcast(even.scale[c]), shift = broadcast(even.shift[c]);
-          const S* const x = even.x + offset;
-          split<P>(relu(scale * load(x) + shift), relu(scale * load(x + kSide) + shift),
-                   out + k * kChunk);
-        } else {
-          const auto value = [&](const auto& column) __attribute__((always_inline)) {
-            const __mmask16 valid = static_cast<__mmask16>((1u << column.count) - 1);
-            const Vec<float> v =
-                broadcast(column.scale[c]) * load_first(column.x + offset, column.count) +
-                broadcast(column.shift[c]);
-            return (Vec<float>)_mm512_maskz_max_ps(valid, _mm512_setzero_ps(), (__m512)v);  // relu
-          };
-          split<P>(value(even), value(f.plan->column[2 * k + 1]), out + k * kChunk);
-        }
-        if (fetch) {
-          __builtin_prefetch(f.ahead->column[2 * k].x + then, 0, 2);
-          __builtin_prefetch(f.ahead->column[2 * k + 1].x + then, 0, 2);
-        }
-      }
-      f.k = last;
-      if (last == f.plan->chunks) {
-        f.k = 0;
-        ++f.r;
-      }
-    }
-  }
-
-  // The rows of dv and b of a tile, a line of each at a time.
-  struct Fetching {
-    const char *dv = nullptr, *b = nullptr;
-    int64_t dv_left = 0, b_left = 0, portion = 0;  // in lines of 64 bytes
-  };
-
-  Fetching fetching_of(const Plan<S>& plan, int64_t calls) const {
-    const auto& first = plan.column[0];
-    const auto& last = plan.column[plan.columns - 1];
-    const int64_t values = (last.row + last.count - first.row) * pitch;
-    const int64_t lines = values / 16;
-    return {reinterpret_cast<const char*>(a.dv + first.row * pitch),
-            reinterpret_cast<const char*>(a.bottleneck + first.row * pitch), lines,
-            lines * static_cast<int64_t>(sizeof(S)) / 4, ceil_div(lines, calls)};
-  }
-
-  static DX_INLINE void fetch_some(Fetching& f) {
-    for (int64_t i = std::min(f.portion, f.dv_left); i > 0; --i, f.dv += 64)
-      __builtin_prefetch(f.dv, 0, 2);
-    f.dv_left -= std::min(f.portion, f.dv_left);
-    for (int64_t i = std::min(f.portion, f.b_left); i > 0; --i, f.b += 64)
-      __builtin_prefetch(f.b, 0, 2);
-    f.b_left -= std::min(f.portion, f.b_left);
-  }
-
-  // Everything that follows from dz of a group, 64 pixels of a channel at a time.
-  struct Sweeping {
-    const Plan<S>*plan, *ahead;
-    int64_t c0, c0_ahead;
-    int64_t left, portion;
-    int64_t r = 0, s = 0;
-  };
-
-  template <bool FIRST>
-  DX_INLINE void sweep(Sweeping& f) const {
-    int64_t n = std::min(f.portion, f.left);
-    f.left -= n;
-    while (n > 0) {
-      const int64_t c = f.c0 + f.r, last = std::min(f.plan->strips, f.s + n),
-                    offset = c * a.features.plane_stride, grad_offset = c * a.grad.plane_stride,
-                    before_offset = c * a.grad_in.plane_stride,
-                    then = (f.c0_ahead + f.r) * a.grad_in.plane_stride;
-      const bool fetch = !FIRST && f.ahead && f.c0_ahead + f.r < a.channels;
-      const Vec<float> mean = broadcast(a.norm.mean[c]), gain = broadcast(scaled[c]);
-      float* const m = moments + f.r * kSide;
-      const float* const gradient = dz + f.r * kRun;
-      n -= last - f.s;
-      Vec<float> s1 = {}, s2 = {};
-      if (f.s > 0) {
-        s1 = load(m);
-        s2 = load(m + kGroup * kSide);
-      }
-      for (int64_t strip = f.s; strip < last; ++strip) {
-        const auto* const columns = f.plan->column + 4 * strip;
-        if (f.plan->whole[strip]) {
-          const Vec<float> scale = broadcast(columns->scale[c]),
-                           shift = broadcast(columns->shift[c]), q = broadcast(columns->pre[c]),
-                           post = broadcast(columns->post[c]), step = q * gain;
-          const S* const x = columns->x + offset;
-          const float* const before = FIRST ? nullptr : columns->before + before_offset;
-          float* const g = columns->grad + grad_offset;
-          DX_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const Vec<float> value = load(x + i * kSide),
-                             d = where_positive(scale * value + shift,
-                                                load(gradient + (4 * strip + i) * kSide)) *
-                                 post;
-            s1 += d;
-            s2 += d * (q * value - mean);
-            if constexpr (FIRST) {
-              store(g + i * kSide, step * d);
-            } else {
-              store(g + i * kSide, step * d + load(before + i * kSide));
-            }
-          }
-        } else {
-          const int64_t count = std::min<int64_t>(4, f.plan->columns - 4 * strip);
-          for (int64_t i = 0; i < count; ++i) {
-            const auto& column = columns[i];
-            const Vec<float> x = load_first(column.x + offset, column.count),
-                             v = broadcast(column.scale[c]) * x + broadcast(column.shift[c]),
-                             q = broadcast(column.pre[c]),
-                             d = where_positive(v, load(gradient + (4 * strip + i) * kSide)) *
-                                 broadcast(column.post[c]);
-            s1 += d;
-            s2 += d * (q * x - mean);
-            Vec<float> g = q * gain * d;
-            if constexpr (!FIRST) g += load_first(column.before + before_offset, column.count);
-            store_first(column.grad + grad_offset, g, column.count);
-          }
-        }
-        if (fetch) {
-          DX_UNROLL
-          for (int i = 0; i < 4; ++i)
-            __builtin_prefetch(f.ahead->column[4 * strip + i].before + then, 0, 2);
-        }
-      }
-      store(m, s1);
-      store(m + kGroup * kSide, s2);
-      f.s = last;
-      if (last == f.plan->strips) {
-        f.s = 0;
-        ++f.r;
-      }
-    }
-  }
-
-  void add_moments(int64_t c0) const {
-    for (int64_t kind = 0; kind < 2; ++kind) {
-      for (int64_t r = 0; r < count(c0); r += kSide) {
-        Vec<float> lanes[kSide];
-        load_transposed(moments + (kind * kGroup + r) * kSide, lanes);
-        DX_UNROLL
-        for (int step = kSide / 2; step > 0; step /= 2) {
-          DX_UNROLL
-          for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-        }
-        float total[kSide];
-        store(total, lanes[0]);
-        for (int64_t i = 0; i < std::min(kSide, count(c0) - r); ++i)
-          sums[2 * (c0 + r + i) + kind] += static_cast<double>(total[i]);
-      }
-    }
-  }
-
-  // dz of channels c0 ...
+  // Forms dz of the group of channels from c0 on.
   template <int NR, class F>
-  void input_gradient(const Plan<S>& plan, int64_t c0, const F& work) const {
+  void input_gradient(const TileColumns<S>& columns, int64_t c0, const F& work) const {
     constexpr int NC = 4 / NR;
-    const Panel left{weight + c0 / kSide * depths * kChunk, depths * kChunk, kChunk};
+    const Panel left{weight + c0 / kSide * operands.depths * kChunk, operands.depths * kChunk,
+                     kChunk};
     const TileBlock<P, NR, NC> block;
-    for (int64_t i = 0; i < plan.strips * 4; i += NC) {
+    for (int64_t i = 0; i < columns.strips * 4; i += NC) {
       block.zero();
-      block.product(depths, left, {db_t + i * depths * kChunk, depths * kChunk, kChunk}, work);
+      block.product(
+          operands.depths, left,
+          {operands.db_t + i * operands.depths * kChunk, operands.depths * kChunk, kChunk}, work);
       unrolled<4>([&](auto t) __attribute__((always_inline)) {
         constexpr int I = decltype(t)::value;
-        tile_store<I>(dz + I / NC * kSide * kRun + (i + I % NC) * kSide, kRun * 4);
+        tile_store<I>(sweep.dz + I / NC * kSide * kChannelStride + (i + I % NC) * kSide,
+                      kChannelStride * 4);
       });
     }
   }
 
-  // dW of channels c0 ..., from z in `rows`; NR tiles of them by NC of outputs, from the first on.
+  // Adds to dW from z in `rows`: NR tiles of channels by NC of outputs, from the r-th and o-th on.
   template <int NR, int NC, class F>
-  void weight_block(const Plan<S>& plan, int64_t c0, int64_t r, int64_t o, const uint32_t* rows,
-                    bool add, const F& work) const {
+  void weight_block(const TileColumns<S>& columns, int64_t c0, int64_t r, int64_t o,
+                    const uint32_t* rows, bool add, const F& work) const {
     const TileBlock<P, NR, NC> block;
-    const int64_t row_step = outputs() * kTileSums;
-    float* const at = dweight + (c0 / kSide + r) * row_step + o * kTileSums;
+    const int64_t row_step = operands.outputs * kTileSums;
+    float* const sums_of_block = dweight + (c0 / kSide + r) * row_step + o * kTileSums;
     if (add) {
-      block.load(at, row_step, kTileSums);
+      block.load(sums_of_block, row_step, kTileSums);
     } else {
       block.zero();
     }
-    block.product(plan.chunks, {rows + r * kRows, kRows, kChunk},
-                  {db + o * kChunk, kChunk, outputs() * kChunk}, work);
-    block.store(at, row_step, kTileSums);
+    block.product(columns.chunks, {rows + r * kRows, kRows, kChunk},
+                  {operands.db + o * kChunk, kChunk, operands.outputs * kChunk}, work);
+    block.store(sums_of_block, row_step, kTileSums);
   }
 
   int64_t weight_blocks(int64_t rows) const {
-    return std::max<int64_t>(1, rows == 1 ? ceil_div(outputs(), 4) : ceil_div(outputs(), 2));
+    return std::max<int64_t>(
+        1, rows == 1 ? ceil_div(operands.outputs, 4) : ceil_div(operands.outputs, 2));
   }
 
   template <class F>
-  void weight_gradient(const Plan<S>& plan, int64_t c0, const uint32_t* rows, bool add,
+  void weight_gradient(const TileColumns<S>& columns, int64_t c0, const uint32_t* rows, bool add,
                        const F& work) const {
-    int64_t o = 0, left = outputs();
+    int64_t o = 0, remaining = operands.outputs;
     if (count(c0) > kSide) {
-      for (; left == 2 || left > 3; o += 2, left -= 2)
-        weight_block<2, 2>(plan, c0, 0, o, rows, add, work);
-      if (left == 3) {
-        weight_block<1, 3>(plan, c0, 0, o, rows, add, work);
-        weight_block<1, 3>(plan, c0, 1, o, rows, add, work);
-      } else if (left == 1) {
-        weight_block<2, 1>(plan, c0, 0, o, rows, add, work);
+      for (; remaining == 2 || remaining > 3; o += 2, remaining -= 2)
+        weight_block<2, 2>(columns, c0, 0, o, rows, add, work);
+      if (remaining == 3) {
+        weight_block<1, 3>(columns, c0, 0, o, rows, add, work);
+        weight_block<1, 3>(columns, c0, 1, o, rows, add, work);
+      } else if (remaining == 1) {
+        weight_block<2, 1>(columns, c0, 0, o, rows, add, work);
       }
     } else {
-      for (; left >= 4; o += 4, left -= 4) weight_block<1, 4>(plan, c0, 0, o, rows, add, work);
-      if (left == 3) weight_block<1, 3>(plan, c0, 0, o, rows, add, work);
-      if (left == 2) weight_block<1, 2>(plan, c0, 0, o, rows, add, work);
-      if (left == 1) weight_block<1, 1>(plan, c0, 0, o, rows, add, work);
+      for (; remaining >= 4; o += 4, remaining -= 4)
+        weight_block<1, 4>(columns, c0, 0, o, rows, add, work);
+      if (remaining == 3) weight_block<1, 3>(columns, c0, 0, o, rows, add, work);
+      if (remaining == 2) weight_block<1, 2>(columns, c0, 0, o, rows, add, work);
+      if (remaining == 1) weight_block<1, 1>(columns, c0, 0, o, rows, add, work);
     }
   }
 
   uint32_t* z_of(int64_t stage) const { return z + stage % 2 * 2 * kRows; }
 
-  Forming forming(int64_t begin, int64_t stage, int64_t calls) const {
-    const int64_t tile = begin + stage / groups, next = begin + (stage + 1) / groups;
-    Forming f{&plan(tile),
-              next < end ? &plan(next) : nullptr,
-              stage % groups * kGroup,
-              (stage + 1) % groups * kGroup,
-              z_of(stage),
-              0,
-              0};
-    if (tile >= end) return f;
-    f.left = count(f.c0) * f.plan->chunks;
-    f.portion = ceil_div(f.left, calls);
-    return f;
+  // Spreads forming z of a stage over `calls` portions.
+  FormProgress<S> form_z(int64_t stage, int64_t calls) const {
+    const TileColumns<S>* const columns = columns_of(stage);
+    const int64_t c0 = first_channel(stage), cells = columns ? count(c0) * columns->chunks : 0;
+    return {columns, columns_of(stage + 1), c0, first_channel(stage + 1), z_of(stage),
+            cells,   ceil_div(cells, calls)};
   }
 
+  // Spreads the sweep of a stage over `calls` portions.
+  SweepProgress<S> sweep_dz(int64_t stage, int64_t calls) const {
+    const TileColumns<S>* const columns = columns_of(stage);
+    const int64_t c0 = first_channel(stage), strips = count(c0) * columns->strips;
+    return {columns, columns_of(stage + 1),  c0, first_channel(stage + 1),
+            strips,  ceil_div(strips, calls)};
+  }
+
+  // Forms dz of a stage, and between the products z of the next one; in the first group of a tile,
+  // also the strip of db that the next strip of dz needs.
+  template <class F>
+  void run_input_gradient(const TileColumns<S>& columns, int64_t stage, const F& fetch) const {
+    const int64_t c0 = first_channel(stage), rows = ceil_div(count(c0), kSide);
+    FormProgress<S> next = form_z(stage + 1, columns.strips * rows * operands.depths);
+    int64_t k = 2, depth = 0;
+    const int64_t chunks = c0 == 0 ? 2 * columns.strips : 0;
+    const auto form_portion = [&] {
+      operands.form(next);
+      fetch();
+      for (int64_t i = rows; i <= 2 && k < chunks; ++i) {
+        operands.form_db(columns, k, depth);
+        if (++depth == operands.depths) {
+          depth = 0;
+          ++k;
+        }
+      }
+    };
+    if (rows == 2) {
+      input_gradient<2>(columns, c0, form_portion);
+    } else {
+      input_gradient<1>(columns, c0, form_portion);
+    }
+    next.portion = next.remaining;
+    operands.form(next);
+  }
+
+  // Adds to dW of a stage, and between the products sweeps over its dz.
+  template <bool FIRST, class F>
+  void run_weight_gradient(const TileColumns<S>& columns, int64_t stage, const F& fetch) const {
+    const int64_t c0 = first_channel(stage), rows = ceil_div(count(c0), kSide);
+    SweepProgress<S> progress = sweep_dz(stage, columns.chunks * weight_blocks(rows));
+    weight_gradient(columns, c0, z_of(stage), stage >= groups, [&] {
+      sweep.template run<FIRST>(progress);
+      fetch();
+    });
+    progress.portion = progress.remaining;
+    sweep.template run<FIRST>(progress);
+    sweep.add_moments(c0, count(c0));
+  }
+
+  // Treats the thread's tiles.
   template <bool FIRST>
-  void run(int64_t begin) const {
-    make_plan(begin);
-    make_plan(begin + 1);
-    Forming first = forming(begin, 0, 1);
-    form(first);
-    const int64_t db_strip = 2 * depths;  // portions of db in a strip
+  void run() const {
+    list_columns(begin);
+    list_columns(begin + 1);
+    FormProgress<S> first = form_z(0, 1);
+    operands.form(first);
     for (int64_t tile = begin; tile < end; ++tile) {
-      make_plan(tile + 2);
-      const Plan<S>& now = plan(tile);
-      for (int64_t i = 0; i < db_strip; ++i) form_db(now, i / depths, i % depths);
-      // dv and b of the tile that follows, over the last groups.
-      const int64_t fetched = std::min<int64_t>(groups, 4),
-                    calls = fetched * (now.strips * 2 * depths + now.chunks * weight_blocks(2));
-      Fetching fetching = tile + 1 < end ? fetching_of(plan(tile + 1), calls) : Fetching{};
+      list_columns(tile + 2);
+      const int64_t first_stage = (tile - begin) * groups;
+      const TileColumns<S>& columns = *columns_of(first_stage);
+      const TileColumns<S>* const next = columns_of(first_stage + groups);
+      for (int64_t i = 0; i < 2 * operands.depths; ++i)
+        operands.form_db(columns, i / operands.depths, i % operands.depths);
+      // dv and b of the next tile are fetched during the last groups.
+      const int64_t fetching_groups = std::min<int64_t>(groups, 4),
+                    calls = fetching_groups * (columns.strips * 2 * operands.depths +
+                                               columns.chunks * weight_blocks(2));
+      FetchProgress fetching = next ? operands.fetch_rows(*next, calls) : FetchProgress{};
       for (int64_t g = 0; g < groups; ++g) {
         const auto fetch = [&] {
-          if (g >= groups - fetched) fetch_some(fetching);
+          if (g >= groups - fetching_groups) fetching.fetch_portion();
         };
-        const int64_t stage = (tile - begin) * groups + g, c0 = g * kGroup,
-                      rows = ceil_div(count(c0), kSide);
-        Forming next = forming(begin, stage + 1, now.strips * rows * depths);
-        // Of the first group also the strip of db that the next strip of dz needs.
-        int64_t k = 2, depth = 0;
-        const int64_t chunks = g == 0 ? 2 * now.strips : 0;
-        const auto form_some = [&] {
-          form(next);
-          fetch();
-          for (int64_t i = rows; i <= 2 && k < chunks; ++i) {
-            form_db(now, k, depth);
-            if (++depth == depths) {
-              depth = 0;
-              ++k;
-            }
-          }
-        };
-        if (rows == 2) {
-          input_gradient<2>(now, c0, form_some);
-        } else {
-          input_gradient<1>(now, c0, form_some);
-        }
-        next.portion = next.left;
-        form(next);
-
-        const int64_t after = begin + (stage + 1) / groups;
-        Sweeping sweeping{&now,
-                          after < end ? &plan(after) : nullptr,
-                          c0,
-                          (stage + 1) % groups * kGroup,
-                          count(c0) * now.strips,
-                          ceil_div(count(c0) * now.strips, now.chunks * weight_blocks(rows))};
-        weight_gradient(now, c0, z_of(stage), tile > begin, [&] {
-          sweep<FIRST>(sweeping);
-          fetch();
-        });
-        sweeping.portion = sweeping.left;
-        sweep<FIRST>(sweeping);
-        add_moments(c0);
+        run_input_gradient(columns, first_stage + g, fetch);
+        run_weight_gradient<FIRST>(columns, first_stage + g, fetch);
       }
-      static_assert(kNarrowOwn<S> <= kGroup * kRun);
-      if (earlier) earlier.run(tiling[tile], reinterpret_cast<uint32_t*>(dz));
+      static_assert(kNarrowMemory<S> <= kGroup * kChannelStride);
+      if (previous) previous.run(tiling[tile], reinterpret_cast<uint32_t*>(sweep.dz));
     }
   }
 };
 
-// W as left operand of dz: rows are channels.
+// Packs W as left operand of dz; rows are channels.
 template <int P, class S>
 void pack_weight(const BottleneckBackward<S>& a, int64_t c0, int64_t depths, uint32_t* out) {
   for (int64_t depth = 0; depth < depths; ++depth, out += P * kTilePairs) {
@@ -474,6 +237,46 @@ void pack_weight(const BottleneckBackward<S>& a, int64_t c0, int64_t depths, uin
   }
 }
 
+// Returns the positions of a tile: its db fits the cache, and threads have equally many tiles.
+template <class S>
+int64_t tile_positions(const BottleneckBackward<S>& a) {
+  const BottleneckOperands<S> operands{a};
+  const int64_t pixel_bytes =
+      2 * kParts<S> * (operands.pitch + operands.depths * kDepth);  // of db and db_t
+  const int64_t limit =
+      std::clamp<int64_t>((kAmxTileBytes - BottleneckBackwardWorker<S>::kFixedBytes) /
+                              std::max<int64_t>(1, pixel_bytes) / 64 * 64,
+                          64, kBackwardPixels);
+  const int64_t positions = a.features.samples * round_up(a.features.pixels(), kSide),
+                tiles = round_up(ceil_div(positions, limit), thread_count(positions / kSide));
+  return positions == 0 ? limit : std::min(limit, round_up(ceil_div(positions, tiles), kSide));
+}
+
+// Merges the threads' dweight [channels / 16, pitch / 16, 16, 16] into dW [width, channels].
+template <class S>
+void merge_dweight(const BottleneckBackward<S>& a, const float* partials, int64_t parts) {
+  const int64_t rows = ceil_div(a.channels, kSide), outputs = ceil_div(a.width, kSide);
+  parallel_items(rows, parts * kSide * outputs * kSide, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t o = 0; o < a.width; o += kSide) {
+        Vec<float> square[kSide] = {};
+        for (int64_t t = 0; t < parts; ++t) {
+          const float* const source =
+              partials + (t * rows * outputs + r * outputs + o / kSide) * kTileSums;
+          DX_UNROLL
+          for (int i = 0; i < kSide; ++i) square[i] += load(source + i * kSide);
+        }
+        transpose<float>(square);
+        float* const out = a.dweight + o * a.channels + r * kSide;
+        DX_UNROLL
+        for (int i = 0; i < kSide; ++i) {
+          if (o + i < a.width) store_first(out + i * a.channels, square[i], a.channels - r * kSide);
+        }
+      }
+    }
+  });
+}
+
 }  // namespace
 
 template <class S>
@@ -481,112 +284,57 @@ void bottleneck_forward(const BottleneckForward<S>&);
 
 template <class S>
 void bottleneck_backward(const BottleneckBackward<S>& a) {
-  using Work = Job<S>;
+  using Worker = BottleneckBackwardWorker<S>;
   if (a.channels == 0) return;
-  const int64_t pitch = round_up(a.width, kLanes),
-                depths = std::max<int64_t>(1, ceil_div(pitch, kDepth)),
-                rows = ceil_div(a.channels, kSide), outputs = pitch / kSide;
-  // What a pixel takes in db and db_t; whole tiles for each thread.
-  const int64_t pixel_bytes = 2 * Work::P * (pitch + depths * kDepth), fixed = 4 * Work::kOwn;
-  const int64_t most = std::clamp<int64_t>(
-      (kBudget - fixed) / std::max<int64_t>(1, pixel_bytes) / 64 * 64, 64, kMostPixels);
-  const int64_t positions = a.features.samples * round_up(a.features.pixels(), kSide),
-                share = round_up(ceil_div(positions, most), thread_count(positions / kSide));
-  const int64_t capacity =
-      positions == 0 ? most : std::min(most, round_up(ceil_div(positions, share), kSide));
+  const int64_t capacity = tile_positions(a);
   const Tiling tiling(a.features.samples, a.features.pixels(), capacity);
   const int64_t threads = thread_count(tiling.count);
+  const PreviousBottleneck<S> previous(a.previous);
 
-  const EarlierBottleneck<S> earlier(a.previous);
-  const Scratch packed(4 * rows * depths * Work::kChunk);
-  parallel(rows, thread_count(rows, kSide * pitch), [&](int64_t, int64_t begin, int64_t end) {
+  Worker shared{a, tiling, previous, capacity};
+  const int64_t rows = ceil_div(a.channels, kSide), outputs = shared.operands.outputs,
+                row_pairs = shared.operands.depths * Worker::kChunk;
+  const Scratch weight(4 * rows * row_pairs), gains(2 * sizeof(float) * a.channels);
+  parallel_items(rows, kSide * shared.operands.pitch, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      pack_weight<Work::P>(a, r * kSide, depths, packed.as<uint32_t>() + r * depths * Work::kChunk);
+      pack_weight<kParts<S>>(a, r * kSide, shared.operands.depths,
+                             weight.as<uint32_t>() + r * row_pairs);
   });
-  const Scratch scaled(2 * sizeof(float) * a.channels);
-  float* const ones = scaled.as<float>() + a.channels;
-  for (int64_t c = 0; c < a.channels; ++c) {
-    scaled.as<float>()[c] =
-        static_cast<float>(static_cast<double>(a.norm.weight[c]) * reciprocal_std(a.norm, c));
-    ones[c] = 1;
-  }
-
-  const int64_t most_columns = round_up(capacity / kSide, 4),
-                db_size = most_columns / 2 * outputs * Work::kChunk,
-                db_t_size = most_columns * depths * Work::kChunk,
-                own = db_size + db_t_size + Work::kOwn, partial = rows * outputs * kTileSums;
-  const Scratch tiles(4 * threads * own);
-  const Scratch partials(sizeof(float) * threads * partial);
+  float* const ones = gains.as<float>() + a.channels;
+  for (int64_t c = 0; c < a.channels; ++c) gains.as<float>()[c] = norm_gain(a.norm, c), ones[c] = 1;
+  shared.weight = weight.as<uint32_t>();
+  shared.ones = ones;
+  shared.sweep.gains = gains.as<float>();
+  const Workers<Worker> workers(shared, threads);
+  const int64_t dweight_values = rows * outputs * kTileSums;
+  const Scratch dweight(sizeof(float) * threads * dweight_values);
   const Scratch sums(sizeof(double) * threads * 2 * a.channels);
   std::fill_n(sums.as<double>(), threads * 2 * a.channels, 0.0);
 
   parallel(tiling.count, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    const TileUnit unit;
-    Plan<S> plans[3];
-    uint32_t* const db = tiles.as<uint32_t>() + thread * own;
-    uint32_t* const z = db + db_size + db_t_size;
-    float* const dz = reinterpret_cast<float*>(z + 4 * Work::kRows);
-    const Work job{a,
-                   tiling,
-                   pitch,
-                   depths,
-                   ceil_div(a.channels, kGroup),
-                   packed.as<uint32_t>(),
-                   scaled.as<float>(),
-                   ones,
-                   end,
-                   db,
-                   db + db_size,
-                   z,
-                   dz,
-                   dz + kGroup * kRun,
-                   partials.as<float>() + thread * partial,
-                   sums.as<double>() + thread * 2 * a.channels,
-                   plans,
-                   earlier};
+    const TileConfiguration configuration;
+    Worker worker = workers[thread];
+    worker.begin = begin;
+    worker.end = end;
+    worker.dweight = dweight.as<float>() + thread * dweight_values;
+    worker.sweep.sums = sums.as<double>() + thread * 2 * a.channels;
     if (a.grad_in.data) {
-      job.template run<false>(begin);
+      worker.template run<false>();
     } else {
-      job.template run<true>(begin);
+      worker.template run<true>();
     }
   });
 
-  const int64_t parts = tiling.count > 0 ? threads : 0;
-  parallel(rows, thread_count(rows, parts * kSide * pitch),
-           [&](int64_t, int64_t begin, int64_t end) {
-             for (int64_t r = begin; r < end; ++r) {
-               for (int64_t o = 0; o < a.width; o += kSide) {
-                 Vec<float> square[kSide] = {};
-                 for (int64_t t = 0; t < parts; ++t) {
-                   const float* const from =
-                       partials.as<float>() + t * partial + (r * outputs + o / kSide) * kTileSums;
-                   DX_UNROLL
-                   for (int i = 0; i < kSide; ++i) square[i] += load(from + i * kSide);
-                 }
-                 transpose<float>(square);
-                 float* const out = a.dweight + o * a.channels + r * kSide;
-                 DX_UNROLL
-                 for (int i = 0; i < kSide; ++i) {
-                   if (o + i < a.width)
-                     store_first(out + i * a.channels, square[i], a.channels - r * kSide);
-                 }
-               }
-             }
-           });
-  double* const total = sums.as<double>();
-  for (int64_t t = 1; t < threads; ++t) {
-    for (int64_t i = 0; i < 2 * a.channels; ++i) total[i] += total[t * 2 * a.channels + i];
-  }
-  const double all =
+  merge_dweight(a, dweight.as<float>(), tiling.count > 0 ? threads : 0);
+  add_partials(sums.as<double>(), threads, 2 * a.channels, 2 * a.channels);
+  const double pixels =
       static_cast<double>(a.features.samples) * static_cast<double>(a.features.pixels());
-  finish_norm_backward(a.norm, total, a.channels, all, a.pre_mask, a.coef, true, a.dnorm_weight,
-                       a.dnorm_bias);
-  if (a.previous.weight && !earlier) bottleneck_forward(a.previous);
+  finish_norm_backward(a.norm, sums.as<double>(), a.channels, pixels, a.pre_mask, a.coef, true,
+                       a.dnorm_weight, a.dnorm_bias);
+  if (a.previous.weight && !previous) bottleneck_forward(a.previous);
 }
 
-template void bottleneck_backward<float>(const BottleneckBackward<float>&);
-template void bottleneck_backward<BFloat16>(const BottleneckBackward<BFloat16>&);
-template void bottleneck_backward<Float16>(const BottleneckBackward<Float16>&);
+DENSENET_EXT_INSTANTIATE_AMX(bottleneck_backward, BottleneckBackward)
 
 }  // namespace DENSENET_EXT_ISA
 }  // namespace densenet_ext

@@ -1,6 +1,6 @@
-// Forward of the 1x1 convolution of a dense layer with so few outputs that their sums for two
-// columns of pixels stay in registers: 48, as growth rate 12 has. Forward uses it, and backward for
-// the layer that comes next; it is compiled once, in bottleneck_narrow.cpp.
+// Computes the 1x1 convolution of a dense layer with so few outputs that their sums for two columns
+// of pixels stay in registers: up to 48, which growth rate 12 has. The forward op uses it, and so
+// does the backward op for the previous layer; it is compiled once, in bottleneck_narrow.cpp.
 #pragma once
 
 #include "cpu/kernel_arguments.h"
@@ -12,7 +12,7 @@
 namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
-// W as left operand: [pitch / 16, chunks, parts, 16, 16], rows are outputs.
+// Packs W as left operand [pitch / 16, chunks, parts, 16, 16]; rows are outputs.
 template <class S>
 struct ForwardWeight {
   static constexpr int64_t kChunk = kParts<S> * kTilePairs;
@@ -36,31 +36,58 @@ struct ForwardWeight {
   const uint32_t* data() const { return packed.as<uint32_t>(); }
 };
 
-// Merges the moments of b in columns first .. last with those of `count` rows, mean and behind it
-// m2.
+// Merges the moments of b in columns first .. last, if they are wanted.
 template <class S>
-inline void add_moments(const BottleneckForward<S>& a, const Columns& columns, int64_t first,
-                        int64_t last, int64_t pitch, double& count, double* mean) {
+inline void add_moments(const BottleneckForward<S>& a, const PixelColumns& columns, int64_t first,
+                        int64_t last, const RunningMoments& moments) {
   if (!a.mean) return;
-  const int64_t row = columns.row(first), rows = columns.row(last) - row;
-  add_row_moments<S>(a.bottleneck + row * pitch, rows, pitch, pitch, count, mean, mean + pitch);
-  count += static_cast<double>(rows);
+  const int64_t row = columns.row(first), pitch = moments.pitch;
+  moments.add_rows(a.bottleneck + row * pitch, columns.row(last) - row, pitch, pitch);
 }
+
+// Holds the pointers of one column of pixels.
+template <class S>
+struct ForwardColumn {
+  const S *x, *prefetch;  // at channel 0; x of a later column
+  const float *scale, *shift;
+  S* b;
+  int64_t count;  // pixels
+
+  ForwardColumn() = default;
+  ForwardColumn(const BottleneckForward<S>& a, const PixelColumns& columns, int64_t i,
+                int64_t distance, int64_t pitch) {
+    const PixelColumn column = columns[i],
+                      later = columns[std::min(i + distance, columns.count - 1)];
+    x = a.features.plane(column.sample, 0) + column.pixel;
+    prefetch = a.features.plane(later.sample, 0) + later.pixel;
+    scale = a.scale_shift.scale.row(column.sample);
+    shift = a.scale_shift.shift.row(column.sample);
+    b = a.bottleneck + (column.sample * a.features.pixels() + column.pixel) * pitch;
+    count = column.count;
+  }
+};
 
 constexpr int64_t kNarrow = 3 * kSide;  // the most outputs
 constexpr int64_t kNarrowColumns = 2;   // of a strip
 inline bool is_narrow(int64_t width) { return width > 0 && width <= kNarrow; }
 
-// Values of memory of a thread: z of two chunks and the sums of two strips.
+// A thread needs memory for z of two chunks and the sums of two strips.
 template <class S>
-constexpr int64_t kNarrowOwn = 2 * kNarrowColumns * (kParts<S> * kTilePairs + kNarrow * kSide);
+constexpr int64_t kNarrowMemory = 2 * kNarrowColumns * (kParts<S> * kTilePairs + kNarrow * kSide);
 
-// Strips begin .. end of these columns, with `own` as memory; merges the moments of b in `count`
-// rows, mean and behind it m2, with theirs.
+// Describes the strips begin .. end of pixel columns, for one thread.
 template <class S>
-void run_narrow_strips(const BottleneckForward<S>& a, const Columns& columns,
-                       const ForwardWeight<S>& weight, uint32_t* own, int64_t begin, int64_t end,
-                       double& count, double* mean);
+struct NarrowStrips {
+  const BottleneckForward<S>& a;
+  const PixelColumns& columns;
+  const ForwardWeight<S>& weight;
+  uint32_t* memory;  // kNarrowMemory<S> values
+  int64_t begin, end;
+  RunningMoments moments;
+};
+
+template <class S>
+void run_narrow(const NarrowStrips<S>&);
 
 }  // namespace DENSENET_EXT_ISA
 }  // namespace densenet_ext

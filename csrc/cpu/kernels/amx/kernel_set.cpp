@@ -1,4 +1,5 @@
-// The kernels of machines with AMX: products on the tile unit, all the rest as AVX-512 has it.
+// Collects the kernels of machines with AMX: those of a dense layer use it for their products, the
+// others are the AVX-512 kernels.
 #include <type_traits>
 
 #include "cpu/kernel_arguments.h"
@@ -19,7 +20,7 @@ static Kernels<S> kernels(Kernels<S> others) {
   others.bottleneck_forward = &bottleneck_forward<S>;
   others.bottleneck_backward = &bottleneck_backward<S>;
   others.conv3x3_forward = &conv3x3_forward<S>;
-  // In three parts the unit would take longer than vectors do with two thirds of the products.
+  // With three parts, AMX would take longer than vectors do with two thirds of the products.
   if constexpr (std::is_same_v<S, BFloat16>) others.conv3x3_backward = &conv3x3_backward;
   return others;
 }

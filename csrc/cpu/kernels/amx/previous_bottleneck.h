@@ -1,8 +1,7 @@
-// The bottleneck of the layer that a backward pass comes to next, computed again tile by tile in
-// the place of the one that is done with: x of a tile is still in the second-level cache then, and
-// is read from memory once for both layers.
-//
-// Only where the layer is narrow: with more outputs the products take longer than reading x does.
+// The bottleneck of the previous layer, which a backward pass comes to next, is computed again tile
+// by tile in the place of this layer's: x of a tile is still in the second-level cache and is read
+// from memory once for both layers. That pays only if the layer is narrow: with more outputs the
+// products take longer than reading x.
 #pragma once
 
 #include <optional>
@@ -14,26 +13,26 @@ namespace densenet_ext {
 namespace DENSENET_EXT_ISA {
 
 template <class S>
-class EarlierBottleneck {
+class PreviousBottleneck {
  public:
-  explicit EarlierBottleneck(const BottleneckForward<S>& a)
+  explicit PreviousBottleneck(const BottleneckForward<S>& a)
       : a(a), columns(a.features.samples, a.features.pixels()) {
     if (a.weight && is_narrow(a.width)) weight.emplace(a);
   }
   explicit operator bool() const { return weight.has_value(); }
 
-  // `own`: memory of one thread, kNarrowOwn<S> values.
-  void run(const Tile& tile, uint32_t* own) const {
-    const int64_t from = tile.sample * columns.a_map + tile.pixel / kSide,
+  // Computes a tile of it; `memory` has kNarrowMemory<S> values.
+  void run(const Tile& tile, uint32_t* memory) const {
+    const int64_t begin = tile.sample * columns.columns_per_map + tile.pixel / kSide,
                   count = tile.positions() / kSide;
     double rows = 0;
-    run_narrow_strips(a, columns.part(from, from + count), *weight, own, 0,
-                      ceil_div(count, kNarrowColumns), rows, nullptr);
+    run_narrow<S>({a, columns.part(begin, begin + count), *weight, memory, 0,
+                   ceil_div(count, kNarrowColumns), RunningMoments{rows, nullptr, 0}});
   }
 
  private:
   const BottleneckForward<S>& a;
-  const Columns columns;
+  const PixelColumns columns;
   std::optional<ForwardWeight<S>> weight;
 };
 

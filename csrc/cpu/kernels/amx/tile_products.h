@@ -1,16 +1,18 @@
-// Matrix products on Intel's AMX: an instruction multiplies 16 rows by 32 values of bfloat16 with
-// 32 values by 16 columns and adds to 16 x 16 sums of float32, about 16 times the rate of AVX-512.
+// Computes matrix products with Intel's AMX. One instruction multiplies 16 rows by 32 values of
+// bfloat16 with 32 values by 16 columns and adds to 16 x 16 sums of float32, at about 16 times the
+// rate of AVX-512. AMX instructions run asynchronously, so vector work is interleaved between them
+// in small portions.
 //
 // bfloat16 is one part. float32 is split into three parts of 8 bits of mantissa each, x = x0 + x1 +
-// x2 exactly, and a product is the six larger ones of nine products of parts: what is left out is
-// about 2^-24 of it, so that the sums are as exact as those of float32 arithmetic. (Henry, Tang,
+// x2 exactly, and a product is the six larger ones of nine products of parts. The rest is about
+// 2^-24 of it, so that the sums are as exact as those of float32 arithmetic. (Henry, Tang,
 // Heinecke, Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
 // Computations, 2019.)
 //
-// Operands lie in panels of tiles, a tile as 16 rows of 16 pairs. Where k runs over the 32 values
-// that are summed, pair r is (k = r, k = 16 + r), in the rows of a left operand and in the columns
-// of a right one alike: a pair of whole vectors splits into a row of either. A part's tile follows
-// the one before.
+// Operands lie in panels of tiles; a tile has 16 rows of 16 pairs. If k counts the 32 values that
+// are summed, pair r is (k = r, k = 16 + r), in the rows of a left operand and in the columns of a
+// right one alike: a pair of whole vectors splits into a row of either. The tiles of the parts
+// follow each other.
 #pragma once
 
 #include <algorithm>
@@ -24,14 +26,14 @@ namespace DENSENET_EXT_ISA {
 constexpr int64_t kSide = 16;        // rows and columns of a tile of sums
 constexpr int64_t kDepth = 32;       // values that one instruction sums
 constexpr int64_t kTilePairs = 256;  // of an operand
+constexpr int64_t kTileSums = kSide * kSide;
 
 template <class S>
 constexpr int kParts = std::is_same_v<S, BFloat16> ? 1 : 3;
 
 typedef uint32_t Pairs __attribute__((vector_size(kVectorBytes)));
 
-// The parts of (even, odd). Three parts are cut off, not rounded: exact, and NaN stays NaN in one
-// of them.
+// Splits (even, odd) into parts. Three are cut off, not rounded: this is exact, and NaN stays NaN.
 template <int PARTS>
 DX_INLINE void split(Vec<float> even, Vec<float> odd, __m512i (&parts)[PARTS]) {
   if constexpr (PARTS == 1) {
@@ -53,7 +55,7 @@ DX_INLINE void split(Vec<float> even, Vec<float> odd, __m512i (&parts)[PARTS]) {
   }
 }
 
-// Stores them to out, out + step, ...
+// Likewise, and stores the parts to out, out + step, ...
 template <int PARTS>
 DX_INLINE void split(Vec<float> even, Vec<float> odd, uint32_t* out, int64_t step = kTilePairs) {
   __m512i parts[PARTS];
@@ -62,10 +64,10 @@ DX_INLINE void split(Vec<float> even, Vec<float> odd, uint32_t* out, int64_t ste
   for (int p = 0; p < PARTS; ++p) _mm512_store_si512(out + p * step, parts[p]);
 }
 
-// On each thread, around its products.
-class TileUnit {
+// Configures the tile registers of a thread; one surrounds its products.
+class TileConfiguration {
  public:
-  TileUnit() {
+  TileConfiguration() {
     alignas(64) static constexpr struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -73,9 +75,9 @@ class TileUnit {
     } configuration;
     asm volatile("ldtilecfg %0" ::"m"(configuration));
   }
-  ~TileUnit() { asm volatile("tilerelease"); }
-  TileUnit(const TileUnit&) = delete;
-  TileUnit& operator=(const TileUnit&) = delete;
+  ~TileConfiguration() { asm volatile("tilerelease"); }
+  TileConfiguration(const TileConfiguration&) = delete;
+  TileConfiguration& operator=(const TileConfiguration&) = delete;
 };
 
 template <int TILE>
@@ -104,17 +106,17 @@ DX_INLINE void unrolled(const F& body) {
   unrolled(std::make_integer_sequence<int, N>{}, body);
 }
 
-// Tiles of rows or columns of an operand: that of part p at chunk k of the i-th is at data + i*step
-// + k*chunk_step + p*kTilePairs.
+// A panel has tiles of rows or columns of an operand. Part p at chunk k of the i-th is at data +
+// i*step + k*chunk_step + p*kTilePairs.
 struct Panel {
   const uint32_t* data;
   int64_t step, chunk_step;
 
-  Panel from(int64_t i) const { return {data + i * step, step, chunk_step}; }
+  Panel tail(int64_t i) const { return {data + i * step, step, chunk_step}; }
 };
 
-// NR x NC tiles of sums: tile (r, c) is register r*NC + c. An instruction takes 52 cycles and one
-// can begin every 16, so four tiles keep the unit busy.
+// A block has NR x NC tiles of sums; tile (r, c) is register r*NC + c. An instruction takes 52
+// cycles and one can begin every 16, so four tiles keep the hardware busy.
 template <int PARTS, int NR, int NC>
 struct TileBlock {
   static constexpr int kLeft = NR * NC, kRight = kLeft + NR, kSpare = 8 - kRight;  // of 8 registers
@@ -123,7 +125,7 @@ struct TileBlock {
     unrolled<NR * NC>([](auto i)
                           __attribute__((always_inline)) { tile_zero<decltype(i)::value>(); });
   }
-  // Tile (r, c) is at r*row_step + c*column_step.
+  // Loads tile (r, c) from r*row_step + c*column_step.
   DX_INLINE void load(const float* in, int64_t row_step, int64_t column_step) const {
     unrolled<NR * NC>([&](auto i) __attribute__((always_inline)) {
       constexpr int I = decltype(i)::value;
@@ -138,7 +140,7 @@ struct TileBlock {
     });
   }
 
-  // += left x right over `chunks` chunks, work() after each: the unit is still at its own then.
+  // Adds left x right over `chunks` chunks and calls work() after each, while the products go on.
   template <class F>
   DX_INLINE void product(int64_t chunks, const Panel& left, const Panel& right,
                          const F& work) const {
@@ -156,7 +158,7 @@ struct TileBlock {
     }
   }
 
-  // += the left operands' part PA in the registers times those parts of a chunk that it meets.
+  // Adds the products of part PA of the left operands, in registers, with its parts of a chunk.
   template <int PA>
   DX_INLINE void right_parts(const Panel& right) const {
     unrolled<PARTS - PA>([&](auto pb) __attribute__((always_inline)) {
@@ -170,7 +172,7 @@ struct TileBlock {
     });
   }
 
-  // += one chunk of rows, each part of one 16 pairs, `step` pairs from row to row.
+  // Adds one chunk of rows; each part of a row is 16 pairs, rows are `step` pairs apart.
   DX_INLINE void rows_product(const uint32_t* left, int64_t step, const Panel& right) const {
     if constexpr (NC == 1) {  // all parts of the right operand stay in registers
       static_assert(kLeft + 1 + PARTS <= 8);
@@ -196,26 +198,25 @@ struct TileBlock {
   }
 };
 
-// `n` pieces of work over `steps` steps.
+// Spreads `pieces` pieces of work over `steps` steps.
 struct Pace {
-  int64_t n, steps, left = 0;
+  int64_t pieces, steps, balance = 0;
 
   template <class F>
   DX_INLINE void step(const F& body) {
-    for (left += n; left >= steps; left -= steps) body();
+    for (balance += pieces; balance >= steps; balance -= steps) body();
   }
 };
 
-// The product of `rows` tiles left and four columns right, sums [rows, 4, 16, 16]; work()
-// rows*chunks times.
+// Multiplies `rows` tiles on the left by four columns on the right into sums [rows, 4, 16, 16];
+// calls work() rows*chunks times.
 template <int PARTS, class F>
 void strip_product(int64_t rows, int64_t chunks, const Panel& left, const Panel& right, float* sums,
                    const F& work) {
-  constexpr int64_t tile = kSide * kSide;
   const auto block = [&](auto tiles, int64_t r, int64_t c) __attribute__((always_inline)) {
     tiles.zero();
-    tiles.product(chunks, left.from(r), right.from(c), work);
-    tiles.store(sums + (r * 4 + c) * tile, 4 * tile, tile);
+    tiles.product(chunks, left.tail(r), right.tail(c), work);
+    tiles.store(sums + (r * 4 + c) * kTileSums, 4 * kTileSums, kTileSums);
   };
   int64_t r = 0;
   for (; r + 2 <= rows; r += 2) {
@@ -225,19 +226,20 @@ void strip_product(int64_t rows, int64_t chunks, const Panel& left, const Panel&
   if (r < rows) block(TileBlock<PARTS, 1, 4>{}, r, 0);
 }
 
-// A row of an operand: `count` values, and zeros up to `chunks` chunks; the parts of chunk k at out
-// + k*PARTS*kTilePairs.
+// Splits a row of an operand: `count` values, and zeros up to `chunks` chunks. The parts of chunk k
+// go to out + k*PARTS*kTilePairs.
 template <int PARTS>
 inline void split_row(const float* values, int64_t count, int64_t chunks, uint32_t* out) {
   for (int64_t k = 0; k < chunks; ++k) {
-    const int64_t at = k * kDepth, left = count - at;
-    split<PARTS>(left > 0 ? load_first(values + at, left) : Vec<float>{},
-                 left > kSide ? load_first(values + at + kSide, left - kSide) : Vec<float>{},
-                 out + k * PARTS * kTilePairs);
+    const int64_t offset = k * kDepth, remaining = count - offset;
+    split<PARTS>(
+        remaining > 0 ? load_first(values + offset, remaining) : Vec<float>{},
+        remaining > kSide ? load_first(values + offset + kSide, remaining - kSide) : Vec<float>{},
+        out + k * PARTS * kTilePairs);
   }
 }
 
-// 16 rows of 16 values that a tile was stored to, as columns.
+// Loads the columns of 16 rows of 16 values, which a tile was stored to.
 DX_INLINE void load_transposed(const float* tile, Vec<float> (&columns)[kSide]) {
   DX_UNROLL
   for (int i = 0; i < kSide; ++i) columns[i] = load(tile + i * kSide);
