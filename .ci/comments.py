@@ -1,7 +1,8 @@
 """Finds comments and docstrings whose first sentence opens with a word that leaves its noun to be guessed.
 
-A comment's first sentence has a subject and a verb, or is an imperative: `Sizes of maps are ...`, `Checks that ...`, not
-`The same for ...`, `Of the layers that ...`, `Whether ...`. Takes files; prints what it found and exits with 1.
+A comment's first sentence has a subject and a verb, or is an imperative: `Sizes of maps are ...`, `Check that ...`, not
+`The same for ...`, `Of the layers that ...`, `Whether ...`. Only a comment at the end of a line of code may open with `of`,
+because its noun stands before it: `int rows;  // of a block`. Takes files; prints what it found and exits with 1.
 """
 
 import ast
@@ -12,6 +13,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+COMMENT_SIGNS = ("#", "//", '"""')
 OPENERS = re.compile(r"(the same|of|those|what|whether|where|from|about|as)\b", re.IGNORECASE)
 
 
@@ -39,7 +41,7 @@ def cpp_comments(text: str) -> Iterator[tuple[int, str]]:
 
 
 def blocks(comments: list[tuple[tuple[int, int], str]]) -> Iterator[tuple[int, str]]:
-    """Of comments with their line and column the first line of each block."""
+    """Return the first line of each block of comments, all of which come with their line and column."""
     previous = (0, 0)
     for place, text in comments:
         if place != (previous[0] + 1, previous[1]):
@@ -50,9 +52,11 @@ def blocks(comments: list[tuple[tuple[int, int], str]]) -> Iterator[tuple[int, s
 def main(paths: list[str]) -> int:
     count = 0
     for path in paths:
-        read = python_comments if path.endswith(".py") else cpp_comments
-        for line, text in read(Path(path).read_text()):
-            if OPENERS.match(text.strip()):
+        read, content = python_comments if path.endswith(".py") else cpp_comments, Path(path).read_text()
+        lines = content.splitlines()
+        for line, text in read(content):
+            follows_code = not lines[line - 1].strip().startswith(COMMENT_SIGNS)
+            if OPENERS.match(text.strip()) and not (follows_code and text.strip().startswith("of ")):
                 print(f"{path}:{line}: {text.strip().splitlines()[0]}")
                 count += 1
     return int(count > 0)

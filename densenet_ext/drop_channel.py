@@ -7,7 +7,7 @@ from ._checks import check_probability
 from ._layout import arithmetic_dtype
 from ._transforms import in_functorch
 
-POSITIONS = ("pre_norm", "pre_conv")  # where Drop-Channel may stand in a dense layer
+POSITIONS = ("pre_norm", "pre_conv")  # Drop-Channel may stand there in a dense layer
 
 
 class DropChannel(nn.Module):

@@ -260,7 +260,7 @@ def with_gaps(x):
     return torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, : x.size(1)]
 
 
-# What is rejected beside that: an argument, what takes its place, and the error.
+# Further things that are rejected: an argument, what takes its place, and the error.
 REJECTED = [
     ("append", "m2", lambda _: None, "both be tensors or both be None"),
     ("append", "offset", lambda _: -1, "channels -1 to 3 of"),

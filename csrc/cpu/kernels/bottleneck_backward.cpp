@@ -37,7 +37,7 @@ struct BottleneckBackwardWorker {
   const T* gains = nullptr;          // gamma*rstd [channels]
   T *db = nullptr, *db_t = nullptr;  // [capacity, pitch], [pitch, stride]
   T *z = nullptr, *dz = nullptr;     // [kGroup, kChannelStride]
-  // of the thread's share of the tiles
+  // Sums over the thread's share of the tiles:
   T* dweight = nullptr;    // [channels, pitch]
   double* sums = nullptr;  // [channels, 2]
   int64_t pitch = round_up(a.width, kLanes), stride = padded_stride(capacity);

@@ -27,7 +27,7 @@ struct TransitionBackwardWorker {
   const T* weight = nullptr;             // [groups, outputs, kBlockChannels]
   T *dout = nullptr, *dout_t = nullptr;  // [capacity, pitch], [pitch, capacity]
   T *zp = nullptr, *dzp = nullptr;       // [kBlockChannels, capacity]
-  // of the thread's share of the tiles
+  // Sums over the thread's share of the tiles:
   T* dweight = nullptr;    // [channels, pitch]
   double* sums = nullptr;  // [channels, 2]
   int64_t outputs = a.grad_out.channels, pitch = round_up(outputs, kLanes);

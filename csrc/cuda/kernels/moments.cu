@@ -46,7 +46,7 @@ KERNEL __launch_bounds__(kMaxThreads, 3) moments_kernel(Arguments<S> a) {
   wait_for_earlier_kernels();
   using T = Arithmetic<S>;
   DYNAMIC_SHARED(memory);
-  constexpr int kInFlight = sizeof(T) == 8 ? 4 : 8;  // as many as the registers have room for
+  constexpr int kInFlight = sizeof(T) == 8 ? 4 : 8;  // the registers have room for so many
   const PixelRange range = a.ranges[blockIdx.x];
   const Group group = group_of<V>(a.map, blockIdx.y, a.channels);
   const S* const source = a.data + range.sample * a.ranges.pixels * a.pitch + group.first;

@@ -35,7 +35,7 @@ struct WideBottleneck {
   const PixelColumns& columns;
   int64_t chunks, pitch, width, column_step;  // of a group in columns, of z in pairs
   const uint32_t* weight = nullptr;           // [outputs / 16, chunks, P, 16, 16]
-  // of one thread
+  // These belong to one thread.
   uint32_t* z = nullptr;  // [2, width, chunks, P, 16, 16], with a gap from column to column
   float* sums = nullptr;  // [2, pitch / 16, 4, 16, 16]
 

@@ -11,7 +11,7 @@ namespace DENSENET_EXT_ISA {
 namespace {
 
 constexpr int64_t kPrefetchColumns =
-    16;  // from the column that is formed to the one that is fetched
+    16;  // distance of the column that is fetched from the one that is formed
 
 template <class S, int NR>
 class NarrowBottleneck {
