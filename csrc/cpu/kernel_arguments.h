@@ -9,9 +9,9 @@
 
 namespace densenet_ext {
 
-// Feature maps [samples, channels, height, width], planar unless said otherwise: the pixels of a
-// plane are contiguous, planes and samples may be padded. Of channels-last maps the channels of a
-// pixel are contiguous, and nothing is padded.
+// Feature maps [samples, channels, height, width]. Planar maps have contiguous planes; planes and
+// samples may be padded. In channels-last maps the channels of a pixel are contiguous, and nothing
+// is padded.
 template <class E>
 struct Maps {
   E* data = nullptr;
@@ -24,7 +24,7 @@ struct Maps {
   E* pixel(int64_t n, int64_t p) const { return data + (n * pixels() + p) * channels; }
 };
 
-// The backend of the argument structures: a stage and what is around it have the same kind of maps.
+// The backend of the argument structures. Maps inside and outside a stage are of the same kind.
 struct Cpu {
   template <class E>
   using Maps = densenet_ext::Maps<E>;
@@ -55,7 +55,7 @@ struct KernelSet {
   Kernels<Float16> float16;
 };
 
-// One definition each, in kernels/kernel_set.cpp compiled with that instruction set's flags.
+// kernels/kernel_set.cpp defines each of these, compiled with the flags of that instruction set.
 namespace baseline {
 const KernelSet& kernel_set();
 }
@@ -65,7 +65,7 @@ const KernelSet& kernel_set();
 namespace avx512 {
 const KernelSet& kernel_set();
 }
-namespace amx {  // kernels/amx/kernel_set.cpp, where the compiler knows these instructions
+namespace amx {  // defined in kernels/amx/kernel_set.cpp, if the compiler knows AMX
 const KernelSet& kernel_set();
 }
 

@@ -1,6 +1,6 @@
-// Threads and scratch memory for the kernels. The threads are torch's (its parallel_for lives in
-// its library, so no OpenMP of our own) and the memory comes from the arena if there is much of
-// it, which malloc would give back to the system after every call.
+// Threads and scratch memory for the kernels. The threads are torch's: its library has a
+// parallel_for, so this one needs no OpenMP. Large scratch comes from the arena, because malloc
+// would return it to the system after every call.
 #pragma once
 
 #include <cstddef>
@@ -26,18 +26,18 @@ class Scratch {
   bool in_arena_;
 };
 
-// How many values a thread has to have before it is worth waking it to copy or add them.
+// Waking a thread to copy or add values is worth it from this number of values on.
 constexpr int64_t kWorthAThread = 16384;
 
-// How many threads `parallel` will use for `items` items of work, of at least `values` values each.
+// The number of threads worth using for `items` items of work of at least `values` values each.
 int64_t thread_count(int64_t items, int64_t values = kWorthAThread);
 
 using ThreadBody = void (*)(void* context, int64_t thread, int64_t begin, int64_t end);
 void parallel_threads(int64_t items, int64_t threads, ThreadBody body, void* context);
 
-// body(thread, begin, end) on `threads` threads: each owns one contiguous share of the items, the
-// same at every call, so that sums kept per thread and merged in order are bit-equal from run to
-// run.
+// Calls body(thread, begin, end) on `threads` threads. Each thread gets one contiguous range of the
+// items, the same at every call: sums that are kept per thread and merged in order are bit-equal
+// from run to run.
 template <class F>
 void parallel(int64_t items, int64_t threads, const F& body) {
   parallel_threads(
