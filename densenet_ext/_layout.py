@@ -57,7 +57,7 @@ def lies_channels_last(maps: Tensor) -> bool:
 
 
 def new_maps(like: Tensor, channels: int, spatial: Sequence[int], channels_last: bool = False) -> Tensor:
-    """Uninitialized maps [N, channels, *spatial] without gaps, in the device's layout or, if asked for, channels last."""
+    """New maps [N, channels, *spatial] without gaps: channels last if asked for, else in the device's layout."""
     shape = (like.shape[0], channels, *spatial)
     if channels_last or is_channels_last(like):
         return like.new_empty_strided(shape, _channels_last_strides(spatial, channels))

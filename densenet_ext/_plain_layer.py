@@ -46,7 +46,7 @@ def drops_channels(layer: nn.Module) -> bool:
 
 
 def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
-    """Return relu(norm(x)). Where nothing else can see norm's output, ReLU overwrites it, whatever relu.inplace says."""
+    """Return relu(norm(x)). If nothing else can see norm's output, ReLU overwrites it, whatever relu.inplace says."""
     y = norm(x)
     if is_symbolic(x):
         return relu(y)

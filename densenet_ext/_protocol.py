@@ -1,6 +1,6 @@
 """The flat arguments of the stage ops: what their numbers mean, in which order their lists are, and what sizes follow.
 
-csrc/stage/protocol.h has the same names for C++. Constants are plain integers, no enums: every call hands them to an op.
+csrc/stage/protocol.h has the same names for C++. Constants are integers, not enums: every call hands them to an op.
 """
 
 from collections.abc import Sequence

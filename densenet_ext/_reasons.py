@@ -37,7 +37,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 # torch.nn.Module's call and a convolution's forward look these up on the instance first, then on the class.
 _METHODS = ("forward", "_conv_forward", "_call_impl")
 
-# torchvision may be imported later than this package, so the forward of the first norm of a type counts as the original.
+# torchvision may be imported after this package, so the forward of the first norm of a type counts as the original.
 _frozen_forward: dict[type, object] = {}
 
 
@@ -90,7 +90,7 @@ def layers_reason(layers: dict[str, nn.Module], layer_type: type, prefix: str) -
 
 
 def sharing_reason(layers: dict[str, nn.Module], prefix: str, *tail: tuple[str, nn.Module]) -> str | None:
-    """Check that the norms of a block share batch statistics with the same processes, and so does `tail`, a named norm."""
+    """Check that the norms of a block, and that of its `tail`, share batch statistics with the same processes."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     norms = [(f"{prefix}{name}.{part}", layer._modules[part]) for name, layer in layers.items() for part in _NORMS]

@@ -18,7 +18,7 @@ from ._snapshot import Unchanged
 
 
 def in_checkpoint() -> bool:
-    """Return True inside torch.utils.checkpoint: it keeps nothing anyway, and hands out a recomputed tensor only once."""
+    """Return True inside torch.utils.checkpoint: it keeps nothing anyway, and returns a recomputed tensor only once."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == checkpoint.__module__
 

@@ -31,10 +31,10 @@ def tracks(norm: nn.Module) -> bool:
 def update_running_statistics(
     norms: Sequence[nn.Module], widths: Sequence[int], stats: Tensor, values: int | Tensor
 ) -> None:
-    """Update the running statistics of every norm that tracks them with those of one batch, as torch.nn.BatchNorm2d does.
+    """Update the running statistics of every norm that tracks them with one batch, as torch.nn.BatchNorm2d does.
 
         running = (1 - momentum) * running + momentum * batch,    momentum None: 1 / num_batches_tracked
-    stats [>= 2, sum of widths]: means and biased variances in the order of `norms`; the running variance is updated with
+    stats [>= 2, sum of widths]: means and biased variances in the norms' order; the running variance is updated with
     the unbiased variance. values: how many values a channel they come from, a tensor if other processes share them.
     Without any values num_batches_tracked is counted up and nothing else changes. A norm that is listed twice is
     updated twice, one update after the other.

@@ -17,7 +17,7 @@ from .drop_channel import kept_scale
 
 
 class NotServed(ValueError):
-    """One op cannot serve these modules, though PyTorch can: `what` says why, of layers[index] or of the whole stage."""
+    """One op cannot serve these modules, but PyTorch can: `what` says why, for layers[index] or the whole stage."""
 
     def __init__(self, index: int | None, what: str):
         super().__init__(f"{'the stage' if index is None else f'layers[{index}]'}{what}")

@@ -1,6 +1,6 @@
 """The policy for modules and inputs that the fused implementation cannot serve: warn, raise, or say nothing.
 
-_reasons.py finds out what cannot be served. Unless an error is raised, the modules are called and give the same numbers.
+_reasons.py finds what cannot be served. Unless an error is raised, the modules are called and give the same numbers.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The memory that fused stages keep from step to step on CPU, with functions named as in torch.cuda.
 
-On CPU, feature buffers, gradient buffers, the tensors that a stage hands to the next, and scratch are workspaces if they
+On CPU, feature buffers, gradient buffers, tensors that a stage hands to the next, and scratch are workspaces if they
 have at least 128 KB. They come from an arena, which does not return its pages to the system when a tensor is freed. The
 next step uses the pages again, because mapping and clearing new ones would take longer than much of the arithmetic.
 torch's profiler does not see workspaces, so a figure of a step's memory has to add memory_reserved(). On other devices,

@@ -77,7 +77,7 @@ class _Place(torch.autograd.Function):
 
 
 class DenseStage(torch.autograd.Function):
-    """Autograd of dense_stage as one node: for a block without a tail, and for tracing, where the compiler plans memory.
+    """Autograd of dense_stage as one node: for a block without a tail, and for tracing, where a compiler plans memory.
 
     It is written by hand, because register_autograd takes milliseconds a step for lists of hundreds of tensors.
     """

@@ -1,6 +1,6 @@
 """Pure-PyTorch twin of every op: same name, same signature, same out-arguments.
 
-Each kernel op is here in the shortest PyTorch that says it; the compiled kernels are tested against it. `dense_stage.py`
+Each kernel op is here in the shortest PyTorch that says it; compiled kernels are tested against it. `dense_stage.py`
 and `dense_layer.py` compose them into the stage ops: the algorithm of the compiled stage, readable and runnable.
 
 Notation of the shapes:
@@ -10,7 +10,7 @@ Notation of the shapes:
 
 Batch normalization is folded into a scale and a shift: relu(norm(x)) = relu(scale * x + shift). Both are [1, channels],
 or [N, channels] where a mask makes them different for every sample. The gradient of batch statistics is deferred: the
-true gradient of a channel is coef[0] * grad + coef[1] + coef[2] * x, with `coef` [3, N, C] and `grad` [N, C, H, W] in A.
+true gradient of a channel is coef[0] * grad + coef[1] + coef[2] * x, with coef [3, N, C] and grad [N, C, H, W] in A.
 So for each layer that reads a channel, these statistics cost two numbers a sample instead of a pass over the pixels.
 """
 

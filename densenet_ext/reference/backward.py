@@ -66,7 +66,7 @@ def _norm_sums(x: Tensor, dv: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
 def _statistics_terms(
     slope: Tensor, mean: Tensor, rstd: Tensor, sum1: Tensor, sum2: Tensor, values: int, training: bool
 ) -> tuple[Tensor, Tensor]:
-    """The part of x's gradient that flows through batch statistics, -slope (S1 + xhat S2)/M: (constant, factor of x), [c]."""
+    """Batch statistics' part -slope (S1 + xhat S2)/M of the gradient of x, as (constant, factor of x), [c] each."""
     values = max(values, 1)
     constant = -slope * (sum1 - mean * rstd * sum2) / values
     factor = -slope * rstd * sum2 / values
@@ -164,8 +164,8 @@ def bottleneck_backward(
     bottleneck b [M, K2p] S; db_affine [3, K2], norm_weight, batch_mean, batch_var [c] A; grad_in [N, C, H, W] A, which
     may be grad itself. Written, all A: grad [N, C, H, W] and coef [3, N, C] at the first c channels, dweight like
     weight, dnorm_weight, dnorm_bias [c].
-    previous_scale, previous_shift, previous_weight [K2, c']: those of the layer that backward reaches next, or None. That
-    layer's b is computed again and overwrites this one's in `bottleneck`.
+    previous_scale, previous_shift, previous_weight [K2, c']: the layer that backward reaches next, or None. Its b
+    is computed again and overwrites this layer's in `bottleneck`.
     """
     width, channels = weight.shape[:2]
     columns = slice(channels)

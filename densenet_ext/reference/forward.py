@@ -167,7 +167,7 @@ def stem_forward(
     batch_var: Tensor,
     out: Tensor,
 ) -> None:
-    """out = max_pool2d(relu(norm(x)), 3, stride 2, padding 1), with the batch's statistics or, if has_statistics, with those passed.
+    """out = max_pool2d(relu(norm(x)), 3, stride 2, padding 1), with the passed statistics if has_statistics.
 
     x [N, C, H, W] S; norm_weight, norm_bias [C] A; batch_mean, batch_var (biased) [C] A, written unless has_statistics;
     out [N, C, (H+1)//2, (W+1)//2] S, written. Without any values the statistics are 0.

@@ -1,4 +1,4 @@
-"""The layers of a stage, forward and backward, composed of kernel ops. `dense_stage.py` and `dense_layer.py` use them."""
+"""The layers of a stage, forward and backward, composed of kernel ops, for `dense_stage.py` and `dense_layer.py`."""
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -132,7 +132,7 @@ def run_layers(stage: Stage, inputs: list[Tensor], features: Tensor, frozen_stat
 
 
 def run_layers_backward(stage: Stage, features, source, grad, coef, stats, gates, bottlenecks, dparams):
-    """Backward of all layers, last to first. `source` holds the gradient of the last layer's output, `grad` accumulates."""
+    """Backward of all layers, last to first. `source` has the last layer's output gradient, `grad` accumulates."""
     s, kernels = stage, stage.kernels
     workspace = None if s.options.kept_bottlenecks else s.new_bottleneck()
     dv = s.new_bottleneck(gradient_dtype(features))

@@ -179,7 +179,7 @@ STAGE_OP_ERRORS = {
 
 @pytest.mark.parametrize("name", STAGE_OP_ERRORS)
 def test_op_checks_its_arguments(name):
-    """The compiled op itself, called past the Python functions: an error, never a wrong read."""
+    """The compiled op, called without the Python functions around it, raises an error and reads nothing wrong."""
     change, message = STAGE_OP_ERRORS[name]
     args = [list(a) if isinstance(a, list) else a for a in Case(15, False, 0, "every second").args()]
     change(args)
@@ -200,7 +200,7 @@ def test_inputs_on_two_devices():
 
 
 def test_out_of_memory_leaves_nothing_behind():
-    """A batch of terabytes, which costs nothing itself: it is one value, expanded."""
+    """The batch has terabytes but takes no memory: it is one value, expanded."""
     block = EfficientDenseBlock(2, 4, 2, efficient="fused")
     state = copy.deepcopy(block.state_dict())
     huge = torch.zeros(1).expand(1 << 20, 4, 1 << 10, 1 << 10)
@@ -211,7 +211,7 @@ def test_out_of_memory_leaves_nothing_behind():
 
 
 def types(x, weights, norms, autocast=None):
-    """Return the error of a fused layer with inputs, convolutions and norms of these dtypes, or None."""
+    """Return the error of a fused layer with input, convolutions and norms of these dtypes, or None."""
     layer = EfficientDenseLayer(4, 3, se_reduction=1, efficient="fused").to(weights)
     layer.norm1.to(norms), layer.norm2.to(norms)
     try:
