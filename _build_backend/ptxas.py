@@ -70,7 +70,7 @@ def _short(name: str) -> str:
 
 
 def table(reports: list[Path]) -> str:
-    """The resources of all kernels. Shared memory is what the compiler fixes; spilled counts bytes stored and loaded."""
+    """The resources of all kernels. Shared memory is what the compiler fixes; spilled are bytes stored and loaded."""
     usages = [(path, usage) for path in reports for usage in parse(path.read_text())]
     names = readable([usage.function for _, usage in usages])
     rows = []

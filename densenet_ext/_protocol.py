@@ -12,7 +12,7 @@ from ._layout import padded_width
 
 
 class Tail:
-    """The consumer of a dense block's features that is part of the same op."""
+    """The part of a stage that consumes its dense block's features; NONE for a block alone."""
 
     NONE = 0
     TRANSITION = 1  # norm, ReLU, 1x1 convolution, 2x2 average pool

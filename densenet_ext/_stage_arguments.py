@@ -141,7 +141,7 @@ class StageArguments(NormArguments):
                 f"{self.growth}",
             )
         if conv1.shape[2:] != (1, 1) or conv2.shape[2:] != (3, 3):
-            raise NotServed(index, f" has weights {tuple(conv1.shape)} and {tuple(conv2.shape)}, not of 1x1 and of 3x3")
+            raise NotServed(index, f" has weights {tuple(conv1.shape)} and {tuple(conv2.shape)}, not 1x1 and 3x3")
         if conv2.shape[1] != width:
             raise ValueError(f"{name}.conv2.weight takes {conv2.shape[1]} channels; it must take {width}")
         hidden = None if se is None else se.fc1.weight.shape[0]
@@ -194,4 +194,4 @@ class StageArguments(NormArguments):
 def wrong_dtype(value: Tensor, name: str, dtypes: Sequence[torch.dtype], like: str = "") -> str:
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes))
     actual = str(value.dtype).removeprefix("torch.")
-    return f"{name} is of {actual}; it may be of {names}" + (f", as {like} is" if like else "")
+    return f"{name} has dtype {actual}; it may be {names}" + (f", as {like} is" if like else "")

@@ -84,7 +84,7 @@ def dense_stage(
         if tail_conv.weight.shape[1] != channels:
             raise ValueError(f"tail_conv takes {tail_conv.weight.shape[1]} channels; it must take {channels}")
         if tail_conv.weight.shape[2:] != (1, 1):
-            raise NotServed(None, f" has a weight {tuple(tail_conv.weight.shape)}, not of 1x1")
+            raise NotServed(None, f" has a weight {tuple(tail_conv.weight.shape)}, not 1x1")
         if x.shape[2] < 2 or x.shape[3] < 2:
             raise ValueError(f"x is {tuple(x.shape)}; a transition needs at least 2x2 pixels")
         arguments.add_weight(tail_conv.weight, "tail_conv.weight")
@@ -168,7 +168,7 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     arguments = NormArguments(x)
     arguments.add_norm(norm, x.shape[1], "norm")
     if arguments.shared_by >= 0:
-        raise ValueError("norm shares its batch statistics with other processes; the fused stem takes its own alone")
+        raise ValueError("norm shares its batch statistics with other processes; the fused stem cannot share")
     arguments.require_plain_parameters()
     with _no_autocast(x), handles.memory_errors():
         output, stats = handles.dense_stem(x, *arguments.params, arguments.frozen_stats, norm.eps)

@@ -6,7 +6,7 @@
 
 namespace densenet_ext {
 
-// The consumer of a dense block's features that is part of the same op.
+// The part of a stage that consumes its dense block's features; kNone for a block alone.
 enum Tail : int64_t {
   kNone,
   kTransition,             // norm, ReLU, 1x1 convolution, 2x2 average pool
