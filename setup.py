@@ -1,7 +1,7 @@
-"""Builds densenet_ext/_C and, where nvcc fits torch, densenet_ext/_cuda from csrc/. Metadata: pyproject.toml.
+"""Builds densenet_ext/_C and, if nvcc fits torch, densenet_ext/_cuda from csrc/. Metadata is in pyproject.toml.
 
-The CPU's kernels are compiled once per instruction set, the CUDA kernels once for all architectures, the rest once.
-`python setup.py cuda_registers` prints what resources each CUDA kernel uses.
+The CPU kernels are compiled once for each instruction set, the CUDA kernels once for all architectures.
+`python setup.py cuda_registers` prints the resources that each CUDA kernel uses.
 
 Environment variables: CXX, CXXFLAGS, LDFLAGS as usual; MAX_JOBS limits how many compilers run at once;
 DENSENET_EXT_SANITIZE=address,undefined builds with these sanitizers; DENSENET_EXT_CUDA=1 makes it an error if the CUDA
@@ -39,8 +39,8 @@ COMMON_FLAGS = [
     "-fno-trapping-math",
     "-Icsrc",
 ]
-# Used where the compiler knows them. Predictive commoning spills the accumulators of the register-blocked kernels, and
-# GCC 12 finds uninitialized variables in its own AVX-512 header.
+# These flags are used if the compiler knows them. Predictive commoning would spill the accumulators of register-blocked
+# kernels, and GCC 12 warns of uninitialized variables in its own AVX-512 header.
 GCC_FLAGS = ["-fno-predictive-commoning", "-Wno-maybe-uninitialized"]
 
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
@@ -48,14 +48,15 @@ AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512v
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS}
-# Matrix products alone, for what is AVX-512 otherwise; left out where the compiler or its assembler is too old for it.
+# AMX serves matrix products only, in kernels that use AVX-512 otherwise. It is left out if compiler or assembler are
+# too old.
 AMX_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
 AMX_KERNELS = "cpu/kernels/amx/*.cpp"
 AMX_EXAMPLE = '#include <immintrin.h>\nvoid f() { asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }\n'
 
-# Files that check arguments and call kernels take a third less time to compile so, and run as fast.
+# With -O1, files that check arguments and call kernels take a third less time to compile and run as fast.
 HOST_OPTIMIZATION, KERNEL_OPTIMIZATION = "-O1", "-O3"
-HOST_KERNELS = [os.path.join("csrc", "cpu", "fold_norm.cpp")]  # among those files, but with loops over tensors
+HOST_KERNELS = [os.path.join("csrc", "cpu", "fold_norm.cpp")]  # such a file, but with loops over tensors
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-Icsrc"]
 
@@ -81,7 +82,7 @@ def amx_kernels(compiler):
 
 
 def cuda_sources():
-    """The sources for the C++ compiler, and the kernels."""
+    """The sources for the C++ compiler, and the kernels for nvcc."""
     return find_sources("cuda/*.cpp"), find_sources("cuda/kernels/*.cu")
 
 
@@ -99,7 +100,7 @@ def required_torch():
 
 def required_compiler():
     compiler = native.find_compiler()
-    # <charconv> came last of C++17's headers: with it, the language is there too
+    # <charconv> was the last of C++17's headers to be implemented: a compiler that has it knows the language, too.
     newest_flags = INSTRUCTION_SETS.get("avx512", [])
     if not compiler.accepts("-std=c++17", *newest_flags, source="#include <charconv>\n#include <optional>\n"):
         raise native.NativeBuildError(
@@ -126,7 +127,7 @@ def cpp_flags(compiler, optimization):
 
 
 def link_flags(torch, *libraries):
-    # No rpath: `import torch` comes first and has these libraries in the process, wherever they are.
+    # There is no rpath: `import torch` comes first and loads these libraries, wherever they are.
     flags = ["-shared", *sanitizer_flags(), f"-L{torch.directory / 'lib'}", *libraries]
     if sys.platform == "darwin":
         flags += ["-undefined", "dynamic_lookup"]
@@ -164,7 +165,7 @@ def module_flags(version, torch, toolkit, instruction_sets):
 
 
 def describe_library(path, root, compiler, torch, version, toolkit):
-    """_C. What depends on torch goes beside it."""
+    """The library _C. Objects that depend on torch's version go to the library's folder."""
     host, kernel = cpp_flags(compiler, HOST_OPTIMIZATION), cpp_flags(compiler, KERNEL_OPTIMIZATION)
     library = native.Library(path, compiler)
     library.link_flags = link_flags(torch, "-ltorch_cpu", "-lc10")
@@ -178,8 +179,8 @@ def describe_library(path, root, compiler, torch, version, toolkit):
     for source in cpp_sources():
         flags = [*extras.get(source, []), *torch_flags(torch), *(kernel if source in HOST_KERNELS else host)]
         library.objects.append(native.Object(source, path.parent, compiler, flags))
-    # The kernels know nothing of torch: with another one, none of them is compiled again.
-    # The linker keeps the first copy of an inline function, so the one that every machine can run has to come first.
+    # Kernels know nothing of torch, so another torch needs none of them compiled again.
+    # The linker keeps the first copy of an inline function, so the instruction set of every machine has to come first.
     for name, extra in INSTRUCTION_SETS.items():
         for source in cpu_kernels():
             library.objects.append(
@@ -193,7 +194,7 @@ def describe_library(path, root, compiler, torch, version, toolkit):
 
 
 def describe_cuda_library(path, root, compiler, torch, version, toolkit):
-    """_cuda: only where torch has CUDA can it be loaded."""
+    """The library _cuda, which can be loaded only if torch has CUDA."""
     sources, kernels = cuda_sources()
     architectures, library = toolkit.architectures, native.Library(path, compiler)
     library.link_flags = link_flags(torch, "-ltorch_cuda", "-ltorch_cpu", "-lc10", *toolkit.libraries)
@@ -214,7 +215,7 @@ def describe_cuda_library(path, root, compiler, torch, version, toolkit):
 class BuildExtension(build_ext):
     def finalize_options(self):
         super().finalize_options()
-        # Have the library copied to its place even over a newer one, built with another torch; ninja decides the rest.
+        # Always copy the library to its place, even over a newer one built with another torch; ninja decides the rest.
         self.force = True
 
     def build_extensions(self):
@@ -233,14 +234,14 @@ class BuildExtension(build_ext):
         else:
             architectures = ", ".join(self.toolkit.architectures)
             print(f"CUDA kernels: for {architectures}, with {self.toolkit.description}", flush=True)
-        # a directory for each torch, so that going back and forth between two compiles nothing again
+        # Each torch has its own directory, so that going back and forth between two compiles nothing again.
         root = Path(self.build_temp, *filter(None, [SANITIZERS.replace(",", "-")]))
         directory = root / f"torch-{torch.version}"
         paths = [directory / os.path.basename(self.get_ext_fullpath(ext.name)) for ext in self.extensions]
         facts = root, compiler, torch, self.distribution.get_version(), self.toolkit
         libraries = [describe_library(paths[0], *facts)]
         if not without_cuda:
-            libraries.insert(0, describe_cuda_library(paths[1], *facts))  # takes longest, so it starts first
+            libraries.insert(0, describe_cuda_library(paths[1], *facts))  # it takes longest, so it starts first
         native.build(libraries, root, directory, self.verbose > 1)
         for ext, path in zip(self.extensions, paths, strict=True):
             destination = self.get_ext_fullpath(ext.name)

@@ -18,7 +18,7 @@ OPENERS = re.compile(r"(the same|of|those|what|whether|where|from|about|as)\b", 
 
 
 def python_comments(text: str) -> Iterator[tuple[int, str]]:
-    """Line and text of each docstring, and of each comment with the lines that continue it."""
+    """Line and text of each docstring, and line and first line of each comment."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node, clean=False)
@@ -31,7 +31,7 @@ def python_comments(text: str) -> Iterator[tuple[int, str]]:
 
 
 def cpp_comments(text: str) -> Iterator[tuple[int, str]]:
-    """Line and text of each comment of C++ or CUDA with the lines that continue it."""
+    """Line and first line of each comment of C++ or CUDA."""
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         comment = re.search(r'(?<!["\w:])//(?!/)', line)
@@ -41,7 +41,7 @@ def cpp_comments(text: str) -> Iterator[tuple[int, str]]:
 
 
 def blocks(comments: list[tuple[tuple[int, int], str]]) -> Iterator[tuple[int, str]]:
-    """Return the first line of each block of comments, all of which come with their line and column."""
+    """The first lines of comments: lines that follow each other in the same column are one comment."""
     previous = (0, 0)
     for place, text in comments:
         if place != (previous[0] + 1, previous[1]):

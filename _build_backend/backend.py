@@ -1,4 +1,4 @@
-"""PEP 517 build backend: setuptools, plus a torch to build against only where the environment has none."""
+"""PEP 517 build backend: setuptools' own, which also asks for torch if the environment has none to build against."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    # setuptools packs whatever an earlier build left here, modules deleted since then too.
+    # setuptools packs whatever an earlier build left here, even modules that have been deleted since.
     for leftover in Path("build").glob("lib*"):
         shutil.rmtree(leftover)
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)

@@ -1,4 +1,4 @@
-"""Compiles and links shared libraries with ninja; what a changed header affects is rebuilt, and nothing else."""
+"""Compiles and links shared libraries with ninja, which rebuilds only what a change affects, headers included."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEMORY_PER_COMPILER = 1 << 30  # bytes, generously
 
 
 class NativeBuildError(Exception):
-    """Says what went wrong and what to do, in a sentence a user can act on."""
+    """A build failed; the message says what went wrong and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Compiler:
         return subprocess.run(probe, input=source, capture_output=True, text=True).returncode == 0
 
     def compile(self, source: str, output: str, flags: list[str]) -> list[str]:
-        """The command, which also writes what it has read to output.d."""
+        """The command that compiles; it also lists the files that it has read in output.d."""
         return [*self.command, *flags, "-MMD", "-MF", f"{output}.d", "-c", source, "-o", output]
 
 
@@ -39,7 +39,7 @@ class Object:
     directory: Path
     compiler: Compiler
     flags: list[str]
-    variant: str = ""  # names the instruction set where a source is compiled several times
+    variant: str = ""  # the instruction set, if a source is compiled for several
 
     @property
     def path(self) -> Path:
@@ -60,12 +60,12 @@ class Step:
     inputs: list[str]
     command: list[str]
     description: str
-    tool: str  # for reports
+    tool: str  # the compiler's name and version, for error messages
     depfile: str = ""
 
 
 def find_compiler() -> Compiler:
-    """$CXX, else the first C++ compiler on the path."""
+    """Return $CXX, else the first C++ compiler on the path."""
     if os.environ.get("CXX"):
         command = tuple(shlex.split(os.environ["CXX"]))
     else:
@@ -86,7 +86,7 @@ def find_compiler() -> Compiler:
 
 
 def build(libraries: list[Library], root: Path, directory: Path, verbose: bool = False) -> None:
-    """Brings the libraries up to date. Records are kept in root, for whatever is built below it; directory has the plan."""
+    """Bring the libraries up to date. `directory` gets ninja's plan, `root` its records of all builds below."""
     directory.mkdir(parents=True, exist_ok=True)
     steps = [step for library in libraries for step in _steps(library)]
     os.environ["DENSENET_EXT_PYTHON"] = sys.executable
@@ -141,7 +141,7 @@ def _write_ninja_file(steps: list[Step], root: Path, directory: Path) -> Path:
 
 
 def _run(command: list[str]) -> list[str] | None:
-    """Shows what ninja prints; returns it where ninja failed."""
+    """Run ninja and show what it prints. Returns its output if it failed, else None."""
     output = []
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     with subprocess.Popen(command, stdout=pipe, stderr=both, text=True, errors="replace") as ninja:
@@ -153,7 +153,7 @@ def _run(command: list[str]) -> list[str] | None:
 
 
 def _run_without_ninja(steps: list[Step]) -> list[str] | None:
-    """Serves machines that have no ninja: runs each step whose command or inputs have changed, all compilers first."""
+    """Run each step whose command or inputs have changed, compilers first. Returns the output of a step that failed."""
 
     def run(step: Step) -> list[str] | None:
         record = Path(f"{step.output}.command")
@@ -194,7 +194,7 @@ def _outdated(step: Step, command: str, record: Path) -> bool:
 
 
 def _shell(command: list[str]) -> str:
-    # This Python by a variable, so that nothing is compiled again for another environment's.
+    # A variable stands for this Python, so that another environment's Python does not change the commands.
     return " ".join('"$DENSENET_EXT_PYTHON"' if word == sys.executable else shlex.quote(word) for word in command)
 
 
@@ -214,7 +214,7 @@ def _find_ninja() -> str | None:
 
 
 def _parallel_jobs() -> int:
-    """MAX_JOBS, else one compiler per core as far as memory allows."""
+    """Return MAX_JOBS, else one compiler a core as far as memory allows."""
     if os.environ.get("MAX_JOBS"):
         try:
             return max(1, int(os.environ["MAX_JOBS"]))
@@ -228,7 +228,7 @@ def _available_memory() -> float:
     available = float("inf")
     try:
         available = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-        # a container's limit; the word "max" where there is none
+        # This is a container's limit; the word "max" stands for none.
         available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, TypeError, ValueError):
         pass

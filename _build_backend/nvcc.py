@@ -15,8 +15,8 @@ from native import Compiler, NativeBuildError
 from target import Torch
 
 OLDEST = (8, 0)  # compute capability: the kernels use its asynchronous copies and bfloat16 products
-# Machines that build often have no GPU to ask, so "native" stands for these, too. Code for 8.0 runs on 8.6 and 8.9; with
-# code of their own the build would take twice as long. PTX serves what is newer than all of these.
+# "native" stands for these, too, because a machine that builds often has no GPU. Code for 8.0 runs on 8.6 and 8.9; code
+# for each of them would double the time of the build. PTX serves all newer devices.
 DEFAULT_ARCHITECTURES = "8.0 9.0+PTX"
 NAMED_ARCHITECTURES = {
     "Ampere": "8.0 8.6+PTX",
@@ -30,7 +30,7 @@ PTXAS = os.path.join(os.path.basename(os.path.dirname(__file__)), "ptxas.py")
 
 @dataclass(frozen=True)
 class NoCuda:
-    """Why the CUDA kernels are not built, and what would change that."""
+    """The CUDA kernels are not built: the reason, and what the user can do about it."""
 
     reason: str
     remedy: str = ""
@@ -38,10 +38,10 @@ class NoCuda:
 
 @dataclass(frozen=True)
 class Toolkit(Compiler):
-    """nvcc, and the runtime that is linked statically.
+    """nvcc, and its CUDA runtime, which is linked statically.
 
-    So the runtime is as new as the compiler that calls into it, which torch's own, of any minor version, may not be.
-    Several runtimes share a process, its contexts and its streams; torch's libraries bring some of their own.
+    torch's runtime may be of an older minor version than this compiler, whose code needs a runtime as new as itself.
+    Several runtimes can share a process, its contexts and its streams; torch's libraries bring some, too.
     """
 
     version: str
@@ -53,12 +53,12 @@ class Toolkit(Compiler):
 
 
 def report_of(output: str | Path) -> Path:
-    """The file in which ptxas.py keeps what the assembler says of an object's kernels."""
+    """The file in which ptxas.py keeps the assembler's report on an object's kernels."""
     return Path(output).with_suffix(".cu.ptxas")
 
 
 def find_cuda(torch: Torch, have_sources: bool = True, sanitized: bool = False) -> Toolkit | NoCuda:
-    """The toolkit to build with. DENSENET_EXT_CUDA=1 makes it an error to have none, =0 looks for none."""
+    """Find the toolkit to build with. DENSENET_EXT_CUDA=1 makes it an error to find none; =0 looks for none."""
     wanted = os.environ.get("DENSENET_EXT_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise NativeBuildError(f"DENSENET_EXT_CUDA must be 0, 1 or unset, but is {wanted!r}")
@@ -76,7 +76,7 @@ def find_cuda(torch: Torch, have_sources: bool = True, sanitized: bool = False) 
 
 
 def parse_architectures(text: str) -> tuple[str, ...]:
-    """ "8.0;9.0+PTX", torch's syntax for TORCH_CUDA_ARCH_LIST. Suffixes (9.0a) are dropped: no kernel needs what they add."""
+    """Parse TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX". Suffixes (9.0a) are dropped: no kernel needs what they add."""
     words = re.split(r"[;,\s]+", text.strip())
     words = " ".join(NAMED_ARCHITECTURES.get(word, word) for word in words).split()
     architectures = {}
@@ -126,7 +126,7 @@ def _find_toolkit(torch: Torch) -> Toolkit | NoCuda:
 
 
 def _compilers() -> list[tuple[str, ...]]:
-    """$CUDA_HOME's, $CUDACXX, the one on the path, the usual place's."""
+    """The commands of nvcc to try: of $CUDA_HOME, $CUDACXX, on the path, in the usual place."""
     commands = []
     if home := os.environ.get("CUDA_HOME"):
         commands.append((os.path.join(home, "bin", "nvcc"),))
@@ -148,7 +148,7 @@ def _version(command: tuple[str, ...]) -> str | None:
 
 
 def _examine(command: tuple[str, ...], version: str) -> Toolkit | NoCuda:
-    """True if this nvcc accepts the host compiler and the architectures, and has the runtime beside it."""
+    """Check that this nvcc accepts the host compiler and the architectures, and has the static runtime beside it."""
     if os.environ.get("CXX"):
         command = (*command, "-ccbin", shlex.split(os.environ["CXX"])[-1])
     architectures = parse_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES)

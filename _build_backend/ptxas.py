@@ -1,6 +1,6 @@
-"""Reads what nvcc's assembler says of the kernels: a build in which one spills registers fails, and a table shows the rest.
+"""Reads the assembler's report on CUDA kernels: fails a build in which a kernel spills registers, and prints a table.
 
-``python ptxas.py log nvcc …`` runs that command of nvcc, which has ``-Xptxas -v`` in it, and keeps the report in log.
+``python ptxas.py log nvcc …`` runs this nvcc command, which needs ``-Xptxas -v``, and keeps the report in ``log``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def parse(report: str) -> list[Usage]:
 
 
 def readable(functions: list[str]) -> list[str]:
-    """Demangled, without namespaces and parameters."""
+    """The names of these functions, demangled, without namespaces and parameters."""
     if shutil.which("c++filt"):
         text = "\n".join(functions)
         functions = subprocess.run(["c++filt"], input=text, capture_output=True, text=True).stdout.splitlines()
@@ -70,7 +70,7 @@ def _short(name: str) -> str:
 
 
 def table(reports: list[Path]) -> str:
-    """Bytes of shared memory are those fixed at compile time; spilled are bytes stored and loaded."""
+    """The resources of all kernels. Shared memory is what the compiler fixes; spilled are bytes stored and loaded."""
     usages = [(path, usage) for path in reports for usage in parse(path.read_text())]
     names = readable([usage.function for _, usage in usages])
     rows = []

@@ -1,7 +1,7 @@
 """Finds the torch that densenet_ext is built against, without importing it.
 
-pip builds in an isolated environment that hides the packages of the one it installs into, yet a build must use exactly
-the torch found there: installing a second one costs gigabytes, and may be of another CUDA version.
+pip builds in an isolated environment, which hides the packages of the environment that it installs into. Yet a build
+must use exactly the torch found there: a second one takes gigabytes, and may be for another version of CUDA.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Torch:
 
 
 def find_torch() -> Torch | None:
-    """The torch of this environment; failing that, of the one pip is installing into; failing that, None."""
+    """Return the torch of this environment, or else of the environment that pip installs into, or else None."""
     directory = _visible_here() or _visible_to_plain_python()
     if directory is None:
         return None
@@ -48,7 +48,7 @@ def _visible_to_plain_python() -> Path | None:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     code = "import importlib.util as u; spec = u.find_spec('torch'); print(spec.origin if spec else '')"
     command = [sys.executable, "-c", code]
-    # `-c` puts the current directory on the path: start where no source tree of torch can lie
+    # `-c` puts the current directory on the path, so start in a folder that holds no source tree of torch.
     elsewhere = os.path.dirname(sys.executable)
     found = subprocess.run(command, env=environment, cwd=elsewhere, capture_output=True, text=True)
     origin = found.stdout.strip()

@@ -1,5 +1,5 @@
-// The Python module densenet_ext._C: what was built, and what runs. The ops themselves are torch's
-// to find: see ops.cpp.
+// The Python module densenet_ext._C reports how the library was built and what it uses. The ops are
+// not in the module: ops.cpp registers them with torch.
 #include <torch/csrc/stable/ops.h>
 
 #include <chrono>
@@ -12,8 +12,8 @@
 #include "stage/memory_limit.h"
 #include "stage/workspace.h"
 
-// If pybind11 is not installed, torch's copy serves. It refuses users of the stable ABI, whom
-// its headers must not reach; here they reach nothing but this file.
+// If pybind11 is not installed, torch's copy serves. Its headers refuse to be included by users of
+// the stable ABI; in this file alone they may be, because it uses nothing else of torch's C++ API.
 #pragma push_macro("TORCH_TARGET_VERSION")
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
@@ -47,13 +47,13 @@ py::dict build_info() {
   return info;
 }
 
-// How many threads take part when torch runs a loop in parallel, found by asking them.
+// Counts the threads that take part when torch runs a loop in parallel.
 size_t parallel_threads() {
   py::gil_scoped_release release;
   std::mutex mutex;
   std::set<std::thread::id> seen;
   torch::stable::parallel_for(0, 1024, 1, [&](int64_t, int64_t) {
-    // Long enough for every thread to get its share.
+    // Each item takes long enough for every thread to get some.
     const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(2);
     while (std::chrono::steady_clock::now() < end) {
     }
@@ -67,8 +67,7 @@ size_t parallel_threads() {
 }  // namespace densenet_ext
 
 PYBIND11_MODULE(_C, m) {
-  densenet_ext::cpu_capability();  // fails the import where the environment asks for one that
-                                   // cannot be
+  densenet_ext::cpu_capability();  // fails the import if DENSENET_EXT_CPU_CAPABILITY cannot be met
   m.def("build_info", &densenet_ext::build_info, "How this library was built.");
   m.def("cpu_capability", &densenet_ext::cpu_capability,
         "The instruction set of the CPU kernels in use.");
@@ -84,7 +83,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_workspaces", &densenet_ext::release_workspaces,
         "Gives the memory of workspaces that no tensor holds back to the system.");
   m.def("set_workspace_limit", &densenet_ext::set_workspace_limit,
-        "How many bytes may stay occupied without being held.");
+        "Limits how many bytes may stay occupied without being held.");
   m.def("memory_limit", &densenet_ext::memory_limit, py::arg("root"), py::arg("most"),
         "The memory that control groups leave to this process, `most` at most.");
 }

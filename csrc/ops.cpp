@@ -1,4 +1,4 @@
-// All ops, by schema.
+// The schemas of all ops.
 //
 // Shapes: N samples, C channels of the feature buffer, c of them in use, k growth rate, K2 width of
 // the bottleneck (its rows [M, K2] are padded to a multiple of 16), r hidden width of
@@ -6,8 +6,8 @@
 // each argument.
 #include <torch/csrc/stable/library.h>
 
-// Kernel ops write into their arguments and have no autograd. allow_tf32: products of float32 may
-// be of TF32 (CUDA).
+// Kernel ops write into their arguments and have no autograd. allow_tf32: float32 products may be
+// computed in TF32 (CUDA).
 STABLE_TORCH_LIBRARY(densenet_ext, m) {
   m.def(R"(append(
     Tensor x,
@@ -285,10 +285,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
     int dx_layout
   ) -> (Tensor dx, Tensor[] dparams))");
 
-  // dense_stage_backward of a stage with a tail, in two parts: dense_block_backward works on what
-  // dense_tail_backward starts. The gradients of the block's parameters are written into
-  // new_gradients of them, which only allocates: torch.compile takes no op that writes into its
-  // arguments and returns a list of tensors.
+  // These three are dense_stage_backward of a stage with a tail, in two parts: dense_tail_backward
+  // starts the gradient buffer, and dense_block_backward finishes it. The latter writes the
+  // gradients of the parameters into tensors that new_gradients has allocated, because
+  // torch.compile refuses ops that write into their arguments and also return a list of tensors.
   m.def(R"(dense_tail_backward(
     Tensor grad,
     Tensor? grad_skip,

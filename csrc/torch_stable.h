@@ -1,4 +1,4 @@
-// Small words over torch's stable ABI: checks that name the argument, new tensors, calls of ops.
+// Helpers over torch's stable ABI: checks that name the argument, new tensors, calls of ops.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Optional = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
-using Shape = torch::headeronly::IntHeaderOnlyArrayRef;  // refers to sizes that somebody else holds
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;  // a view of sizes, which it does not own
 
 inline std::string describe(Shape sizes) {
   std::string s = "[";
@@ -64,8 +64,8 @@ inline void check_contiguous(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
 
-// True if maps [N, C, H, W] lie as [N, H, W, C] without gaps. (The stride of a dimension of size 1
-// says nothing.)
+// True if maps [N, C, H, W] lie in memory as [N, H, W, C] without gaps. The strides of dimensions
+// of size 1 do not matter.
 inline bool is_dense_channels_last(const Tensor& t) {
   int64_t stride = 1;
   for (const int64_t dim : {1, 3, 2, 0}) {
@@ -75,13 +75,13 @@ inline bool is_dense_channels_last(const Tensor& t) {
   return true;
 }
 
-// The stages make hundreds of tensors a step, so these two go around the dispatcher, which takes
-// longer than all the rest of making one.
+// This function and `piece` bypass the dispatcher, which takes longer than all the rest of creating
+// a tensor: the stages create hundreds a step.
 inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides,
                             ScalarType type) {
   using torch::stable::detail::from;
   AtenTensorHandle handle = nullptr;
-  // For these arguments only memory can be what is missing, and the error's own text may be lost.
+  // With these arguments only a lack of memory can be the cause; torch's error text may be lost.
   STD_TORCH_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(from(type)), device_type_of(like),
@@ -99,7 +99,7 @@ inline Sizes contiguous_strides(const Sizes& sizes) {
 inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
   return empty_strided(like, sizes, contiguous_strides(sizes), type);
 }
-// A view of what a contiguous tensor holds from `offset` on.
+// A contiguous view of a contiguous tensor's elements from `offset` on.
 inline Tensor piece(const Tensor& t, int64_t offset, const Sizes& sizes) {
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(

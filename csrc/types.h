@@ -1,4 +1,4 @@
-// What the kernels of all devices share: storage types, and what hangs on samples and channels.
+// Types shared by the CPU and CUDA kernels: storage types, and per-sample, per-channel arrays.
 //
 // Vocabulary: n sample, c channel, p pixel of a map of P = height*width pixels, M = N*P rows; k
 // growth rate, K2 bottleneck width; S storage type of feature maps, T = Arithmetic<S> the type of
@@ -15,7 +15,7 @@
 
 namespace densenet_ext {
 
-// Storage only: arithmetic is float.
+// These two types are for storage only; arithmetic on their values is in float.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -49,20 +49,20 @@ struct PerChannel {
   DENSENET_EXT_BOTH const T* row(int64_t n) const { return data + n * sample_stride; }
 };
 
-// z = relu(scale * x + shift): batch normalization, the masks around it and ReLU.
+// Scale and shift of z = relu(scale * x + shift): batch normalization with the masks around it.
 template <class T>
 struct ScaleShiftTable {
   PerChannel<T> scale, shift;
 };
 
-// A batch normalization in backward, beside its scale and shift: C channels each.
+// The arrays that backward of a batch normalization needs beside scale and shift, [channels] each.
 template <class T>
 struct Norm {
   const T* weight;
   const T* mean;
   const T* var;
   double eps;
-  bool training;  // mean and var are the batch's own, so that gradients flow through them
+  bool training;  // mean and var come from the batch, so that gradients flow through them
 };
 
 // The true gradient of a channel is coef[0]*G + coef[1] + coef[2]*x; data [3, samples, channels].
@@ -76,7 +76,7 @@ struct Coefficients {
   }
 };
 
-// Moments [samples, channels] of a feature buffer; null when not wanted.
+// Moments [samples, channels] of a feature buffer; null if they are not wanted.
 template <class T>
 struct Moments {
   T* mean = nullptr;

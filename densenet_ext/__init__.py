@@ -1,4 +1,4 @@
-"""DenseNet training with the least memory the mathematics allows: fused dense stages for PyTorch."""
+"""Fused dense stages for PyTorch, which train DenseNets in a fraction of the memory."""
 
 from ._version import __version__
 

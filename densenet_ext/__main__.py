@@ -7,7 +7,7 @@ from densenet_ext import info
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that the arguments name, by default those of the command line, and return its exit status."""
+    """Run the command that `arguments` name, by default the command line's, and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m densenet_ext", description="densenet_ext trains DenseNets in a fraction of the memory."
     )

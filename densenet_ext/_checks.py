@@ -26,7 +26,7 @@ def check_probability(value: float, name: str) -> float:
 
 
 def check_efficient(value: bool | str) -> bool | str:
-    """Return False, 'checkpoint' or 'fused', which True stands for; raise ValueError for any other value."""
+    """Return `value` as False, 'checkpoint' or 'fused' (True means 'fused'); raise ValueError for any other value."""
     if isinstance(value, bool):
         return "fused" if value else False
     if not isinstance(value, str) or value not in ("checkpoint", "fused"):

@@ -6,7 +6,7 @@ from ._checks import check_efficient
 
 
 class EfficientModule(nn.Module):
-    """A module whose implementation may be changed at any time; a change reaches all such modules inside, too.
+    """A module whose implementation may be changed at any time; a change also reaches all such modules inside it.
 
     The implementations give the same numbers and read the same parameters. They differ in memory and time.
     """
@@ -19,7 +19,7 @@ class EfficientModule(nn.Module):
         """False, 'checkpoint' or 'fused'. Setting it to True sets 'fused'.
 
         Raises:
-            ValueError: it is set to anything else; nothing was changed.
+            ValueError: it is set to another value; nothing was changed.
         """
         return self._efficient
 

@@ -1,4 +1,4 @@
-"""The way through a network's features: module by module, or several of them at once by one op.
+"""Run a network's features: module by module, or several modules at once by one op.
 
 Two groups of modules are fused: norm0, relu0 and pool0 of the stem, and a dense block with the transition after it, or
 with norm5 and the rest of the head.
@@ -18,7 +18,8 @@ _Named = list[tuple[str, nn.Module]]
 def run_features(modules: dict[str, nn.Module], x: Tensor, head: bool = False) -> tuple[Tensor, bool]:
     """Run the modules in order, fused where the fused implementation serves them.
 
-    Returns the output, and True if the head (last norm, ReLU, global average pool) is in it, which only `head` allows.
+    head: True if the last stage may include the head (norm5, ReLU, global average pool). Returns the output, and True
+    if the stage did include it.
     """
     rest, pooled = list(modules.items()), False
     fuses = any(_is_fused_block(module) for module in modules.values()) and not is_symbolic(x)
@@ -45,7 +46,7 @@ def _names(modules: _Named) -> list[str]:
 
 
 def _run_modules(rest: _Named, x: Tensor) -> tuple[Tensor, int]:
-    """Call the first of these modules, or the norm and the ReLU of the stem, and return how many were called."""
+    """Call the first of these modules, or the stem's norm and ReLU. Returns the output and how many were called."""
     if _names(rest[:2]) == ["norm0", "relu0"]:
         return norm_relu(rest[0][1], rest[1][1], x), 2
     return rest[0][1](x), 1
@@ -59,13 +60,16 @@ def _to_channels_last(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or x.dim() != 4 or _reasons.call_reason([x]) is not None:
         return x
     x = x.contiguous(memory_format=torch.channels_last)
-    if x.shape[1] == 1:  # planar and channels last at once: PyTorch takes the strides to tell which is meant
+    if x.shape[1] == 1:  # planar and channels last at once: PyTorch tells by the strides which is meant
         x = x.reshape(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
     return x
 
 
 def _run_stem(rest: _Named, x: Tensor) -> tuple[Tensor | None, int]:
-    """Run norm0, relu0 and pool0 by one op and return 3, or None, and a report, where something hinders that."""
+    """Run norm0, relu0 and pool0 by one op. Returns its output and 3.
+
+    Returns (None, 0) if these are not the next modules, or if one op cannot serve them, which it reports.
+    """
     if _names(rest[:3]) != ["norm0", "relu0", "pool0"]:
         return None, 0
     reason = _reasons.stem_reason([(f"features.{name}", module) for name, module in rest[:3]], x)
@@ -79,7 +83,7 @@ def _run_stem(rest: _Named, x: Tensor) -> tuple[Tensor | None, int]:
 
 
 def _run_stage(rest: _Named, x: Tensor, head: bool) -> tuple[Tensor | None, int]:
-    """Run a block and its consumer by one op and return 2, or None where they cannot be fused into a stage."""
+    """Run a block and its tail by one op. Returns its output and 2, or (None, 0) if these modules are no stage."""
     if len(rest) < 2:
         return None, 0
     (name, block), (consumer_name, consumer) = rest[:2]
@@ -95,7 +99,7 @@ def _run_stage(rest: _Named, x: Tensor, head: bool) -> tuple[Tensor | None, int]
     reason = reason or _reasons.module_reason(block, "features.", name, EfficientDenseBlock)
     if reason is None:
         if block.fallback_reason(x) is not None:
-            return None, 0  # the block reports it when it is called
+            return None, 0  # the block reports the reason when it is called
         tail = (consumer.norm, consumer.conv) if isinstance(consumer, Transition) else (consumer,)
         reason = _reasons.sharing_reason(block._modules, block._prefix, (path, tail[0]))
     if reason is not None:

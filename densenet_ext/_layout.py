@@ -1,4 +1,4 @@
-"""Dtypes and layouts of a stage's tensors, which are the device's choice: planar maps on CPU, channels last on CUDA."""
+"""Dtypes and layouts of a stage's tensors. They depend on the device: maps are planar on CPU, channels last on CUDA."""
 
 import math
 from collections.abc import Sequence
@@ -31,17 +31,17 @@ def feature_pitch(pixels: int) -> int:
     return 16 * (blocks + 1 - blocks % 2)
 
 
-# Types of device whose maps are channels last: a library that simulates CUDA does so on the CPU.
+# Maps are channels last on these types of device. A library that simulates CUDA does so with tensors on the CPU.
 CHANNELS_LAST_DEVICES = frozenset({"cuda", "cpu"} if load_extension().build_info()["simulated"] else {"cuda"})
 
 
 def is_channels_last(like: Tensor) -> bool:
-    """True if the stage has its maps channels last on that device; they are planar otherwise."""
+    """True if a stage on the device of `like` has its maps channels last; otherwise they are planar."""
     return like.device.type in CHANNELS_LAST_DEVICES
 
 
 def gradient_dtype(like: Tensor) -> torch.dtype:
-    """The dtype of gradient buffers and of gradients inside a layer, for maps like this one."""
+    """The dtype of gradient buffers, and of gradients inside a layer, for maps of `like`'s dtype and device."""
     return like.dtype if is_channels_last(like) else arithmetic_dtype(like.dtype)
 
 
@@ -52,12 +52,12 @@ def pixel_pitch(channels: int, dtype: torch.dtype) -> int:
 
 
 def lies_channels_last(maps: Tensor) -> bool:
-    """True if maps lie [N, H, W, C] in memory, and not as well planar."""
+    """True if maps lie in memory as [N, H, W, C], and do not count as planar, too."""
     return maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
 
 
 def new_maps(like: Tensor, channels: int, spatial: Sequence[int], channels_last: bool = False) -> Tensor:
-    """Uninitialized maps [N, channels, *spatial] without gaps; channels_last: whatever the device's own layout."""
+    """New maps [N, channels, *spatial] without gaps: channels last if asked for, else in the device's layout."""
     shape = (like.shape[0], channels, *spatial)
     if channels_last or is_channels_last(like):
         return like.new_empty_strided(shape, _channels_last_strides(spatial, channels))
@@ -67,7 +67,7 @@ def new_maps(like: Tensor, channels: int, spatial: Sequence[int], channels_last:
 def new_features(like: Tensor, channels: int, dtype: torch.dtype | None = None, gaps: bool = True) -> Tensor:
     """An uninitialized feature buffer [N, channels, *spatial] with `like`'s N, spatial sizes, dtype and device.
 
-    gaps: whether planes may be padded; pixels of channels-last maps always may.
+    gaps: True if planes may be padded. Pixels of channels-last maps may always be.
     """
     count, _, *spatial = like.shape
     dtype = dtype or like.dtype

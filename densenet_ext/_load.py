@@ -23,14 +23,14 @@ INSTALL = "run `pip install --force-reinstall --no-deps .` in a clone of densene
 def load_extension() -> ModuleType:
     """Return the module `densenet_ext._C`; loading it registers the ops `torch.ops.densenet_ext`.
 
-    The CUDA kernels are loaded with it where they fit, which cuda_status tells.
+    The CUDA kernels are loaded, too, if there are any that fit; cuda_status tells if they were.
 
     Raises:
         ImportError: torch is missing or too old, or the library is missing, was built for another Python, or cannot be
             loaded; the message says what to do.
     """
     if "densenet_ext._C" not in sys.modules:
-        _require_torch()  # loads the libraries, too, that ours is linked to
+        _require_torch()  # importing torch also loads the libraries that ours is linked to
         _use_installed_library()
     try:
         extension = _import_library()
@@ -112,7 +112,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _use_installed_library() -> None:
-    """Add the installed package's library to the sources, which Python finds first in a clone's root."""
+    """Let the sources, which Python finds first in a clone's root, use the library of the installed package."""
     package = sys.modules["densenet_ext"]
     if PathFinder.find_spec("densenet_ext._C", package.__path__) is None:
         elsewhere = [str(Path(entry, "densenet_ext")) for entry in sys.path]

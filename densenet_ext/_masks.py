@@ -1,8 +1,8 @@
 """The random masks of a dense layer, drawn in one order whichever implementation uses them.
 
 Under the same state of the random number generator the plain, the checkpointed and the fused layer get the same masks,
-so that they can be compared number by number. Drawn before the layer runs, they are plain arguments of whatever is
-recomputed later, and recomputation needs no state of the generator.
+so that they can be compared number by number. Masks are drawn before the layer runs and passed to whatever is
+recomputed later, so recomputation needs no state of the generator.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from .drop_channel import DropChannel, bernoulli
 
 
 class Masks(NamedTuple):
-    """Masks of one layer, None where there is none.
+    """The masks of one layer; None stands for a mask that the layer does not have.
 
     pre_norm, pre_conv1 [N, C], pre_conv2 [N, K2]: 0 or 1/(1-p); dropout bool [N, k, H, W], true where a value is kept.
     """
@@ -31,9 +31,9 @@ def active_dropout(layer: nn.Module) -> float:
 
 
 def draw_masks(layer: nn.Module, x: Tensor, channels: int, dropout_elsewhere: bool = False) -> Masks:
-    """The masks of one forward pass of `layer`, whose input has x's samples and size, and that many channels.
+    """Draw the masks of one forward pass of `layer`; its input has `channels` channels and x's samples and size.
 
-    Drawn in this order: before norm1, or before conv1 and before conv2; then dropout, unless that is done elsewhere.
+    The order is: pre_norm, or pre_conv1 and pre_conv2; then dropout, unless the caller draws that one elsewhere.
     """
     pre_norm = pre_conv1 = pre_conv2 = dropout = None
     drop_channel = getattr(layer, "drop_channel", None)

@@ -1,8 +1,8 @@
 """A watch over the methods and functions that a plain layer calls.
 
-Whoever replaces one of them (`nn.BatchNorm2d.forward = ...`, `torch.nn.functional.conv2d = ...`) expects every layer to
-call the new one. The fused ops call none of them, so each call compares them with the originals: those that were there
-when this package was imported.
+Users who replace one of them (`nn.BatchNorm2d.forward = ...`, `torch.nn.functional.conv2d = ...`) expect every layer to
+call the replacement. The fused ops call none of these functions. So each call of a fused module compares them with the
+originals, which are recorded when this package is imported.
 """
 
 from operator import attrgetter
@@ -49,10 +49,10 @@ _WATCHED = [
 
 
 def watch(*methods: tuple[type, str]) -> None:
-    """Add methods of classes, as they are at this moment, to the originals."""
+    """Watch these methods of classes, too, and record all watched methods and functions as the originals."""
     global _owners, _read, _originals
     _WATCHED.extend(methods)
-    # Every call of a fused module reads them all, so one call in C does.
+    # Every call of a fused module reads all of them, so they are read by a single call in C.
     _owners = SimpleNamespace(**{f"o{i}": owner for i, (owner, _) in enumerate(_WATCHED)})
     _read = attrgetter(*(f"o{i}.{name}" for i, (_, name) in enumerate(_WATCHED)))
     _originals = _read(_owners)
@@ -60,7 +60,7 @@ def watch(*methods: tuple[type, str]) -> None:
 
 def patched_reason() -> str | None:
     """Return which method or function was replaced, or None."""
-    # torch.compile has to read them one by one, to notice when one changes.
+    # torch.compile has to see them read one by one, to notice when one of them changes.
     if not torch.compiler.is_compiling() and _read(_owners) == _originals:
         return None
     for (owner, name), original in zip(_WATCHED, _originals, strict=True):
@@ -70,7 +70,7 @@ def patched_reason() -> str | None:
 
 
 def is_replaced(owner: object, name: str) -> bool:
-    """Return True if this method or function, which has to be a watched one, was replaced."""
+    """Return True if this watched method or function was replaced."""
     return getattr(owner, name) is not _originals[_WATCHED.index((owner, name))]
 
 

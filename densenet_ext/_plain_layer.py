@@ -1,11 +1,11 @@
-"""A dense layer by its modules, for every implementation but the fused one, and where that one cannot serve.
+"""A dense layer that calls its modules: plain, checkpointed, and wherever the fused implementation cannot serve.
 
 Each module is called once in forward. There are three ways to do that, which give the same numbers:
 
-    plain           PyTorch keeps for backward what it likes.
+    plain           autograd keeps for backward whatever PyTorch's operators ask for.
     checkpointed    backward computes concatenation, norm1, relu1 and conv1 again, from a snapshot of the modules.
-    watched         no module runs a second time, because somebody may watch it; backward still computes again the
-                    concatenation and the outputs of norm and ReLU, by the formula of batch normalization.
+    watched         no module runs a second time, because a hook may count its calls. Backward computes the
+                    concatenation and the outputs of norm and ReLU again, by the formula of batch normalization.
 
 `layer` has the attributes of EfficientDenseLayer, `inputs` are [N, C_i, H, W], a bottleneck is conv1's output.
 """
@@ -28,7 +28,7 @@ from .drop_channel import DropChannel, kept_scale, scale_channels
 
 def call_layer(layer: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     """Return the layer's k new channels [N, k, H, W]."""
-    dropout_replaced = is_replaced(F, "dropout")  # that function draws its own mask
+    dropout_replaced = is_replaced(F, "dropout")  # the replacement draws its own mask
     channels = sum(x.shape[1] for x in inputs) if drops_channels(layer) else 0
     masks = draw_masks(layer, inputs[0], channels, dropout_replaced)
     y = _convolutions(layer, inputs, masks)
@@ -41,12 +41,12 @@ def call_layer(layer: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def drops_channels(layer: nn.Module) -> bool:
-    """Return True if the layer's own Drop-Channel is active; somebody's module in its place draws for itself."""
+    """Return True if the layer's Drop-Channel is active; a user's module in its place draws its own masks."""
     return type(layer.drop_channel) is DropChannel and layer.drop_channel.active
 
 
 def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
-    """Return relu(norm(x)), in place where nothing else can see norm's output, whatever relu.inplace says."""
+    """Return relu(norm(x)). If nothing else can see norm's output, ReLU overwrites it, whatever relu.inplace says."""
     y = norm(x)
     if is_symbolic(x):
         return relu(y)
@@ -56,7 +56,7 @@ def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
 
 
 def _convolutions(layer: nn.Module, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
-    """Return conv2's output, by the way that keeps the least for backward of those that can be used."""
+    """Return conv2's output, computed in the way that keeps the least for backward and can be used here."""
     if layer.efficient is False or not _keeps_for_backward(inputs):
         make_bottleneck = _bottleneck
     elif torch.compiler.is_compiling():
@@ -111,7 +111,7 @@ def _checkpointed_bottleneck(layer: nn.Module, inputs: Sequence[Tensor], masks: 
             return _bottleneck(layer, inputs, masks)
         return _bottleneck(snapshot.module(), inputs, masks)
 
-    # The masks are drawn already; only somebody's module in Drop-Channel's place draws when it runs.
+    # The masks are drawn already; only a user's module in Drop-Channel's place draws when it runs.
     draws = type(layer.drop_channel) is not DropChannel
     return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
@@ -119,7 +119,7 @@ def _checkpointed_bottleneck(layer: nn.Module, inputs: Sequence[Tensor], masks: 
 def _watched_convolutions(layer: nn.Module, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
     concatenation, mask = torch.cat(inputs, 1), masks.pre_norm
     x = _drop(layer, "pre_norm", concatenation, mask)
-    # The output of a watched Drop-Channel, or of somebody's module in its place, takes a call to compute again.
+    # Only a call could compute the output of a watched Drop-Channel again, or that of a user's module in its place.
     if x is not concatenation and _reasons.module_reason(layer.drop_channel, "", "", DropChannel) is not None:
         return _new_channels(layer, layer.conv1(norm_relu(layer.norm1, layer.relu1, x)), masks)
 

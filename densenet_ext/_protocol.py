@@ -1,6 +1,6 @@
 """The flat arguments of the stage ops: what their numbers mean, in which order their lists are, and what sizes follow.
 
-csrc/stage/protocol.h has the same names for C++. The numbers are plain, because every call hands them to an op.
+csrc/stage/protocol.h has the same names for C++. Constants are integers, not enums: every call hands them to an op.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ._layout import padded_width
 
 
 class Tail:
-    """The consumer of a dense block's features that is part of the same op."""
+    """The part of a stage that consumes its dense block's features; NONE for a block alone."""
 
     NONE = 0
     TRANSITION = 1  # norm, ReLU, 1x1 convolution, 2x2 average pool
@@ -34,7 +34,7 @@ class MaskKind:
 
 
 class GradientLayout:
-    """Layout of dx: not computed, the device's own, or channels last (CPU, where the input was so)."""
+    """Layout of dx: not computed, the device's own, or channels last (on CPU, if the input was channels last)."""
 
     NONE = 0
     OWN = 1
@@ -42,15 +42,15 @@ class GradientLayout:
 
 
 class Options(NamedTuple):
-    """The list `options` of an op, entry by entry."""
+    """The entries of the list `options` of an op, in order."""
 
     mask_kind: int = 0
     squeeze_excite: int = 0
     tail: int = Tail.NONE
     new_first: int = 0  # new features come first in a concatenation; not served yet
-    kept_bottlenecks: int = 0  # how many last layers keep their bottleneck for backward: none or all
+    kept_bottlenecks: int = 0  # how many of the last layers keep their bottleneck for backward; none or all are served
     allow_tf32: int = 0  # float32 products may be TF32 (CUDA)
-    group: int = -1  # number of the processes that share batch statistics; -1: this one alone
+    group: int = -1  # index of the process group that shares batch statistics; -1: this process alone
 
 
 class LayerParams(NamedTuple):
@@ -82,24 +82,24 @@ class TailParams(NamedTuple):
 
 
 def tail_params(tail: int) -> int:
-    """How many parameters that tail has."""
+    """The number of parameters of a tail."""
     return {Tail.NONE: 0, Tail.TRANSITION: 3, Tail.HEAD: 2}[tail]
 
 
 def layer_params(squeeze_excite: int) -> int:
-    """How many parameters a layer has."""
+    """The number of parameters of a layer."""
     return 10 if squeeze_excite else 6
 
 
 class StageSizes:
     """The parameters of a stage by name, and the sizes that follow from them.
 
-    params: of the layers, with or without the tail's at the end; in_channels: channels of the stage's input.
+    params: LayerParams of each layer, with or without TailParams at the end; in_channels: channels of the input.
     """
 
     def __init__(self, params: Sequence[Tensor], options: Options, in_channels: int):
         each = layer_params(options.squeeze_excite)
-        count = len(params) // each  # a tail has fewer parameters than a layer
+        count = len(params) // each  # rounded down: a tail has fewer parameters than a layer
         self.layers = [LayerParams(*params[i * each : (i + 1) * each]) for i in range(count)]
         self.tail = TailParams(*params[count * each :]) if len(params) % each else None
         first = self.layers[0]
@@ -112,17 +112,17 @@ class StageSizes:
             self.norm_widths.append(self.channels)
 
     def layer_channels(self, layer: int) -> int:
-        """Channels that a layer reads; its output starts there."""
+        """The number of channels that a layer reads, which is also the first channel that it writes."""
         return self.in_channels + layer * self.growth
 
     def stats_shape(self) -> tuple[int, int]:
-        """Mean, variance, scale and shift of each norm; with a group one column more."""
+        """Shape of mean, variance, scale and shift of all norms; a group adds a column for its number of values."""
         return 4, sum(self.norm_widths) + (self.options.group >= 0)
 
     def gates_shape(self, samples: int) -> tuple[int, ...]:
-        """Pooled [N, k], hidden [N, r] and gate [N, k] of each layer; empty without squeeze-and-excitation."""
+        """Shape of each layer's pooled [N, k], hidden [N, r] and gate [N, k]; empty without squeeze-and-excitation."""
         return (len(self.layers), samples * (2 * self.growth + self.hidden)) if self.hidden else (0,)
 
     def bottlenecks_shape(self, rows: int) -> tuple[int, ...]:
-        """The bottlenecks that are kept for backward; empty where none is."""
+        """Shape of the bottlenecks that are kept for backward; empty where none is."""
         return (len(self.layers), rows, padded_width(self.width)) if self.options.kept_bottlenecks else (0,)

@@ -1,9 +1,9 @@
 """The reasons why the fused implementation cannot serve a call or a module.
 
-A fused stage reads the parameters of its modules and never calls them. It would pass over in silence whatever somebody
-hung on an inner module: a hook, a parametrization, another type of norm. So every call looks for such things first.
-Where it finds one, modules are called: all of a block by the ordinary implementation, or those of one layer by the
-checkpointed one, while the block's other layers stay fused one by one.
+A fused stage reads the parameters of its modules and never calls them. It would silently ignore whatever a user has
+attached to an inner module: a hook, a parametrization, another type of norm. So every call looks for such things first.
+A block in which one is found runs its layers one by one: the layer concerned calls its modules, as _plain_layer.py
+says, and each of the others is still fused.
 
 A `*_reason` function returns None where the fused implementation can be used, else a string that says why it cannot.
 Modules are named by a prefix, which is "" or ends in a dot, and a name.
@@ -34,15 +34,15 @@ _AVG_POOL = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False, "d
 _LAYER_PARTS = frozenset(("norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "drop_channel", "se"))
 _NORMS = ("norm1", "norm2")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# torch.nn.Module's call and a convolution's forward look these up on the instance, and only otherwise on the class.
+# torch.nn.Module's call and a convolution's forward look these up on the instance first, then on the class.
 _METHODS = ("forward", "_conv_forward", "_call_impl")
 
-# torchvision may be imported later than this package, so the original is what the first norm of a type has.
+# torchvision may be imported after this package, so the forward of the first norm of a type counts as the original.
 _frozen_forward: dict[type, object] = {}
 
 
 def call_reason(inputs: Iterable[Tensor]) -> str | None:
-    """Check what does not depend on the modules: the switch, transforms, replaced functions, and the inputs."""
+    """Check all but the modules: DENSENET_EXT_DISABLE, transforms, replaced functions, global hooks, and the inputs."""
     if fallback.is_disabled():
         return "DENSENET_EXT_DISABLE is set"
     return transform_reason() or patched_reason() or global_reason() or input_reason(inputs)
@@ -90,7 +90,7 @@ def layers_reason(layers: dict[str, nn.Module], layer_type: type, prefix: str) -
 
 
 def sharing_reason(layers: dict[str, nn.Module], prefix: str, *tail: tuple[str, nn.Module]) -> str | None:
-    """Check that the norms of a block, and a named one of its consumer, share statistics with the same processes."""
+    """Check that the norms of a block, and that of its `tail`, share batch statistics with the same processes."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     norms = [(f"{prefix}{name}.{part}", layer._modules[part]) for name, layer in layers.items() for part in _NORMS]
@@ -193,7 +193,7 @@ def _pool_reason(pool: nn.Module, prefix: str, name: str, kind: type, settings: 
 
 
 def norm_reason(norm: nn.Module, prefix: str, name: str) -> str | None:
-    """Check a batch normalization, which may be one of several processes, or always frozen."""
+    """Check a batch normalization: a BatchNorm2d, a SyncBatchNorm or torchvision's FrozenBatchNorm2d."""
     kind = type(norm)
     if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
         return module_reason(norm, prefix, name, kind)

@@ -2,7 +2,7 @@
 
 A norm with a hook must not run a second time in backward, as torch.utils.checkpoint would have it. But its input is a
 concatenation of feature maps that autograd keeps anyway, and its output after ReLU follows from the input by the
-formula of batch normalization. Backward makes both again from the feature maps, without the module.
+formula of batch normalization. Backward computes both again from the feature maps, without the module.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ from ._snapshot import Unchanged
 
 
 def in_checkpoint() -> bool:
-    """Return True inside torch.utils.checkpoint, which keeps nothing itself, and hands out once what it makes again."""
+    """Return True inside torch.utils.checkpoint: it keeps nothing anyway, and returns a recomputed tensor only once."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == checkpoint.__module__
 
 
 class _Stored:
-    """Tensors that wait for backward where the saved-tensor hooks outside put them, if there are any.
+    """Tensors kept for backward: by the saved-tensor hooks that are active outside, if there are any.
 
     Without such hooks the tensors stay as they are, and must not be written to.
     """
@@ -38,7 +38,7 @@ class _Stored:
 
 
 class _Saved:
-    """A tensor that an op keeps for backward, until `finish` decides whether it stays or is made again."""
+    """A tensor that an op keeps for backward, until `finish` decides if it stays or is computed again."""
 
     def __init__(self, tensor: Tensor | None, get: Callable[[], Tensor] | None = None):
         self.tensor, self.version, self.get = tensor, None if tensor is None else tensor._version, get
@@ -55,7 +55,7 @@ class _Saved:
 class Remade(saved_tensors_hooks):
     """A context in which ops keep the tensors `pieces` for backward in place of x, which is remake(pieces).
 
-    After `finish` they keep them in place of relu(norm(x)), too.
+    After `finish` the pieces stand in for relu(norm(x)), too.
 
     Raises:
         RuntimeError: in backward, if a piece or a parameter has been written to, as autograd does.
@@ -64,7 +64,7 @@ class Remade(saved_tensors_hooks):
     def __init__(self, x: Tensor, pieces: Sequence[Tensor], remake: Callable[[Sequence[Tensor]], Tensor]):
         self.x, self.version = x, x._version
         stored = _Stored(pieces)
-        self.remake = lambda: remake(stored.values())  # not of self, which the graph would hold in a cycle
+        self.remake = lambda: remake(stored.values())  # without self, which the graph would hold in a cycle
         self.saved: list[_Saved] = []
         self.keeps_x = False  # True once an op has kept x
         super().__init__(self._pack, _unpack)
@@ -77,8 +77,8 @@ class Remade(saved_tensors_hooks):
         return self.saved[-1]
 
     def finish(self, norm: nn.Module, z: Tensor) -> None:
-        """Drop z, which ops have kept in the context, if it is relu(norm(x)) bit for bit: a hook may change it."""
-        # z cannot be made without x, nor from an x that a hook wrote to.
+        """Let backward compute z again instead of keeping it, if z equals relu(norm(x)): a hook may have changed it."""
+        # z cannot be computed without x, nor from an x that a hook has written to.
         if self.keeps_x and self.x._version == self.version and type(norm) is nn.BatchNorm2d:
             normalize, make_x = _normalization(norm), self.remake
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Batch normalizations: the statistics that one uses, and the update of its running ones."""
+"""Running statistics of batch normalizations: which norms use them, and how they are updated."""
 
 import sys
 from collections import defaultdict
@@ -10,20 +10,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def is_frozen_kind(kind: type) -> bool:
-    """Return True for torchvision's FrozenBatchNorm2d, which timm uses, too: parameters and statistics are buffers."""
+    """Return True for torchvision's FrozenBatchNorm2d, whose parameters are buffers, too; timm uses the same class."""
     misc = sys.modules.get("torchvision.ops.misc")
     return misc is not None and kind is misc.FrozenBatchNorm2d
 
 
 def is_frozen(norm: nn.Module) -> bool:
-    """Return True if `norm` normalizes with its running statistics: by the rule of torch.nn.BatchNorm2d, or always."""
+    """Return True if `norm` normalizes with its running statistics, as BatchNorm2d does or FrozenBatchNorm2d always."""
     if norm.training:
         return not isinstance(norm, _BatchNorm)
     return norm.running_mean is not None and norm.running_var is not None
 
 
 def tracks(norm: nn.Module) -> bool:
-    """Return True if a forward pass changes the running statistics of `norm`, where it has any."""
+    """Return True if a forward pass updates the running statistics of `norm`, if it has any."""
     return norm.training and isinstance(norm, _BatchNorm) and norm.track_running_stats
 
 
@@ -31,12 +31,13 @@ def tracks(norm: nn.Module) -> bool:
 def update_running_statistics(
     norms: Sequence[nn.Module], widths: Sequence[int], stats: Tensor, values: int | Tensor
 ) -> None:
-    """Let every norm in training mode that tracks statistics take in one batch, as torch.nn.BatchNorm2d does.
+    """Update the running statistics of every norm that tracks them with one batch, as torch.nn.BatchNorm2d does.
 
         running = (1 - momentum) * running + momentum * batch,    momentum None: 1 / num_batches_tracked
-    stats [>= 2, sum of widths]: mean and biased variance in the norms' order, from `values` values a channel (on the
-    device where other processes have a part in them); the running variance gets the unbiased one. A batch without
-    values counts as a batch and changes nothing else. A norm that stands there twice takes in one after the other.
+    stats [>= 2, sum of widths]: means and biased variances in the norms' order; the running variance is updated with
+    the unbiased variance. values: how many values a channel they come from, a tensor if other processes share them.
+    Without any values num_batches_tracked is counted up and nothing else changes. A norm that is listed twice is
+    updated twice, one update after the other.
     """
     tracking = [tracks(norm) for norm in norms]
     if not any(tracking):

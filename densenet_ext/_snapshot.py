@@ -1,7 +1,7 @@
 """Copies of modules as they were in forward, for recomputation in backward.
 
-Between forward and backward the mode may change, running statistics see the batch, torch.func.functional_call takes its
-parameters out again, and hooks come and go; another thread may be in the middle of a forward pass. So backward runs
+Between forward and backward a module may change: its mode, its running statistics, its hooks, and its parameters, which
+torch.func.functional_call takes out again. Another thread may be in the middle of a forward pass. So backward runs
 copies, never the modules.
 """
 
@@ -22,7 +22,7 @@ class Unchanged:
         """Return the tensors.
 
         Raises:
-            RuntimeError: one has been written to, as autograd raises for the tensors that it keeps.
+            RuntimeError: one has been written to. Autograd raises the same error for the tensors that it keeps.
         """
         if [tensor._version for tensor in self.tensors] != self.versions:
             raise RuntimeError(
@@ -33,7 +33,7 @@ class Unchanged:
 
 
 class Snapshot:
-    """A copy of `module` and of its children that `parts` names; other children are shared with the module."""
+    """A copy of `module` and of the children that `parts` names; other children are shared with the module."""
 
     def __init__(self, module: nn.Module, parts: Sequence[str]):
         self.twin = _copy(module, parts)
@@ -42,7 +42,7 @@ class Snapshot:
         self.copied = copied
 
     def module(self) -> nn.Module:
-        """Return the copy, to be called once: it has new buffers, so that its updates of them have no effect.
+        """Return the copy, for a single call. Its buffers are copied anew, so that updates of them have no effect.
 
         Raises:
             RuntimeError: a parameter has been written to.

@@ -1,6 +1,6 @@
-"""The arguments of the stage ops, gathered from modules and checked: types, devices, and what only Python can name.
+"""The arguments of the stage ops, gathered from modules and checked; an error names the layer and the parameter.
 
-The ops check shapes again, by parameter without the layer's name, because they alone guarantee that memory is safe.
+The ops check shapes again, without the layer's name in the error, because they alone guarantee that memory is safe.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .drop_channel import kept_scale
 
 
 class NotServed(ValueError):
-    """Modules that PyTorch serves and one op cannot: `what` says why, of the layer of that index or, None, of the rest."""
+    """One op cannot serve these modules, but PyTorch can: `what` says why, for layers[index] or the whole stage."""
 
     def __init__(self, index: int | None, what: str):
         super().__init__(f"{'the stage' if index is None else f'layers[{index}]'}{what}")
@@ -35,15 +35,15 @@ class NormArguments:
         self.widths: list[int] = []
         self.frozen: list[int] = []
         self.frozen_stats: list[Tensor] = []
-        self.group: int | None = None  # shared by the norms that take batch statistics, once there is one
+        self.group: int | None = None  # that of all norms with batch statistics; None until there is such a norm
 
     def checked(self, value: Tensor, name: str, width: int) -> Tensor:
-        """A norm's parameter or buffer [width], checked, in the dtype of the arithmetic."""
+        """Check a norm's parameter or buffer [width], and return it in the arithmetic dtype."""
         self.check(value, name, width)
         return (value if value.dtype == self.dtype else value.to(self.dtype)).contiguous()
 
     def check(self, value: Tensor, name: str, width: int) -> None:
-        """Check a norm's parameter or buffer. PyTorch takes x's dtype, or float32 beside lower ones, and no other."""
+        """Check a norm's parameter or buffer. As in PyTorch, its dtype is x's, or float32 if x's is a lower one."""
         self.check_device(value, name)
         if value.numel() != width:
             raise ValueError(f"{name} has {value.numel()} channels; it must have {width}")
@@ -83,7 +83,7 @@ class NormArguments:
         self.widths.append(channels)
 
     def require_plain_parameters(self) -> None:
-        """Refuse subclasses of Tensor, which may compute with their values as they like: the op would not ask them."""
+        """Refuse parameters that are subclasses of Tensor: the op would ignore how these compute with their values."""
         if torch.compiler.is_compiling():
             return
         kinds = set(map(type, self.params)) - {Tensor, nn.Parameter}
@@ -101,7 +101,7 @@ class NormArguments:
         return -1 if self.group is None else self.group
 
     def update_running_statistics(self, stats: Tensor) -> None:
-        """Update them from `stats` that the op returned; its last column has the values a channel of shared statistics."""
+        """Update running statistics from the op's `stats`; shared ones have the number of values in the last column."""
         if self.shared_by >= 0:
             update_running_statistics(self.norms, self.widths, stats[:, :-1], stats[0, -1])
         else:
@@ -109,12 +109,12 @@ class NormArguments:
 
 
 class StageArguments(NormArguments):
-    """The flat lists that the ops of stage and layer take, gathered from modules."""
+    """The flat lists that dense_stage and dense_layer take, gathered from modules."""
 
     def __init__(self, x: Tensor, casts: bool, layers: Sequence[nn.Module]):
         super().__init__(x)
         first = layers[0]
-        self.casts = casts  # autocast would give weights x's dtype
+        self.casts = casts  # True if autocast is on: it casts weights to x's dtype
         self.growth, self.width = first.conv2.weight.shape[0], first.conv1.weight.shape[0]
         se = getattr(first, "se", None)
         self.hidden = None if se is None else se.fc1.weight.shape[0]
@@ -123,7 +123,7 @@ class StageArguments(NormArguments):
         self.channels: list[int] = []
 
     def add_weight(self, value: Tensor, name: str) -> None:
-        """Add a parameter of a convolution, which has x's dtype or one that autocast makes so."""
+        """Add a parameter of a convolution. Its dtype is x's, or one that autocast casts to x's."""
         self.check_device(value, name)
         dtype = value.dtype
         if dtype != self.x.dtype and not (self.casts and dtype.is_floating_point and dtype != torch.float64):
@@ -131,7 +131,7 @@ class StageArguments(NormArguments):
         self.params.append((value if dtype == self.dtype else value.to(self.dtype)).contiguous())
 
     def add_layer(self, layer: nn.Module, index: int, channels: int) -> None:
-        """Add the parameters of a dense layer that reads that many channels."""
+        """Add the parameters of a dense layer that reads `channels` channels."""
         conv1, conv2, se, name = layer.conv1.weight, layer.conv2.weight, getattr(layer, "se", None), f"layers[{index}]"
         width, growth = conv1.shape[0], conv2.shape[0]
         if (width, growth) != (self.width, self.growth):
@@ -141,7 +141,7 @@ class StageArguments(NormArguments):
                 f"{self.growth}",
             )
         if conv1.shape[2:] != (1, 1) or conv2.shape[2:] != (3, 3):
-            raise NotServed(index, f" has weights {tuple(conv1.shape)} and {tuple(conv2.shape)}, not of 1x1 and of 3x3")
+            raise NotServed(index, f" has weights {tuple(conv1.shape)} and {tuple(conv2.shape)}, not 1x1 and 3x3")
         if conv2.shape[1] != width:
             raise ValueError(f"{name}.conv2.weight takes {conv2.shape[1]} channels; it must take {width}")
         hidden = None if se is None else se.fc1.weight.shape[0]
@@ -163,12 +163,12 @@ class StageArguments(NormArguments):
         self.channels.append(channels)
 
     def draw_masks(self, layers: Sequence[nn.Module]) -> None:
-        """Draw the masks of all layers. This comes after all checks, so that a call that fails draws nothing."""
+        """Draw the masks of all layers. Call it after all checks, so that a call that fails draws nothing."""
         for layer, channels in zip(layers, self.channels, strict=True):
             self.masks.append(draw_masks(layer, self.x, channels))
 
     def flat(self, tail: int, keep_bottleneck: bool, allow_tf32: bool) -> tuple:
-        """The lists and numbers that the ops take after the input, in their order: see _protocol.py."""
+        """Return the lists and numbers that the ops take after the input, in order; _protocol.py explains them."""
         used = [i for i in range(len(MaskKind.ALL)) if any(masks[i] is not None for masks in self.masks)]
         masks = [self._mask(layer, i) for layer in range(len(self.masks)) for i in used]
         options = Options(
@@ -183,7 +183,7 @@ class StageArguments(NormArguments):
         return self.params, masks, self.frozen_stats, eps, self.frozen, kept_scale(self.dropout), [*options]
 
     def _mask(self, layer: int, kind: int) -> Tensor:
-        """The mask of that layer and that place in MaskKind.ALL; ones where only other layers have one."""
+        """Return a layer's mask of the kind MaskKind.ALL[kind]; all ones if only other layers have such a mask."""
         mask = self.masks[layer][kind]
         if mask is None:
             channels = self.width if MaskKind.ALL[kind] == MaskKind.PRE_CONV2 else self.channels[layer]
@@ -194,4 +194,4 @@ class StageArguments(NormArguments):
 def wrong_dtype(value: Tensor, name: str, dtypes: Sequence[torch.dtype], like: str = "") -> str:
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes))
     actual = str(value.dtype).removeprefix("torch.")
-    return f"{name} is of {actual}; it may be of {names}" + (f", as {like} is" if like else "")
+    return f"{name} has dtype {actual}; it may be {names}" + (f", as {like} is" if like else "")

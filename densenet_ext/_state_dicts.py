@@ -1,11 +1,11 @@
-"""State dicts of others: keys of older files, wrappers and libraries are renamed as this package has them."""
+"""State dicts of older files, wrappers and other libraries: their keys are renamed to this package's."""
 
 import re
 
 # A dense layer's parameters have other names in torchvision's files of 2017 ('norm.1', 'conv.2') and in MONAI, whose
 # layers hold a Sequential ('layers.norm1').
 _LAYER_KEY = re.compile(r"(?:layers\.)?(norm|conv)\.?([12])\.")
-# The classifier may be a Sequential of it and an activation; MONAI's has another name.
+# The classifier may stand in a Sequential, before an activation; MONAI's has another name.
 _CLASSIFIER_KEY = re.compile(r"(?:classifier\.0|class_layers\.out)\.")
 # Wrappers put 'module.' or '_orig_mod.' in front of this key, and names of attributes, as in
 # 'module.densenet121.features.conv0.weight'.

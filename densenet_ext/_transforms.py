@@ -1,9 +1,8 @@
-"""Ways of running a module that the fused ops do not serve.
+"""Ways of running a module that the fused ops do not serve: transforms and recordings.
 
-They would compute something else there, or become part of a file that loads only with this package.
-
-Below autograd the ops see values alone, neither the tangent of a dual number nor the level of a functorch transform. A
-recording for another process has to consist of PyTorch's own operators.
+Below autograd the ops see values alone, neither the tangent of a dual number nor the level of a functorch transform, so
+they would compute something else. A recording for another process has to consist of PyTorch's own operators: with the
+ops its file would load only where this package is installed.
 """
 
 import torch
@@ -16,9 +15,9 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
 
 
-@torch.compiler.assume_constant_result  # torch.compile guards on these states itself, and cannot trace the question
+@torch.compiler.assume_constant_result  # torch.compile guards on these states itself, and cannot trace these calls
 def transform_reason() -> str | None:
-    """Return what runs the module that only plain operators serve, or None."""
+    """Return which active transform or recording the fused ops do not serve, or None."""
     if in_functorch():
         return "a transform of torch.func is active (grad, vmap, jvp, jacrev and others)"
     if forward_ad._current_level >= 0:
@@ -39,7 +38,7 @@ def in_functorch() -> bool:
 
 
 def is_symbolic(x: object) -> bool:
-    """Return True if torch.fx traces with x, or with a tensor in the list x."""
+    """Return True if x, or an entry of the list x, is a proxy with which torch.fx traces."""
     return isinstance(x, fx.Proxy) or (isinstance(x, list | tuple) and any(isinstance(part, fx.Proxy) for part in x))
 
 
@@ -51,7 +50,7 @@ def as_node(module: torch.nn.Module, inputs: fx.Proxy | list) -> fx.Proxy | None
 
 
 def carries_no_data(kind: type[Tensor]) -> bool:
-    """Return True if tensors of this subclass are their values and Python attributes, so that ops can read them."""
+    """Return True if a tensor of this subclass holds only its values and Python attributes, so that ops can read it."""
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 

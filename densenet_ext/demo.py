@@ -1,9 +1,9 @@
 """`python -m densenet_ext demo` measures one training step with each implementation.
 
 Each implementation runs in a process of its own. A first step, on a tiny batch, allocates gradients and momentum and
-starts the threads. The peak memory is what the next step adds to that: to the resident set of the process, whoever
-allocates, or on a GPU to the memory that tensors hold. The time is the median of the steps of the two seconds after
-that, at least of one.
+starts the threads. The peak memory is what the next step adds: to the resident set of the process, whoever allocates,
+or on a GPU to the memory that tensors hold. The time is the median of further steps, one at least and as many as two
+seconds allow.
 """
 
 import statistics
@@ -30,7 +30,7 @@ PROC = Path("/proc/self")
 
 
 class Measured(NamedTuple):
-    """Bytes that a training step adds at its peak, None where the system does not tell, and seconds that one takes."""
+    """Bytes that a training step adds at its peak (None if the system does not tell) and the seconds that it takes."""
 
     peak_bytes: int | None
     seconds: float
@@ -40,8 +40,8 @@ def main(depth: int, batch_size: int, device: str | None = None) -> int:
     """Measure the implementations, print a table of them and return 0, the status of success.
 
     Args:
-        depth: of the DenseNet-BC with k = 12, 6 * n + 4.
-        batch_size: images of 32x32; at least 1.
+        depth: depth of the DenseNet-BC with k = 12: 6 * n + 4.
+        batch_size: number of images of 32x32; at least 1.
         device: 'cpu' or 'cuda'; None for 'cuda' if it can be used, else 'cpu'.
     """
     try:
@@ -78,7 +78,7 @@ def _percent(value: float | None, whole: float | None) -> str:
 
 
 def measure(efficient: bool | str, depth: int, batch_size: int, device: str) -> Measured:
-    """Train in this process, which has to be a new one, and return what a step costs."""
+    """Train in this process, which has to be a new one, and return the memory and the time of a step."""
     set_fallback("error")
     model = DenseNetBC(depth=depth, efficient=efficient).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -107,7 +107,7 @@ def _peak_of_process(step: Callable[[Tensor], None], images: Tensor) -> int | No
     try:
         (PROC / "clear_refs").write_text("5")  # resets VmHWM, the highest resident set
     except OSError:
-        pass  # VmHWM is that of the whole process, which the step exceeds unless it is tiny
+        pass  # VmHWM is the highest since the process started; all but tiny steps exceed that
     start = _resident_bytes("VmRSS")
     step(images)
     return _resident_bytes("VmHWM") - start

@@ -7,17 +7,17 @@ from ._checks import check_probability
 from ._layout import arithmetic_dtype
 from ._transforms import in_functorch
 
-POSITIONS = ("pre_norm", "pre_conv")  # Drop-Channel may stand there in a dense layer
+POSITIONS = ("pre_norm", "pre_conv")  # places of Drop-Channel in a dense layer
 
 
 class DropChannel(nn.Module):
     """Drop whole channels of a sample, as torch.nn.Dropout2d does; the mask may also be passed in.
 
         y[n, c] = m[n, c] * x[n, c],    m[n, c] = 0 with probability p, else 1 / (1 - p)
-    In evaluation mode, and with p = 0, y is x itself.
+    In evaluation mode, and with p = 0, y is x itself, whatever the mask.
 
     Args:
-        p: probability of a channel to be dropped; 0 <= p < 1.
+        p: probability that a channel is dropped; 0 <= p < 1.
 
     Shape: x [N, C, H, W] to [N, C, H, W]; mask [N, C], or None to draw one.
 
@@ -53,7 +53,7 @@ class DropChannel(nn.Module):
 
 
 def kept_scale(p: float) -> float:
-    """Return the factor of the values that dropout with probability p keeps: 1 / (1 - p), or 0 if it keeps none."""
+    """Return the factor that dropout with probability p applies to the values it keeps: 1 / (1 - p), or 0 for p = 1."""
     return 1 / (1 - p) if p < 1 else 0.0
 
 
@@ -63,7 +63,7 @@ def scale_channels(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def bernoulli(like: Tensor, size: tuple[int, ...], dtype: torch.dtype, p: float) -> Tensor:
-    """Draw ones with probability p, else zeros, on the device of `like`; under vmap, as its `randomness` asks for."""
+    """Draw ones with probability p, else zeros, on the device of `like`. Under vmap its `randomness` is respected."""
     if not in_functorch():
         return torch.empty(size, dtype=dtype, device=like.device).bernoulli_(p)
     return torch.bernoulli(torch.full(size, p, device=like.device)).to(dtype)

@@ -1,6 +1,6 @@
 """The policy for modules and inputs that the fused implementation cannot serve: warn, raise, or say nothing.
 
-_reasons.py finds what cannot be served. The modules are called there, and give the same numbers.
+_reasons.py finds what cannot be served. Unless an error is raised, the modules are called and give the same numbers.
 """
 
 import os
@@ -13,7 +13,7 @@ MODES = ("warn", "error", "silent")
 
 _disabled = os.environ.get("DENSENET_EXT_DISABLE", "0") not in ("", "0")
 _mode = "warn"
-_reported: set[str] = set()  # warnings that need no repetition
+_reported: set[str] = set()  # messages of warnings, which are not repeated
 _thread = threading.local()
 
 
@@ -31,7 +31,7 @@ class set_fallback:
     read when the package is imported, nothing is fused, and 'error' does what 'warn' does.
 
     Args:
-        mode: 'warn', the mode at the start: call the modules, with the same numbers, and warn once for each reason.
+        mode: 'warn' (the default): call the modules, which give the same numbers, and warn once for each reason.
             'error': raise RuntimeError with the reason. 'silent': call the modules and say nothing.
 
     Raises:

@@ -35,24 +35,26 @@ def dense_stage(
 
     Args:
         x: [N, C0, H, W], float64, float32, bfloat16 or float16, in any memory format; cast as PyTorch would under autocast.
-        layers: at least one module with norm1, conv1, norm2, conv2 and, where used, se, drop_channel,
-            drop_channel_position and drop_rate, as EfficientDenseLayer has them; all of one width. Norms may also be
-            torchvision's FrozenBatchNorm2d. Weights of convolutions have x's dtype, or one that autocast makes so;
-            norms have x's dtype, or float32 where x is bfloat16 or float16.
-        tail_norm: batch normalization of the consumer, or None for the block alone.
-        tail_conv: 1x1 convolution of a transition; None with tail_norm makes the consumer a head.
+        layers: L >= 1 modules with norm1, conv1, norm2, conv2 and, where used, se, drop_channel, drop_channel_position
+            and drop_rate, as EfficientDenseLayer has them. They agree in k, in the bottleneck's width K2, in se's
+            hidden width and in drop_rate. Norms may also be torchvision's FrozenBatchNorm2d. Weights of convolutions
+            have x's dtype, or one that autocast casts to it; norms have x's dtype, or float32 where x is bfloat16 or
+            float16.
+        tail_norm: batch normalization of the transition or the head, or None for the block alone.
+        tail_conv: 1x1 convolution of a transition; None with tail_norm makes the tail a head.
         keep_bottleneck: keep the outputs of all conv1 for backward, N * H * W * K2 values a layer. Backward then
             computes one convolution less a layer.
 
     Returns:
-        [N, C0 + L*k, H, W] without a consumer, [N, O, H // 2, W // 2] after a transition: norm, ReLU, 1x1 convolution,
+        [N, C0 + L*k, H, W] without a tail, [N, O, H // 2, W // 2] after a transition: norm, ReLU, 1x1 convolution,
         2x2 average pool; [N, C0 + L*k] after a head: norm, ReLU, global average pool.
 
-    Norms in training mode normalize with the batch's statistics and update their running ones, others use those.
+    Norms in training mode normalize with the batch's statistics and update their running statistics; others use these.
 
     Raises:
         TypeError: x is no tensor, or x or a parameter is not of those dtypes.
-        ValueError: a shape or a device does not fit, or a norm in training mode gets a single value a channel.
+        ValueError: a shape or a device does not fit, layers differ, or a norm in training mode gets a single value a
+            channel.
         RuntimeError: x is on a CUDA device and this build has no kernels that run there; a transform of torch.func,
             forward-mode differentiation, torch.jit.trace or torch.export is active.
         torch.OutOfMemoryError: there is no room for the result or a workspace; nothing was changed.
@@ -82,7 +84,7 @@ def dense_stage(
         if tail_conv.weight.shape[1] != channels:
             raise ValueError(f"tail_conv takes {tail_conv.weight.shape[1]} channels; it must take {channels}")
         if tail_conv.weight.shape[2:] != (1, 1):
-            raise NotServed(None, f" has a weight {tuple(tail_conv.weight.shape)}, not of 1x1")
+            raise NotServed(None, f" has a weight {tuple(tail_conv.weight.shape)}, not 1x1")
         if x.shape[2] < 2 or x.shape[3] < 2:
             raise ValueError(f"x is {tuple(x.shape)}; a transition needs at least 2x2 pixels")
         arguments.add_weight(tail_conv.weight, "tail_conv.weight")
@@ -108,7 +110,9 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
         The layer's k new channels, [N, k, H, W].
 
     Raises:
-        TypeError, ValueError: as in dense_stage.
+        TypeError, ValueError, RuntimeError, torch.OutOfMemoryError: as in dense_stage.
+
+    Source: as in dense_stage.
     """
     inputs = [inputs] if isinstance(inputs, Tensor) else inputs
     if not inputs:
@@ -139,20 +143,22 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
 
 
 def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """Batch normalization, ReLU and max pool of an ImageNet stem, as one differentiable op that stores no map between.
+    """Batch normalization, ReLU and max pool of an ImageNet stem, as one differentiable op.
 
         max_pool2d(relu(norm(x)), kernel_size=3, stride=2, padding=1)
 
     Args:
         x: [N, C, H, W], as in dense_stage. Copied unless it is channels last.
-        norm: batch normalization of C channels, of this process's samples alone.
+        norm: batch normalization of C channels, whose statistics are not shared with other processes.
 
     Returns:
-        [N, C, (H + 1) // 2, (W + 1) // 2]. Running statistics are updated as in dense_stage. Avoids storing the
-        normalized and the rectified map and the pool's indices, which backward makes again from x.
+        [N, C, (H + 1) // 2, (W + 1) // 2].
+
+    Running statistics are updated as in dense_stage. The op avoids storing the normalized and the rectified maps and
+    the pool's indices; backward computes them again from x.
 
     Raises:
-        TypeError, ValueError, torch.OutOfMemoryError: as in dense_stage.
+        TypeError, ValueError, RuntimeError, torch.OutOfMemoryError: as in dense_stage.
 
     Source: He et al., Deep Residual Learning, CVPR 2016, table 1; Huang et al., CVPR 2017, table 1.
     """
@@ -162,7 +168,7 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     arguments = NormArguments(x)
     arguments.add_norm(norm, x.shape[1], "norm")
     if arguments.shared_by >= 0:
-        raise ValueError("norm shares its batch statistics with other processes; the fused stem takes its own alone")
+        raise ValueError("norm shares its batch statistics with other processes; the fused stem cannot share")
     arguments.require_plain_parameters()
     with _no_autocast(x), handles.memory_errors():
         output, stats = handles.dense_stem(x, *arguments.params, arguments.frozen_stats, norm.eps)
@@ -171,12 +177,12 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def _is_overridden(*inputs: Tensor) -> bool:
-    """True if a subclass of Tensor says what becomes of these inputs, as in every function of PyTorch."""
+    """True if a subclass of Tensor among the inputs overrides this function, as it may override PyTorch's."""
     return any(type(x) is not Tensor and type(x) is not nn.Parameter for x in inputs) and has_torch_function(inputs)
 
 
 def _input(x: Tensor, name: str) -> tuple[Tensor, bool]:
-    """x, checked, in the dtype that autocast asks for, and whether autocast asks for one."""
+    """Check x and cast it as autocast asks. Returns x, and True if autocast is on for it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
     reason = transform_reason()
@@ -197,10 +203,10 @@ def _input(x: Tensor, name: str) -> tuple[Tensor, bool]:
 
 
 def _tf32_allowed(x: Tensor) -> bool:
-    """True if products of float32 may be of TF32, as in PyTorch's own convolutions on that device."""
+    """True if float32 products may be computed in TF32, as PyTorch's own convolutions on that device do."""
     if x.device.type != "cuda":
         return False
-    from ._ops.precision import cudnn_uses_tf32  # imports the compiler, which takes seconds: not before it is needed
+    from ._ops.precision import cudnn_uses_tf32  # imports the compiler, which takes seconds
 
     return cudnn_uses_tf32()
 
@@ -210,7 +216,7 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def _no_autocast(x: Tensor):
-    """Autocast has done its part in _input: what the op calls inside keeps its dtypes."""
+    """Return a context without autocast, which _input has applied: inside the op no dtype may change."""
     if _autocasts(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()

@@ -64,7 +64,7 @@ def _torch_rows(torch: ModuleType, architectures: list[str]) -> dict[str, str]:
 
 
 def _is_translated(architectures: list[str], major: int, minor: int) -> bool:
-    """Return True if only the PTX of a build for such architectures ("8.0", "9.0+PTX") runs on such a device.
+    """Return True if a build for these architectures ("8.0", "9.0+PTX") runs on such a device only by its PTX.
 
     A binary runs on devices of its own major version, PTX on all later ones.
     """

@@ -29,14 +29,14 @@ class EfficientDenseLayer(EfficientModule):
         in_channels: channels of the concatenation; at least 1.
         growth_rate: k, the new channels; at least 1.
         bn_size: width of the bottleneck in units of k; at least 1.
-        drop_rate: probability of a single output value to be dropped, before `se`; 0 <= drop_rate < 1.
-        drop_channel: probability of a whole channel to be dropped; 0 <= drop_channel < 1. The attribute `drop_channel`
+        drop_rate: probability that a single output value is dropped, before `se`; 0 <= drop_rate < 1.
+        drop_channel: probability that a whole channel is dropped; 0 <= drop_channel < 1. The attribute `drop_channel`
             is the module, `drop_channel_rate` the probability.
         drop_channel_position: 'pre_norm': q, before norm1; 'pre_conv': r1 and r2, before both convolutions.
         se_reduction: reduction of the squeeze-and-excitation at the end, at least 1, or None for no such module.
         efficient: False: plain PyTorch. 'checkpoint': compute concatenation, norm1, relu1 and conv1 again in backward;
-            avoids storing the first three, costs their time and conv1's. 'fused', or True: one op that stores no
-            concatenation at all; set_fallback says what happens where it cannot serve.
+            avoids storing their outputs, costs their time. 'fused', or True: one op that stores no concatenation at
+            all; set_fallback says what happens where it cannot serve.
         keep_bottleneck: with 'fused', keep conv1's output for backward; avoids a convolution in backward, costs
             N * H * W * bn_size * k values of memory.
         eps, momentum: of both norms, as in torch.nn.BatchNorm2d.
@@ -84,7 +84,7 @@ class EfficientDenseLayer(EfficientModule):
 
     @property
     def drop_channel_rate(self) -> float:
-        """The probability of a whole channel to be dropped: drop_channel.p, which setting it changes.
+        """The probability that a whole channel is dropped: drop_channel.p, which may be set here.
 
         Raises:
             ValueError: it is set to less than 0, or to 1 or more.
@@ -108,7 +108,7 @@ class EfficientDenseLayer(EfficientModule):
         return _plain_layer.call_layer(self, inputs)
 
     def _fused(self, inputs: list[Tensor]) -> Tensor | None:
-        """Return the layer's output by one op, or None, and a report, where something hinders that."""
+        """Return the layer's output by one op; or report why one op cannot serve it, and return None."""
         reason = (
             _reasons.call_reason(inputs)
             or _reasons.inner_reason(self, "")
@@ -123,7 +123,7 @@ class EfficientDenseLayer(EfficientModule):
         return None
 
     def _traced(self, inputs: fx.Proxy | Sequence[fx.Proxy]) -> fx.Proxy:
-        """Record the layer for torch.fx: as one node if it chooses something each time it runs, else all parts."""
+        """Record the layer for torch.fx: as one node if a run makes choices or draws masks, else part by part."""
         if self.efficient is not False or active_dropout(self) or _plain_layer.drops_channels(self):
             node = as_node(self, inputs)
             if node is not None:
@@ -140,14 +140,13 @@ class EfficientDenseLayer(EfficientModule):
 class EfficientDenseBlock(EfficientModule, nn.ModuleDict):
     """Dense layers that each read the block's input and all earlier layers' outputs.
 
-    Children are denselayer1 to denselayerL. Any module that takes the list of all earlier features may stand in their
-    place.
+    The children are denselayer1 to denselayerL. Any module that takes the list of all earlier features may replace one.
 
     Args:
         num_layers: L; at least 1.
         in_channels: C0, channels of the input; at least 1.
         growth_rate: k, new channels of each layer; at least 1.
-        bn_size and the keywords: of every layer, see EfficientDenseLayer. Setting the block's `efficient` or
+        bn_size and the keywords: as in EfficientDenseLayer, for every layer. Setting the block's `efficient` or
             `keep_bottleneck` sets it in all layers.
 
     Shape: [N, C0, H, W] to [N, C0 + L * k, H, W].
@@ -217,9 +216,10 @@ class EfficientDenseBlock(EfficientModule, nn.ModuleDict):
             return self._concatenate(x)
 
     def fused(self, x: Tensor, *tail: nn.Module) -> Tensor | None:
-        """Compute the block, and the norm and the convolution of its consumer if `tail` has them, by one op.
+        """Compute the block and its tail by one op. `tail` holds the norm and the convolution of a transition, the norm
+        of a head, or nothing.
 
-        `fallback_reason` has to be None for x. Returns None, and reports, if one op cannot serve layers so different.
+        `fallback_reason` has to be None for x. If the layers differ too much for one op, reports that and returns None.
         """
         try:
             return functional.dense_stage(x, self.layers, *tail, keep_bottleneck=self.keep_bottleneck)

@@ -1,13 +1,13 @@
-"""The memory that fused stages keep from step to step on CPU, in torch.cuda's words.
+"""The memory that fused stages keep from step to step on CPU, with functions named as in torch.cuda.
 
-On CPU, feature buffers, their gradients, the tensors that stages hand on, and scratch of at least 128 KB are
-workspaces: they come from an arena, which does not return its pages to the system when a tensor is freed. The next step
-uses them again, since mapping and clearing new pages would cost more time than much of the arithmetic. torch's profiler
-does not see workspaces, so a figure of a step's memory has to add memory_reserved(). On other devices torch's own
-allocator serves.
+On CPU, feature buffers, gradient buffers, tensors that a stage hands to the next, and scratch are workspaces if they
+have at least 128 KB. They come from an arena, which does not return its pages to the system when a tensor is freed. The
+next step uses the pages again, because mapping and clearing new ones would take longer than much of the arithmetic.
+torch's profiler does not see workspaces, so a figure of a step's memory has to add memory_reserved(). On other devices,
+and on other systems than Linux, torch's own allocator serves.
 
-The names at the top level of the package mean the same: workspace_use() is both figures at once, release_workspaces is
-empty_cache, and set_workspace_limit is set_limit.
+The package's top level has the same functions under other names: workspace_use() returns both figures at once,
+release_workspaces is empty_cache, and set_workspace_limit is set_limit.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from ._load import load_extension
 
 
 class WorkspaceUse(NamedTuple):
-    """Bytes of the workspaces that tensors hold, and bytes that all workspaces occupy: both figures of one moment."""
+    """Bytes of workspaces that tensors hold, and bytes of memory that all workspaces occupy, at the same moment."""
 
     held: int
     occupied: int
@@ -28,17 +28,17 @@ def workspace_use() -> WorkspaceUse:
 
 
 def memory_allocated() -> int:
-    """Return how many bytes of the workspaces tensors hold."""
+    """Return how many bytes of workspaces tensors hold."""
     return workspace_use().held
 
 
 def memory_reserved() -> int:
-    """Return how many bytes of memory the workspaces occupy, whether a tensor holds them or not."""
+    """Return how many bytes of memory all workspaces occupy, with those that no tensor holds."""
     return workspace_use().occupied
 
 
 def empty_cache() -> None:
-    """Return the workspaces that no tensor holds to the system. The next step takes new memory, which costs time."""
+    """Return to the system all workspaces that no tensor holds. The next step takes new memory, which costs time."""
     load_extension().release_workspaces()
 
 

@@ -30,7 +30,7 @@ VARIANTS = {
 
 
 class DenseFeatures(nn.Sequential):
-    """Stem, dense blocks, transitions and last norm of a network, in order; slices are networks cut short.
+    """Stem, dense blocks, transitions and last norm of a network, in order. A slice is a part of such a network.
 
     If a block's `efficient` is 'fused', norm, ReLU and max pool of the stem are one op, and so is each such block with
     the transition after it.
@@ -51,17 +51,17 @@ class DenseNetBC(EfficientModule):
 
     Args:
         growth_rate: k, new channels of a dense layer; at least 1.
-        depth: 6 * n + 4 for three dense blocks of n layers; 100 unless block_config is passed.
+        depth: 6 * n + 4 for three dense blocks of n >= 1 layers; 100 unless block_config is passed.
         compression: theta, a transition has floor(theta * channels) outputs; 0 < theta <= 1.
         num_classes: outputs of the classifier; at least 1.
         bn_size: width of the bottlenecks in units of k; at least 1.
-        drop_rate: probability of a single output value of a dense layer to be dropped; 0 <= drop_rate < 1.
-        drop_channel: probability of a whole channel to be dropped; 0 <= drop_channel < 1.
+        drop_rate: probability that a single output value of a dense layer is dropped; 0 <= drop_rate < 1.
+        drop_channel: probability that a whole channel is dropped; 0 <= drop_channel < 1.
         drop_channel_position: 'pre_norm': before the first norm of a dense layer; 'pre_conv': before its convolutions.
         se_reduction: reduction of squeeze-and-excitation at the end of each dense layer, at least 1, or None for none.
-        efficient: False: plain PyTorch. 'checkpoint': compute concatenations and first norms again in backward instead
-            of storing them; avoids storing most activations, costs about a sixth of the time. 'fused', or True: one op
-            for each dense block and its consumer; avoids storing nearly all activations. set_fallback says what happens
+        efficient: False: plain PyTorch. 'checkpoint': compute concatenations and first norms again in backward; avoids
+            storing most activations, costs about a sixth of the time. 'fused', or True: one op for each dense block
+            and the transition or head after it; avoids storing nearly all activations. set_fallback says what happens
             where that op cannot serve.
         keep_bottleneck: with 'fused', keep the bottlenecks for backward; avoids a convolution a layer in backward,
             costs N * H * W * bn_size * k values of memory a layer.

@@ -1,7 +1,7 @@
-"""Every test starts from the same seed, and fails where the fused implementation quietly is not used.
+"""Every test starts from the same seed, and fails if the fused implementation falls back.
 
-Where pytest-xdist is installed, tests run in as many processes as there are cores; -n says otherwise. Without --thorough
-a test that takes long is repeated with fewer of its parameters.
+If pytest-xdist is installed, tests run in as many processes as there are cores, unless -n says otherwise. Without
+--thorough, tests that take long run with fewer of their parameters.
 """
 
 import gc
@@ -10,16 +10,16 @@ from collections import Counter
 
 import pytest
 
-# With these somebody watches a test, or wants to know what there is without running it.
+# With these options somebody watches a test, or lists tests without running them.
 WATCHING = ("usepdb", "trace", "collectonly", "setuponly", "setupplan", "showfixtures", "show_fixtures_per_test")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads its options here, too
 def pytest_cmdline_main(config):
-    """A process for each core, unless the command line says how many, names a single test or wants to watch."""
-    if "PYTEST_XDIST_WORKER" in os.environ:  # one of those processes, or started by a test in one: no further ones
+    """Run a process for each core, unless the command line has a number, names a single test, or watches tests."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # this is such a process, or was started by a test in one
         return
-    # Processes that tests start get this, too: there is one for each core already, and a spinning thread takes a core away.
+    # Processes that tests start inherit this. Every core has a process already, and spinning threads would take it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not config.pluginmanager.hasplugin("xdist") or config.getoption("numprocesses") is not None:
@@ -59,13 +59,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # modules are no garbage, and benchmarks look for some before each measurement, which took them longer
+    gc.freeze()  # benchmarks collect garbage before each measurement, which is faster without all modules
 
 
 @pytest.fixture(autouse=True)
 def fixed_state():
-    """A fixed seed, fallback as an error, and one thread: most tests are too small for more."""
-    import torch  # not at the top, since the process that distributes the tests has no need of it
+    """Set a fixed seed, fallback to an error, and one thread: most tests are too small for more."""
+    import torch  # here, because the process that distributes the tests does not need it
 
     import densenet_ext
 

@@ -1,4 +1,4 @@
-"""In how many processes the tests run, and which of them."""
+"""The command line decides in how many processes tests run, and which tests."""
 
 import os
 
@@ -6,7 +6,7 @@ import conftest
 import pytest
 
 EVERYTHING, ONE = "tests/package/test_errors.py", "tests/package/test_errors.py::test_call"
-PROCESSES = {  # pytest-xdist finds the number so; None: it does nothing
+PROCESSES = {  # the number that pytest-xdist gets; with None it does nothing
     "everything": ([EVERYTHING], 3),
     "some": ([EVERYTHING, "-k", "layers"], 3),
     "as said": ([EVERYTHING, "-n", "2"], 2),
@@ -26,7 +26,7 @@ def configure(request, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 5}, raising=False)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(name, "")  # puts it back afterwards
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it afterwards
         monkeypatch.delenv(name)
 
     def configure(arguments):
@@ -44,7 +44,7 @@ def test_processes(configure, arguments, processes):
 
 
 def test_a_process_starts_no_others(configure, monkeypatch):
-    """Neither do tests that start pytest: each would start more, which start more."""
+    """Otherwise a test that starts pytest would start processes, which start more."""
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
     assert configure([EVERYTHING]).option.numprocesses is None
 
@@ -67,7 +67,7 @@ class Item:
     [([EVERYTHING], ["a[1]", "a[2]", "b[1]"]), ([EVERYTHING, "--thorough"], None), ([f"{ONE}[1]"], None)],
 )
 def test_repetitions_are_left_out(configure, arguments, left):
-    """Unless they are asked for, all of them or one by its name."""
+    """--thorough runs all repetitions, and a test's name runs the one that it names."""
     once = pytest.mark.repetitions(1).mark
     names = {"a[1]": (), "a[2]": (), "b[1]": (once,), "b[2]": (once,)}
     items = [Item(name, *marks) for name, marks in names.items()]

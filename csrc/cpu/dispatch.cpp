@@ -22,8 +22,8 @@ struct Capability {
 };
 
 #if defined(DENSENET_EXT_AMX)
-// True if the processor has AMX and AVX-512 for bfloat16, and the system lets this process use
-// them. Linux wants to be asked, because the registers are large; it answers for all threads.
+// True if the processor has AMX and AVX-512 for bfloat16, and the system lets this process use AMX.
+// A process has to ask Linux once for the large registers; the answer holds for all threads.
 bool may_use_amx() {
 #if defined(__linux__)
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, avx512_bf16 = 1u << 5;

@@ -1,11 +1,11 @@
-// The instruction set in use is chosen once, when it is first asked for.
+// The instruction set in use; it is chosen at the first call.
 #pragma once
 
 #include "kernel_arguments.h"
 
 namespace densenet_ext {
 
-// "baseline", "avx2", "avx512" or "amx".
+// Returns "baseline", "avx2", "avx512" or "amx".
 const char* cpu_capability();
 
 const KernelSet& cpu_kernels();

@@ -4,8 +4,8 @@
 //   mean_c = (1/N) sum_n q mu,   var_c = (1/M) sum_n (q^2 M2 + P (q mu - mean_c)^2)
 //   scale = r*q*gamma*rstd,      shift = r*(beta - gamma*rstd*mean)
 //
-// mu, M2 the moments of a channel of one sample, q the mask before and r the mask after batch
-// normalization, M = N*P. No pass over pixels, no cancellation.
+// mu and M2 are the moments of a channel of one sample, q is the mask before and r the mask after
+// batch normalization, M = N*P. This takes no pass over pixels, and nothing cancels in the sums.
 #include <cmath>
 #include <vector>
 
@@ -42,7 +42,7 @@ void batch_statistics(const arguments::FoldNorm<T>& a) {
   }
 }
 
-// out[n, c] = values[c], times those masks that are not null
+// out[n, c] = values[c] * q * r; a mask that is null is all ones.
 template <class T>
 void fill_rows(const std::vector<double>& values, const PerChannel<T>& q, const PerChannel<T>& r,
                int64_t rows, T* out) {

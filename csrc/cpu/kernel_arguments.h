@@ -10,9 +10,9 @@
 
 namespace densenet_ext {
 
-// Describes feature maps [samples, channels, height, width], planar unless said otherwise: the
-// pixels of a plane are contiguous, planes and samples may be padded. In channels-last maps the
-// channels of a pixel are contiguous, and nothing is padded.
+// Feature maps [samples, channels, height, width]. Planar maps have contiguous planes; planes and
+// samples may be padded. In channels-last maps the channels of a pixel are contiguous, and nothing
+// is padded.
 template <class E>
 struct Maps {
   E* data = nullptr;
@@ -25,7 +25,7 @@ struct Maps {
   E* pixel(int64_t n, int64_t p) const { return data + (n * pixels() + p) * channels; }
 };
 
-// Selects types for the argument structures: maps inside a stage and outside are of one kind.
+// The backend of the argument structures. Maps inside and outside a stage are of the same kind.
 struct Cpu {
   template <class E>
   using Maps = densenet_ext::Maps<E>;
@@ -56,7 +56,7 @@ struct KernelSet {
   Kernels<Float16> float16;
 };
 
-// Each has one definition, in kernels/kernel_set.cpp compiled with that instruction set's flags.
+// kernels/kernel_set.cpp defines each of these, compiled with the flags of that instruction set.
 namespace baseline {
 const KernelSet& kernel_set();
 }
@@ -66,7 +66,7 @@ const KernelSet& kernel_set();
 namespace avx512 {
 const KernelSet& kernel_set();
 }
-namespace amx {  // kernels/amx/kernel_set.cpp, where the compiler knows these instructions
+namespace amx {  // defined in kernels/amx/kernel_set.cpp, if the compiler knows AMX
 const KernelSet& kernel_set();
 }
 

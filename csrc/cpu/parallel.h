@@ -1,6 +1,6 @@
-// Provides threads and scratch memory for the kernels. The threads are torch's: its parallel_for
-// lives in its library, so this one needs no OpenMP. Large pieces of memory come from the arena,
-// because malloc would give them back to the system after every call.
+// Threads and scratch memory for the kernels. The threads are torch's: its library has a
+// parallel_for, so this one needs no OpenMP. Large scratch comes from the arena, because malloc
+// would return it to the system after every call.
 #pragma once
 
 #include <cstddef>
@@ -73,15 +73,15 @@ class Workers {
   Scratch memory_;
 };
 
-// Returns the number of threads worth waking for items of at least `values` values each.
+// The number of threads worth using for `items` items of work of at least `values` values each.
 int64_t thread_count(int64_t items, int64_t values = kWorthAThread);
 
 using ThreadBody = void (*)(void* context, int64_t thread, int64_t begin, int64_t end);
 void parallel_threads(int64_t items, int64_t threads, ThreadBody body, void* context);
 
-// Calls body(thread, begin, end) on `threads` threads. Each has one contiguous share of the items,
-// which is the same at every call: private sums that are merged in the order of the threads are
-// equal to the last bit from run to run.
+// Calls body(thread, begin, end) on `threads` threads. Each thread gets one contiguous range of the
+// items, the same at every call: sums that are kept per thread and merged in order are bit-equal
+// from run to run.
 template <class F>
 void parallel(int64_t items, int64_t threads, const F& body) {
   parallel_threads(

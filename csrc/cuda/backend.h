@@ -1,5 +1,5 @@
 // CUDA as a backend of the kernel ops: maps are channels last, kernels run on the current stream.
-// Where the device is simulated, tensors on the CPU take the part of CUDA's.
+// If the device is simulated, tensors on the CPU stand for those on CUDA.
 #pragma once
 
 #include "kernel_arguments.h"
@@ -53,7 +53,7 @@ class Context<cuda::Cuda> final : public cuda::Context {
   template <class E>
   static cuda::Maps<E> maps(const char* name, const Tensor& t) {
     auto m = sized_maps<cuda::Maps<E>>(name, t);
-    // Take the distance of two pixels from whichever dimension has two of them.
+    // Take the distance of two pixels from the last dimension that has two.
     m.pitch = m.width > 1     ? t.stride(3)
               : m.height > 1  ? t.stride(2)
               : m.samples > 1 ? t.stride(0)
@@ -117,7 +117,7 @@ class Context<cuda::Cuda> final : public cuda::Context {
     return data;
   }
 #else
-  char* free_ = nullptr;  // the rest of the piece that small requests share
+  char* free_ = nullptr;  // the unused rest of the tensor that small requests share
   int64_t free_bytes_ = 0;
 
   void* allocate(int64_t bytes) override {

@@ -1,8 +1,8 @@
-// Chooses the kernel of a 3x3 convolution. Narrow layers, and forward those of up to 128 and 32
-// channels in 16 bits, have kernels of their own, in one pass over the bottleneck. Others are a
-// convolution of torch (on a GPU, of cuDNN), with kernels for what is around it: it gets packed
-// channels-last tensors and never a slice of a buffer, because cuDNN's plans are cached without
-// output strides.
+// Chooses how a 3x3 convolution is computed. Narrow layers, and in forward also 16-bit layers with
+// bottlenecks of up to 128 channels and up to 32 new ones, have kernels that need one pass over the
+// bottleneck. All others call torch's convolution (on a GPU cuDNN's), with kernels for the steps
+// around it. It gets packed channels-last tensors and never a slice of a buffer, because cuDNN's
+// plans are cached without output strides.
 #include <array>
 
 #include "backend.h"
@@ -16,7 +16,7 @@ Tensor packed_maps(const Tensor& like, int64_t samples, int64_t channels, int64_
                    int64_t width, ScalarType type) {
   return channels_last_maps(like, {samples, channels, height, width}, channels, type);
 }
-// Copies maps that do not lie so, which is rare: a library usually returns them packed.
+// Copies maps that are not packed. This is rare: a library usually returns packed maps.
 Tensor packed(const Tensor& maps) {
   const int64_t c = maps.size(1), h = maps.size(2), w = maps.size(3);
   const int64_t strides[4] = {h * w * c, 1, w * c, c};
@@ -28,7 +28,7 @@ Tensor packed(const Tensor& maps) {
   torch::stable::copy_(copy, maps);
   return copy;
 }
-// A library wants weights in the maps' type and layout.
+// Converts weights to the maps' type and layout, as a library wants them.
 Tensor library_weight(const Tensor& weight, ScalarType type) {
   Tensor copy = packed_maps(weight, weight.size(0), weight.size(1), 3, 3, type);
   torch::stable::copy_(copy, weight);
@@ -82,7 +82,7 @@ Gradients convolution_backward(const Tensor& dy, const Tensor& h, const Tensor& 
       "aten::convolution_backward failed");
   const Tensor dh = torch::stable::detail::to<Tensor>(stack[0]);
   const Tensor dweight = torch::stable::detail::to<Tensor>(stack[1]);
-  torch::stable::detail::to<Tensor>(stack[2]);  // undefined, but to be released
+  torch::stable::detail::to<Tensor>(stack[2]);  // undefined, but it has to be released
   return {packed(dh), dweight};
 }
 

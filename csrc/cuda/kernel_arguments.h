@@ -1,4 +1,4 @@
-// The CUDA kernels as plain C++: the functions that launch them, and how CUDA's maps lie.
+// The CUDA kernels as plain C++: the functions that launch them, and the layout of CUDA's maps.
 //
 // csrc/cuda/kernels/*.cu know nothing of torch; the kernel ops check tensors, fill the argument
 // structures and call the functions. Scratch memory and the stream come in with a Context.
@@ -9,14 +9,14 @@
 
 namespace densenet_ext::cuda {
 
-// A kernel op gets from it the current stream, scratch memory until the op returns (or, on a
-// device, until the stream has come so far), and whether float32 products may be TF32.
+// Gives a kernel op the current stream, scratch memory, and the permission to compute float32
+// products in TF32. Scratch lives until the op returns; on a device, until its stream gets there.
 class Context {
  public:
   void* stream = nullptr;
   bool allow_tf32 = false;
 
-  // Uninitialized, aligned to 16 bytes at least.
+  // Returns uninitialized memory, aligned to 16 bytes at least.
   template <class T>
   T* scratch(int64_t count) {
     return static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T))));
@@ -27,11 +27,11 @@ class Context {
   virtual void* allocate(int64_t bytes) = 0;
 };
 
-// Throws where the current device cannot run these kernels: they need compute capability 8.0.
+// Throws if the current device cannot run these kernels: they need compute capability 8.0.
 void check_device();
 
 // Channels-last maps [samples, channels, height, width]: channel c of row (n*H + y)*W + x is
-// data[row * pitch + c]. Of a feature buffer, data and pitch * sizeof(E) are multiples of 16.
+// data[row * pitch + c]. In a feature buffer, data and pitch * sizeof(E) are multiples of 16.
 template <class E>
 struct Maps {
   E* data = nullptr;
@@ -63,8 +63,8 @@ struct Cuda {
   using Gradient = S;
 };
 
-// The name of a launch function is that of its kernel op. bottleneck_backward ends with the forward
-// of arguments.previous, if there is one.
+// A launch function has the name of its kernel op. bottleneck_backward ends with the forward of
+// arguments.previous, if there is one.
 #define DENSENET_EXT_DECLARE(function, Arguments)  \
   template <class S>                               \
   using Arguments = arguments::Arguments<Cuda, S>; \
@@ -77,16 +77,15 @@ using arguments::FoldNorm;
 template <class T>
 void fold_norm(const FoldNorm<T>& arguments, Context& context);
 
-// Takes the moments of channels [offset, offset + channels) of the maps, unless they are not
-// wanted.
+// Takes the moments of channels [offset, offset + channels), if they are wanted.
 template <class S>
 void slice_moments(const Maps<const S>& features, int64_t offset, int64_t channels,
                    const Moments<Arithmetic<S>>& moments, Context& context);
 
-// True if conv3x3_forward or conv3x3_backward can do it on the current device: narrow layers only,
-// and forward some wider ones of 16-bit types. Others go through a convolution of a library, and
-// the functions after these two do what is around it. Whoever calls takes the moments of the slice,
-// with slice_moments.
+// True if conv3x3_forward or conv3x3_backward can compute this layer on the current device: they
+// serve narrow layers, and in forward some wider ones of 16-bit types. Others go through a
+// library's convolution, and the functions after these two do the steps around it. The caller takes
+// the moments of the slice with slice_moments.
 template <class S>
 bool conv3x3_forward_fits(const Conv3x3Forward<S>& arguments, const Context& context);
 template <class S>
@@ -96,13 +95,14 @@ bool conv3x3_backward_fits(const Conv3x3Backward<S>& arguments, const Context& c
 template <class S>
 void conv3x3_input(const S* bottleneck, const ScaleShiftTable<Arithmetic<S>>& scale_shift,
                    int64_t samples, int64_t pixels, int64_t width, S* h, Context& context);
-// Makes the slice = dropout(y [M, growth]).
+// slice of the feature buffer = dropout(y [M, growth])
 template <class S>
 void conv3x3_output(const Conv3x3Forward<S>& arguments, const S* y, Context& context);
 // Makes dy [M, growth], the true gradient of the slice through dropout.
 template <class S>
 void conv3x3_output_gradient(const Conv3x3Backward<S>& arguments, S* dy, Context& context);
-// Makes all that the backward writes, from the gradients of h and of the weight: dh [M, width], dw.
+// Writes all outputs of conv3x3_backward from the gradients of h and of the weight: dh [M, width]
+// and dw.
 template <class S>
 void conv3x3_input_gradient(const Conv3x3Backward<S>& arguments, const S* dh,
                             const StridedMaps<const S>& dw, Context& context);

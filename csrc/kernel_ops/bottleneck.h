@@ -30,7 +30,8 @@ void bottleneck_forward(const Tensor& features, const Tensor& scale, const Tenso
   });
 }
 
-// The forward that ends a backward: it computes the bottleneck of the layer before this one again.
+// Arguments of the forward at the end of a backward: it computes the bottleneck of the layer before
+// this one again.
 template <class B, class S>
 arguments::BottleneckForward<B, S> previous_bottleneck(
     const arguments::BottleneckBackward<B, S>& backward, const std::optional<Tensor>& scale,

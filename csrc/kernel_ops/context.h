@@ -5,13 +5,13 @@
 //
 //   Context(like, allow_tf32)  enters the device of tensor `like`
 //   run(arguments)             calls the kernel of these arguments
-//   run(arguments, weight)     gets the weight as a tensor, too: a 3x3 convolution may be torch's
+//   run(arguments, weight)     also takes the weight as a tensor, for a 3x3 convolution by torch
 //
-// Its static functions check how maps lie, which is what backends differ in:
+// Its static functions check the layout of maps, which differs between backends:
 //
 //   buffer<E>(name, t)              a feature or gradient buffer
-//   maps<E>(name, t)                the stem's output and its gradient: aligned or not
-//   channels_last_maps<E>(name, t)  maps that are channels last without gaps, which is not checked
+//   maps<E>(name, t)                the stem's output and its gradient, which need not be aligned
+//   channels_last_maps<E>(name, t)  channels-last maps without gaps; the caller has checked that
 //   outer_maps<E>(name, t)          the transition's output and its gradient
 //   copied_maps<E>(name, t)         maps that are only copied into a buffer or out of it
 #pragma once
@@ -28,7 +28,7 @@ template <class B, class E>
 auto buffer(const char* name, const Tensor& t) {
   return Context<B>::template buffer<E>(name, t);
 }
-// Checks the shape, too, which has to be that of `other`.
+// Checks that the shape is that of `other`, too.
 template <class B, class E, class M>
 auto buffer_like(const char* name, const Tensor& t, const M& other) {
   check_shape(name, t, {other.samples, other.channels, other.height, other.width});

@@ -1,6 +1,6 @@
 // Each kernel gets one of these structures, whatever its backend: plain pointers, sizes, strides.
 //
-// A backend B says how its maps lie and what type gradients have inside a stage:
+// A backend B defines the layout of its maps and the type of gradients inside a stage:
 //   B::Maps<E>      feature maps and buffers
 //   B::OuterMaps<E> maps that come from outside a stage or go there
 //   B::Gradient<S>  type of the gradients of feature maps of S
@@ -75,7 +75,7 @@ struct BottleneckBackward {
   const T* weight;                    // [width, channels]
   int64_t channels, width;
   const G* dv;         // [M, round_up(width, kLanes)]
-  S* bottleneck;       // [M, round_up(width, kLanes)]; at the end that of `previous`
+  S* bottleneck;       // [M, round_up(width, kLanes)]; overwritten by the bottleneck of `previous`
   const T* db_affine;  // [3, width]: db = db_affine0 * dv + db_affine1 + db_affine2 * b
   Norm<T> norm;
   typename B::template Maps<const G> grad_in;  // data null: the gradient starts here
@@ -84,7 +84,7 @@ struct BottleneckBackward {
   T* dweight;  // [width, channels]
   T* dnorm_weight;
   T* dnorm_bias;
-  BottleneckForward<B, S> previous;  // of the layer before this one; weight null: not wanted
+  BottleneckForward<B, S> previous;  // the layer before this one; weight null: not wanted
 };
 
 // features[:, offset : offset + growth] = dropout(conv3x3(relu(scale * b + shift))), with the
@@ -209,11 +209,11 @@ template <class B, class S>
 struct StemForward {
   using T = Arithmetic<S>;
   typename B::template Maps<const S> x;
-  const T *weight, *bias;  // of the norm
+  const T *weight, *bias;  // the norm's
   double eps;
   bool has_statistics;  // batch_mean and batch_var are read; otherwise they are written
   T *batch_mean, *batch_var;
-  typename B::template Maps<S> out;  // of half the height and width, rounded up
+  typename B::template Maps<S> out;  // half the height and width, rounded up
 };
 
 template <class B, class S>
@@ -229,8 +229,8 @@ struct StemBackward {
 
 }  // namespace densenet_ext::arguments
 
-// Calls X(function, Arguments) for each kernel and the structure it gets, but for fold_norm: that
-// one has no maps.
+// Calls X(function, Arguments) for each kernel and its argument structure, except fold_norm, which
+// has no maps.
 #define DENSENET_EXT_KERNELS(X)                     \
   X(append, Append)                                 \
   X(finish_gradient, FinishGradient)                \

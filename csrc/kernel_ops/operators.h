@@ -22,8 +22,8 @@ inline void check_same_device(const std::optional<Tensor>& t, const Tensor*& fir
 template <class Number>
 void check_same_device(const Number&, const Tensor*&) {}
 
-// A kernel op whose tensors have to be on one device: the dispatcher looks for one that is on a
-// GPU.
+// Runs a kernel op after a check that all tensors are on one device. The dispatcher calls the CUDA
+// op as soon as one tensor is on a GPU.
 template <auto op>
 struct OnOneDevice;
 template <class... A, void (*op)(A...)>

@@ -1,5 +1,5 @@
-// The way from tensors to what kernels get: each function checks an argument, names it where it is
-// wrong, and returns pointers and sizes.
+// From tensors to the arguments of kernels: each function checks a tensor, names it in the error if
+// it is wrong, and returns pointers and sizes.
 #pragma once
 
 #include <type_traits>
@@ -47,7 +47,7 @@ E* region(const char* name, E* data, int64_t elements) {
   return data;
 }
 
-// The tensor has to be contiguous, of type E and of this shape.
+// Checks that the tensor is contiguous, of type E and of this shape.
 template <class E>
 E* pointer(const char* name, const Tensor& t, Shape sizes) {
   check_type(name, t, scalar_type_of<std::remove_const_t<E>>());
@@ -114,7 +114,7 @@ Coefficients<T> coefficients(const Tensor& coef, const M& features) {
           features.channels};
 }
 
-// Both moments are wanted or neither.
+// Checks that both moments are wanted or neither.
 inline void check_moments(const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
   STD_TORCH_CHECK(mean.has_value() == m2.has_value(),
                   "mean and m2 must both be tensors or both be None");
@@ -138,7 +138,7 @@ int64_t rows_of(const M& m) {
   return m.samples * m.height * m.width;
 }
 
-// Fills in all but the strides, which differ from backend to backend.
+// Fills in all fields but the strides, which differ from backend to backend.
 template <class M>
 M sized_maps(const char* name, const Tensor& t) {
   using E = std::remove_pointer_t<decltype(M::data)>;

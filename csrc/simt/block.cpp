@@ -11,7 +11,7 @@ namespace {
 
 uint64_t random_state;
 
-// Every thread of a block: from the kernel's first instruction to its last.
+// Each thread of a block runs this: the whole kernel.
 void thread_main() {
   state.launch->call(state.launch->kernel, state.launch->arguments);
   Thread& self = *state.current;
@@ -44,10 +44,10 @@ void run_thread(Thread& t) {
   state.current = nullptr;
 }
 
-// Each warp runs as far as it can: this finds more than giving every warp its fair share.
+// Runs a warp as far as it can go. This finds more races than letting all warps advance evenly.
 void run_warp(int w) {
   Warp& warp = state.warp[w];
-  // Its lanes from a random one on.
+  // Begin with a random lane.
   const auto start = static_cast<unsigned>(random_number() % kWarp);
   while (warp.ready != 0 && !state.stopped) {
     for (unsigned i = 0; i < kWarp && !state.stopped; ++i) {
@@ -57,7 +57,7 @@ void run_warp(int w) {
   }
 }
 
-// A random warp that can run, or -1.
+// Returns a random warp that can run, or -1.
 int choose_warp() {
   const int warps = state.threads / kWarp;
   const auto start = static_cast<int>(random_number() % static_cast<unsigned>(warps));
@@ -68,7 +68,7 @@ int choose_warp() {
   return -1;
 }
 
-// The barrier that all wait for, if it is one.
+// True if all threads of the block wait for this.
 bool all_wait_for(Wait kind) {
   for (int id = 0; id < state.threads; ++id) {
     if (state.thread[id].wait != kind) return false;

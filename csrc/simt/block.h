@@ -1,4 +1,4 @@
-// One block of threads at a time: who runs, who waits for what.
+// The block of threads that runs at the moment: which threads run, and what the others wait for.
 #pragma once
 
 #include <vector>
@@ -13,7 +13,7 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// Reasons for which a thread waits; from kSyncwarp on, for the other lanes of its warp.
+// The reasons for which a thread waits; from kSyncwarp on it waits for the other lanes of its warp.
 enum class Wait { kNothing, kEnd, kBarrier, kSyncwarp, kShuffle, kBallot, kLdmatrix, kMma };
 
 struct Thread {
@@ -22,12 +22,13 @@ struct Thread {
   Index index = {};
   Wait wait = Wait::kNothing;
   uintptr_t pc = 0;         // the place at which it waits
-  void* deposit = nullptr;  // what it brought to a collective
-  // Counts in between two barriers: __syncwarp lifts both of all lanes to one more than any had.
-  uint32_t step = 0;     // also one more at every fence
-  uint32_t ordered = 0;  // what lanes of this warp did at lower steps came before
+  void* deposit = nullptr;  // its contribution to a collective
+  // These count from barrier to barrier. __syncwarp raises both, in all lanes, to the highest step
+  // of any lane plus one.
+  uint32_t step = 0;     // a fence raises it by one, too
+  uint32_t ordered = 0;  // accesses by lanes of this warp at lower steps came earlier
   Copies copies;
-  bool waited = false;  // for the kernels before this one
+  bool waited = false;  // true after wait_for_earlier_kernels
 };
 
 struct Warp {
@@ -35,7 +36,7 @@ struct Warp {
   unsigned arrived = 0;  // lanes that wait for others of the warp
 };
 
-// The launch and the block that run now; `current` is null while the host's code runs.
+// The launch and the block that run at the moment; `current` is null while the host's code runs.
 struct State {
   Thread* current = nullptr;
   uintptr_t stack = 0;  // belongs to the current thread
@@ -43,8 +44,8 @@ struct State {
   Index block = {};
   int threads = 0;
   uint64_t seed = 0;          // belongs to this launch
-  bool copy_at_once = false;  // cp.async; otherwise at its wait
-  bool stopped = false;       // after a finding that cannot be run past
+  bool copy_at_once = false;  // cp.async copies at once; if false, at its wait
+  bool stopped = false;       // true after a finding past which a kernel cannot run
   Thread thread[kMaxThreads];
   Warp warp[kMaxThreads / kWarp];
 };
@@ -53,11 +54,11 @@ extern State state;
 // Runs all threads of state.block to their end, unless the launch is stopped.
 void run_block();
 
-// Leaves the current thread for good: its next step would be an error that cannot be undone.
+// Leaves the current thread for good, because its next step would do damage.
 [[noreturn]] void stop();
 
-// A warp collective: returns true to the last lane that arrives, which then does the work of all
-// and calls release_warp; to the others it returns false once that is done.
+// Joins a warp collective. Returns true to the last lane that arrives, which has to do the work of
+// all lanes and call release_warp; afterwards it returns false to the others.
 bool arrive(Wait kind, void* deposit, uintptr_t pc);
 void release_warp();
 

@@ -1,4 +1,4 @@
-// Conversions bit by bit as the GPU does them, for any compiler: none of its 16-bit types is used.
+// Conversions with the same bits as on a GPU. They need no compiler's 16-bit types.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ inline float float_of(uint32_t bits) {
 
 inline float from_bfloat16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 
-// To the nearest, ties to even. Every NaN becomes 0x7fff, as on a GPU.
+// Rounds to the nearest, ties to even. Every NaN becomes 0x7fff, as on a GPU.
 inline uint16_t to_bfloat16(float v) {
   const uint32_t bits = bits_of(v);
   if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
@@ -45,7 +45,7 @@ inline uint16_t to_float16(float v) {
   return static_cast<uint16_t>(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 
-// To the nearest value with 10 bits of mantissa, ties away from 0.
+// Rounds to the nearest value with 10 bits of mantissa, ties away from 0.
 inline float round_tf32(float v) {
   const uint32_t bits = bits_of(v);
   if ((bits & 0x7fffffff) > 0x7f800000) return float_of(0x7fffffff);

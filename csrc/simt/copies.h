@@ -1,4 +1,4 @@
-// cp.async: the copies of one thread that are on their way.
+// The copies of cp.async that one thread has issued and not yet waited for.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct Copy {
 
 struct Copies {
   std::vector<Copy> pending;  // in order of issue
-  int group = 0;              // that the next copy belongs to
+  int group = 0;              // group of the next copy
 };
 
 }  // namespace simt

@@ -1,5 +1,5 @@
-// What csrc/cuda/ptx.cuh includes in place of the CUDA toolkit: CUDA's words, and the twins of the
-// PTX wrappers, so that a C++ compiler can read kernels and the simulator run them.
+// csrc/cuda/ptx.cuh includes this file in place of the CUDA toolkit. It defines CUDA's keywords and
+// the functions that wrap PTX, so that a C++ compiler can read kernels and the simulator run them.
 #pragma once
 
 #include <math.h>
@@ -10,7 +10,7 @@
 #include "convert.h"
 #include "types.h"
 
-// Inlined, so that what they load and store belongs to the kernel and its instrumentation.
+// Device functions are inlined, so that the hooks of the kernel see their loads and stores.
 #define DEVICE inline __attribute__((always_inline))
 #define KERNEL __attribute__((noinline)) void
 #define DYNAMIC_SHARED(name) unsigned char* const name = ::simt::dynamic_shared()
@@ -27,7 +27,7 @@ namespace simt {
 struct Index {
   unsigned x, y, z;
 };
-// Constant for a thread, whatever other threads do in between.
+// These are constant for a thread, whatever other threads do between two calls.
 __attribute__((const)) Index thread_index();
 __attribute__((const)) Index block_index();
 __attribute__((const)) Index block_size();
@@ -86,7 +86,7 @@ struct Bytes16;
 
 void wait_for_earlier_kernels();
 
-// Not inlined: the simulator does these accesses itself, and checks them.
+// These are not inlined: the simulator does their accesses itself, and checks them.
 Bytes16 ld16(const void* from);
 void st16(void* to, const Bytes16& v);
 DEVICE void st16_global(void* to, const Bytes16& v) { st16(to, v); }
@@ -121,12 +121,12 @@ template <>
 DEVICE Float16 narrow<Float16>(float v) {
   return {simt::to_float16(v)};
 }
-// Two 16-bit values in one word, the first in the low half.
+// Converts to two 16-bit values in one word, the first in the low half.
 template <class S>
 DEVICE uint32_t narrow2(float low, float high) {
   return narrow<S>(low).bits | static_cast<uint32_t>(narrow<S>(high).bits) << 16;
 }
-// The conversion of max(v, 0); NaN stays NaN.
+// Converts max(v, 0) for both values; NaN stays NaN.
 template <class S>
 DEVICE uint32_t narrow2_relu(float low, float high) {
   return narrow2<S>(low < 0 ? 0 : low, high < 0 ? 0 : high);

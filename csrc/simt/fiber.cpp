@@ -11,7 +11,7 @@
 
 #if SIMT_ASSEMBLY
 extern "C" void simt_switch(void** save, void* load);
-// The registers that a function must keep go to the stack, then the stack is exchanged.
+// Pushes the registers that a function must preserve, then exchanges the stacks.
 asm(R"(
 .text
 .globl simt_switch
@@ -48,7 +48,7 @@ void* main_top;
 ucontext_t main_context;
 #endif
 
-// AddressSanitizer has to know on which stack the program is.
+// AddressSanitizer has to be told on which stack the program runs.
 #ifdef __SANITIZE_ADDRESS__
 const void* main_stack;
 size_t main_size;
@@ -84,7 +84,8 @@ void Fiber::start(void (*entry)()) {
     stack_ = static_cast<char*>(memory) + kGuard;
   }
 #if SIMT_ASSEMBLY
-  // Six registers and the address to return to; functions find their stack 8 bytes off 16.
+  // The frame has six registers and a return address. At a function's entry the stack pointer has
+  // to be 8 bytes off a multiple of 16.
   void** const frame = reinterpret_cast<void**>(stack_ + kStack - 16) - 6;
   frame[6] = reinterpret_cast<void*>(first);
   frame[7] = nullptr;

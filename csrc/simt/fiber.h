@@ -1,4 +1,4 @@
-// Coroutines with stacks of their own: a switch costs a few nanoseconds.
+// Coroutines, each with its own stack. A switch takes a few nanoseconds.
 #pragma once
 
 #include <cstddef>
@@ -21,12 +21,12 @@ class Fiber {
  public:
   static constexpr size_t kStack = 128 * 1024;
 
-  // (Re)starts at entry(), which must never return; what ran here before is dropped.
+  // Starts entry(), which must never return, and drops whatever ran on this stack.
   void start(void (*entry)());
-  // Switches from the caller's own stack to this one, and back.
+  // resume() switches from the caller's stack to this one, suspend() back.
   void resume();
   void suspend();
-  // Forgets what AddressSanitizer knows of a stack that was left in the middle.
+  // Tells AddressSanitizer that this stack was left for good.
   void abandon();
 
   uintptr_t stack() const { return reinterpret_cast<uintptr_t>(stack_); }

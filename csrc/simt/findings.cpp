@@ -38,7 +38,7 @@ struct Frame {
   std::string function, line;
 };
 
-// The frames that were inlined at each site, from the inside out: addr2line knows.
+// Asks addr2line for the functions that are inlined at each site, from the inside out.
 std::map<uint32_t, std::vector<Frame>> look_up(const std::set<uint32_t>& sites) {
   std::string command = std::string("addr2line -a -f -i -C -e '") + library().dli_fname + "'";
   for (const uint32_t s : sites) command += " " + hex(s);
@@ -78,7 +78,7 @@ std::string describe(const std::vector<Frame>& frames) {
   return text;
 }
 
-// Replaces what source() left in the text.
+// Replaces the placeholders of source() by source lines.
 std::string with_lines(const std::string& text) {
   std::set<uint32_t> sites;
   for (size_t at = 0; (at = text.find("[@", at)) != std::string::npos; ++at) {

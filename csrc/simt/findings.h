@@ -1,4 +1,4 @@
-// What was found in a launch, in words.
+// The reports of faults that were found in a launch.
 #pragma once
 
 #include <string>
@@ -7,17 +7,17 @@
 
 namespace simt {
 
-// Stands in a report for the source line, which is looked up only if there is something to report.
+// Return a placeholder for a source line, which is looked up when the report is thrown.
 std::string source(uintptr_t pc);
 std::string source_of(uint32_t site);
 std::string thread_name(int id, Index block);
 
-// A kind at the same two places is reported once. After a number of findings, the launch
-// stops.
+// Adds a finding. Each kind is reported once for the same two places. After a number of findings
+// the launch stops.
 void report(const std::string& kind, const std::string& what, uintptr_t pc, uint32_t other);
-// Threads that wait for others that will not come.
+// Reports that threads wait for others that will never arrive.
 void report_deadlock();
-// Throws std::runtime_error if there is anything.
+// Throws std::runtime_error with all findings, if there are any.
 void throw_findings();
 
 }  // namespace simt

@@ -1,5 +1,5 @@
-// The usual access in a few instructions: nothing to find, little to remember. Everything else goes
-// to access() in shadow.cpp, which checks again and finds words for it.
+// A fast check that serves most accesses: there is nothing to report and little to remember. Every
+// other access goes to access() in shadow.cpp, which checks it again and writes the report.
 #pragma once
 
 #include "memory_map.h"
@@ -9,15 +9,15 @@ namespace simt {
 
 enum class Access { kRead, kWrite, kAtomic };
 
-// The shared memory of the block that runs.
+// The shared memory of the block that runs at the moment.
 struct Shared {
   uintptr_t begin, bytes;
   Cell* cells;
 };
 extern Shared shared;
 
-// Notes a reader. The one that stays stands for all: a writer that any of them forbids finds it, or
-// its flags.
+// Remembers a reader. A cell holds only one reader and flags: enough to detect a writer that
+// conflicts with any of the readers.
 inline void remember_read(Cell& cell, const Thread& thread, Stamp stamp, bool in_shared,
                           uintptr_t pc) {
   const Stamp r = {cell.read};
@@ -37,15 +37,15 @@ inline void remember_read(Cell& cell, const Thread& thread, Stamp stamp, bool in
   cell.read_pc = site(pc);
 }
 
-// True if nothing speaks against an access after this write: it is the thread's own, or of this
-// block before the last barrier, or of ticks so old (from one on, up to another) that all know.
+// True if an access is allowed after the write w: the same thread wrote it, or this block did
+// before its last barrier, or the write is old enough for all threads, in ticks [from, to).
 inline bool is_settled(Stamp w, Stamp stamp, uint32_t from, uint32_t to) {
   constexpr uint64_t kWhoAndWhen = 0xffffffff00007fe0;
   if (w.has(kPending)) return false;
   return w.tick() - from < to - from || w.tick() - clock_.block < clock_.tick - clock_.block ||
          ((w.word ^ stamp.word) & kWhoAndWhen) == 0;
 }
-// True if nothing speaks against a write after these reads.
+// True if a write is allowed after the reads r.
 inline bool is_free(Stamp r, Stamp stamp, bool in_shared) {
   constexpr uint64_t kWhoAndWhenAndFlags =
       0xffffffff00007fe0 | kManyLanes | kManyWarps | kManyBlocks;

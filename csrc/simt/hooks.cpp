@@ -4,7 +4,7 @@
 
 namespace {
 
-// Local variables are nobody else's, and the host's code may do what it likes.
+// Local variables belong to one thread, and the host's code may access anything.
 inline bool is_watched(const void* address) {
   return simt::state.current &&
          reinterpret_cast<uintptr_t>(address) - simt::state.stack >= simt::Fiber::kStack;
@@ -36,7 +36,7 @@ extern "C" {
   void __tsan_read##bytes(const void* a) { hook<bytes, Access::kRead, true>(a, SIMT_CALLER); } \
   void __tsan_write##bytes(const void* a) { hook<bytes, Access::kWrite, true>(a, SIMT_CALLER); }
 
-// These serve types that are less aligned than large: a GPU takes such a value apart.
+// These serve types whose alignment is less than their size: a GPU takes such a value apart.
 #define SIMT_UNALIGNED_HOOKS(bytes)                     \
   void __tsan_unaligned_read##bytes(const void* a) {    \
     hook<bytes, Access::kRead, false>(a, SIMT_CALLER);  \
@@ -67,7 +67,7 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
-// Guards of static variables, in the host's code of these files.
+// The host's code in these files calls these two to guard its static variables.
 unsigned char __tsan_atomic8_load(const volatile unsigned char* a, int) {
   return __atomic_load_n(a, __ATOMIC_SEQ_CST);
 }

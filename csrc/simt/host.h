@@ -1,4 +1,4 @@
-// Launching a kernel on the simulated device.
+// Launches a kernel on the simulated device.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace simt {
 
-// Small, so that persistent blocks have several tiles each.
+// The number is small, so that persistent blocks have several tiles each.
 constexpr int kMultiprocessors = 3;
 // Shared memory that the supported architectures give one block, at least and at most.
 constexpr int64_t kLeastShared = 99 * 1024, kMostShared = 227 * 1024;
@@ -19,7 +19,7 @@ struct Launch {
   Index grid;
   int threads;
   int64_t shared_bytes;
-  void (*kernel)();                                       // to be named in a report
+  void (*kernel)();                                       // for its name in a report
   void (*call)(void (*kernel)(), const void* arguments);  // runs it as the current thread
   const void* arguments;
   int64_t arguments_bytes;

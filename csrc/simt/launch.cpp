@@ -18,7 +18,7 @@ namespace {
 
 std::mutex mutex;
 
-// SIMT_SEED for the first launch of the process, one more for each that follows.
+// The seed is SIMT_SEED for the first launch of the process, and one more for each that follows.
 uint64_t& next_seed() {
   static uint64_t seed = [] {
     const char* const text = std::getenv("SIMT_SEED");
@@ -56,7 +56,7 @@ void run(const Launch& launch) {
   seed_random(state.seed);
   state.copy_at_once = random_number() % 2 != 0;
   begin_launch();
-  // i * step + start, step prime to the count, goes through all of them.
+  // i * step + start goes through all blocks, because step and their number have no common divisor.
   const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   const uint64_t start = random_number() % blocks;
   uint64_t step = random_number() % blocks | 1;

@@ -18,7 +18,7 @@ void copy(const Copy& c) {
 
 }  // namespace
 
-// Groups that have been committed complete in order, but for the last `pending` ones.
+// Completes the committed groups in order, except the last `pending` ones.
 void cp_async_wait(int pending) {
   Thread& self = *state.current;
   auto& copies = self.copies.pending;
@@ -84,7 +84,7 @@ void cp_async16(void* shared, const void* global, int bytes) {
   if (state.copy_at_once) {
     simt::copy(c);
   } else {
-    std::memset(shared, 0xff, 16);  // NaN until it is there
+    std::memset(shared, 0xff, 16);  // reads as NaN until the copy has arrived
   }
 }
 

@@ -1,4 +1,4 @@
-// Global memory as the simulator sees it: the registered regions, and what is known of their bytes.
+// Global memory as the simulator sees it: the registered regions and the history of their bytes.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ constexpr bool kHooked = false;  // AddressSanitizer's build has no hooks, so no
 constexpr bool kHooked = true;
 #endif
 
-// The last write and the last read of two bytes; stamps say by whom and when (see shadow.cpp), and
-// of several readers hold one. Bytes in pairs: 16 bits are the least that the kernels write.
+// The last write and the last read of two bytes. Stamps say which thread did it and when (stamp.h);
+// one reader stands for several (history.h). Kernels write at least 16 bits at a time.
 struct Cell {
   uint64_t write, read;
   uint32_t write_pc, read_pc;
@@ -27,15 +27,16 @@ struct Region {
   bool writable, scratch;
 };
 
-// A piece of memory of one kind. Nothing has to be known of what nobody writes.
+// A piece of memory that is uniform: writable or not, scratch or not. Memory that nobody writes
+// needs no cells.
 struct Extent {
   uintptr_t begin, end;
   bool writable, scratch;
-  uint32_t birth;         // when it was registered: older stamps are another operator's
-  Cell* cells = nullptr;  // of writable ones
+  uint32_t birth;         // tick of its registration; older stamps belong to other operators
+  Cell* cells = nullptr;  // null unless it is writable
 };
 
-// By address: where the last accesses went.
+// The extents of the latest accesses, by address.
 constexpr uintptr_t kRecent = 256;
 extern Extent* recent_extents[kRecent];
 
@@ -44,7 +45,7 @@ inline Extent* find_extent(uintptr_t address) {
   Extent* const e = recent_extents[address >> 12 & (kRecent - 1)];
   return e && e->begin <= address && address < e->end ? e : search_extent(address);
 }
-// "28 bytes past the end of 'weight' (6144 bytes)".
+// Returns a text such as "28 bytes past the end of 'weight' (6144 bytes)".
 std::string describe_address(uintptr_t address);
 std::string distance_text(int64_t bytes, bool is_before, const std::string& of);
 

@@ -1,4 +1,4 @@
-// densenet_ext._C as Python knows it, of the library whose kernels run on the simulated device.
+// The Python module densenet_ext._C of the library whose kernels run on the simulated device.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/ops.h>
 

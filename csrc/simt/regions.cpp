@@ -19,11 +19,11 @@ namespace {
 
 std::recursive_mutex mutex;
 int depth = 0;
-std::vector<Region> regions;   // its registered name
-std::vector<Extent*> extents;  // sorted, disjoint: their union
+std::vector<Region> regions;   // each registered region, by name
+std::vector<Extent*> extents;  // the union of the regions, sorted and disjoint
 
-// Cells come from one range of addresses, from the start again for each operator: what earlier
-// operators left there is recognized by its age.
+// Cells come from one range of addresses, which each operator uses again from its start. Contents
+// that an earlier operator left there are recognized by their age.
 constexpr size_t kArena = size_t{1} << 38, kKeep = size_t{1} << 31;
 char* arena = nullptr;
 size_t arena_used = 0;
@@ -63,7 +63,7 @@ void add(const Region& r) {
     return e->begin <= r.begin && r.end <= e->end && (e->writable || !r.writable);
   };
   if (to - from == 1 && covers(*from)) return;
-  // The pieces between all ends: each is writable if one of those that cover it is.
+  // Cut at the ends of all extents. A piece is writable if one of the extents that cover it is.
   std::vector<uintptr_t> cuts = {r.begin, r.end};
   std::vector<Extent*> pieces, old(from, to);
   for (const Extent* e : old) cuts.insert(cuts.end(), {e->begin, e->end});

@@ -18,7 +18,7 @@ Shared shared;
 
 namespace {
 
-// Shared memory lies between guards, so that what misses it is known for what it is.
+// Shared memory lies between guards, so that an access just outside can be reported as such.
 constexpr int64_t kGuard = 64 * 1024;
 alignas(128) unsigned char zone[kGuard + kMostShared + kGuard];
 unsigned char* const shared_memory = zone + kGuard;
@@ -28,7 +28,7 @@ const char* verb(Access kind) {
   return kind == Access::kRead ? "reads" : kind == Access::kWrite ? "writes" : "atomically adds to";
 }
 
-// One access, as far as its checks and messages need it.
+// One access, with all that its checks and reports need.
 struct Check {
   Thread& thread;
   uintptr_t address;
@@ -61,7 +61,7 @@ struct Check {
            pc, other_pc);
   }
 
-  // Checks who wrote here last, and whether this access may come after that.
+  // Checks that this access may come after the last write.
   void against_write(const Cell& cell, uintptr_t at) const {
     const Stamp w = {cell.write};
     const uint32_t tick = w.tick();
@@ -222,7 +222,7 @@ void copy_ends(Thread& thread, const Copy& copy, uintptr_t wait_pc) {
     cells_of_copy(copy.to)[i].write = stamp_of(thread).word;
     cells_of_copy(copy.to)[i].write_pc = site(copy.pc);
   }
-  // No barrier orders a copy that nobody has waited for.
+  // A barrier does not order a copy that nobody has waited for, so its source is checked here.
   const auto from = reinterpret_cast<uintptr_t>(copy.from);
   const Extent* const e = copy.bytes > 0 ? find_extent(from) : nullptr;
   if (!e || !e->cells) return;

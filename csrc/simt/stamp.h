@@ -1,4 +1,4 @@
-// Who did something, and when, in 64 bits.
+// Stamps say in 64 bits which thread made an access, and when.
 //
 // The clock ticks at every barrier of every block; blocks run one after another, so a tick also
 // names its block. Within a tick, a thread's step orders it against lanes of its own warp.
@@ -12,9 +12,9 @@ enum Flag : uint64_t {
   kNone = 0,
   kPending = 1,  // a cp.async that has not been waited for
   kAtomic = 2,
-  kManyLanes = 4,    // other lanes of that warp have read it, too
-  kManyWarps = 8,    // other warps have
-  kManyBlocks = 16,  // other blocks of this launch have, earlier
+  kManyLanes = 4,    // other lanes of that warp have read the bytes, too
+  kManyWarps = 8,    // other warps have read them
+  kManyBlocks = 16,  // other blocks of this launch have read them earlier
 };
 
 struct Stamp {
@@ -37,12 +37,12 @@ inline Stamp stamp_of(const Thread& t) {
   return {static_cast<uint64_t>(clock_.tick) << 32 | static_cast<uint64_t>(t.step) << 15 |
           static_cast<uint64_t>(t.id) << 5};
 }
-// The place of an instruction, as an offset in this library, for which a cell has room: of the
-// call, not of what follows it.
+// The place of a call as an offset in this library, which fits in a cell. pc is the address after
+// the call, so 1 is subtracted.
 extern uintptr_t library_begin;
 inline uint32_t site(uintptr_t pc) { return static_cast<uint32_t>(pc - library_begin - 1); }
 
-// True if something of the current tick came before what t does now.
+// True if an access in the current tick came before t's present access.
 inline bool precedes(Stamp s, const Thread& t) {
   return s.thread() == t.id || (s.thread() / kWarp == t.warp && s.step() < t.ordered);
 }

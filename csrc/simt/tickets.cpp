@@ -17,7 +17,7 @@ struct Atomic {
   uint32_t ordered;  // belongs to its thread
   size_t block;
 };
-// An atomic operation of the block that runs: it came after `seen` others of the same address.
+// An atomic operation of the block that runs. It came after `seen` others on the same address.
 struct Seen {
   const void* address;
   size_t seen;
@@ -34,14 +34,15 @@ size_t block_number(uint32_t tick) {
   return static_cast<size_t>(next - blocks.begin()) - 1;
 }
 
-// In one block: by the same thread, across a barrier, or across a __syncwarp.
+// True if a came before b in the same block: by the same thread, across a barrier, or across a
+// __syncwarp.
 bool ordered(Stamp a, Stamp b, uint32_t ordered_of_b) {
   if (a.tick() != b.tick()) return a.tick() < b.tick();
   if (a.thread() == b.thread()) return a.step() <= b.step();
   return a.thread() / kWarp == b.thread() / kWarp && a.step() < ordered_of_b;
 }
 
-// True if a fence lies between what was done at `stamp` and the atomic operation.
+// True if a fence lies between the access at `stamp` and the atomic operation.
 bool fenced(const Block& block, Stamp stamp, const Atomic& atomic) {
   return std::any_of(block.fences.begin(), block.fences.end(), [&](Stamp fence) {
     const bool covers = stamp.thread() == fence.thread() && stamp.tick() == fence.tick()

@@ -1,4 +1,4 @@
-// Warp collectives: every lane brings what it has, the last one that arrives does the work of all.
+// Warp collectives: every lane deposits its part, and the last one that arrives does all the work.
 #include <algorithm>
 #include <cstring>
 
@@ -31,7 +31,7 @@ struct ShuffleDeposit {
   int operand, width;
 };
 
-// The lane whose value `lane` gets: its part where that would lie outside of its group.
+// The lane whose value `lane` gets: `lane` itself if the source would lie outside of its group.
 int source_lane(int lane, const ShuffleDeposit& d) {
   const int first = lane / d.width * d.width, in_group = lane - first;
   int source = in_group;
@@ -80,7 +80,7 @@ struct MmaDeposit {
   const uint32_t *a, *b;
 };
 
-// c[16, 8] += a[16, K] b[K, 8] in the layout of the accumulator; sums in order of k, in float.
+// c[16, 8] += a[16, K] b[K, 8], with c in the accumulator's layout. Sums in order of k, in float.
 template <int K>
 void accumulate(const float (&a)[16][K], const float (&b)[K][8]) {
   float c[16][8];

@@ -86,7 +86,7 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
 
 namespace {
 
-// The gradient of a block without consumer, in the layout and type of a gradient buffer.
+// The gradient of the output of a block without tail, in the layout and type of a gradient buffer.
 Tensor start_gradient(const Stage& stage, const Tensor& features, const Tensor& grad_output) {
   if (!is_channels_last(features))
     return torch::stable::to(torch::stable::contiguous(grad_output), stage.arithmetic);
@@ -95,8 +95,8 @@ Tensor start_gradient(const Stage& stage, const Tensor& features, const Tensor& 
   return copy;
 }
 
-// Uninitialized, and without values where no gradient is wanted. leaving: what the stage still
-// holds.
+// An uninitialized dx, which is empty if no gradient is wanted. leaving: tensors that the stage
+// frees when it returns.
 Tensor new_input_gradient(const Stage& stage, const Tensor& features, int64_t layout,
                           const Tensors& leaving) {
   STD_TORCH_CHECK(layout >= kNoGradient && layout <= kChannelsLast,
@@ -107,8 +107,8 @@ Tensor new_input_gradient(const Stage& stage, const Tensor& features, int64_t la
                                  : gradient_maps(features, sizes, stage.storage, leaving);
 }
 
-// Backward of the consumer: starts the gradient of the feature buffer, and writes the gradients d
-// of the consumer's own parameters, both lists ordered as TailParam says.
+// Backward of the tail: starts the gradient of the feature buffer, and writes the gradients `d` of
+// the tail's parameters. Both lists are ordered as TailParam.
 BufferGradient run_tail_backward(const Tensor& grad_output, const Tensor& features,
                                  const NormSite& site, const Options& options, const Tensor* params,
                                  const Tensor* d) {
@@ -143,7 +143,7 @@ Tensor run_block_backward(const Stage& stage, const Tensor& features, const Tens
   return dx;
 }
 
-// Restores what the forward pass returned, and checks it against the feature buffer.
+// Gives the stage the tensors that forward kept for backward, and checks them.
 void restore(Stage& stage, const Tensor& features, const Tensor& stats, const Tensor& gates,
              const Tensor& bottlenecks) {
   check_shape("features", features, stage.maps(stage.channels));
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensors> dense_tail_backward(const Tensor& grad_outpu
   STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == 4 && stats.size(1) >= columns,
                   "stats must have shape [4, >= ", columns, "], got ", describe(stats.sizes()));
   check_contiguous("stats", stats);
-  // The consumer's norm is the stage's last.
+  // The tail's norm is the stage's last.
   const NormSite site = norm_site(stats, stats.size(1) - columns, params[kTailNormWeight],
                                   params[kTailNormBias], eps, frozen, options.group);
   const Tensors dparams = new_gradients(params);

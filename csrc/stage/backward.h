@@ -1,8 +1,8 @@
 // The layers of a stage backward, once for all devices.
 //
-// From the last layer to the first: the gradient of a layer's channels is complete when the layer
-// is reached, as coef0 * G + coef1 + coef2 * x. The bottleneck is computed again unless it was kept
-// for backward. One gradient buffer and one workspace serve all layers.
+// Layers run from the last to the first. When a layer is reached, the gradient of its channels is
+// complete: coef0 * G + coef1 + coef2 * x. The bottleneck is computed again unless it was kept for
+// backward. One gradient buffer and one workspace serve all layers.
 #pragma once
 
 #include "stage.h"
@@ -23,9 +23,7 @@ Tensor identity_coefficients(const Stage& stage, const Tensor& like);
 // Writes the gradients of the layers' parameters into dparams, and that of the stage's input into
 // the first channels of `gradient`.
 //   source   the tensor that holds the gradient of the last layer's output (may be gradient.grad)
-//   grad_in  the tensor to which the last layer adds the gradient of its inputs, or nullopt to
-//   start
-//            from zero
+//   grad_in  the tensor to which the last layer adds the gradient of its inputs; nullopt for zeros
 void run_layers_backward(const Stage& stage, const Tensor& features, const Tensor& bottlenecks,
                          Tensor source, Optional grad_in, const BufferGradient& gradient,
                          const Tensors& dparams);

@@ -7,7 +7,7 @@ namespace densenet_ext {
 void start_statistics(Stage& stage, const Tensor& like, const Tensors& frozen_stats) {
   stage.stats = empty(like, stage.stats_sizes(), stage.arithmetic);
   stage.gates = empty(like, stage.gates_sizes(), stage.arithmetic);
-  // An op returns nothing undefined: where no scale and shift are kept there are zeros.
+  // An op must not return undefined values: where no scale and shift are kept there are zeros.
   if (stage.options.mask_kind != 0 || stage.options.has_group()) torch::stable::zero_(stage.stats);
   size_t used = 0;
   for (int64_t i = 0; i < stage.norms(); ++i) {
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dense_stage(
   start_statistics(stage, x, frozen_stats);
 
   const Sizes sizes = stage.maps(stage.channels);
-  // With no consumer the buffer is the output, on CPU without gaps.
+  // Without a tail the buffer is the output, on CPU without gaps.
   const Tensor features = options.tail == kNone && !is_channels_last(x)
                               ? workspace(x, sizes, stage.storage)
                               : feature_buffer(x, sizes, stage.storage);

@@ -1,24 +1,24 @@
 // The layers of a stage over its feature buffer, forward, once for all devices.
 //
-// Layer by layer: BN1 is folded into scale and shift (its statistics come from moments that were
-// taken when the channels were written), then bottleneck, BN2 folded, 3x3 convolution into the
-// feature buffer, squeeze-and-excitation in place. One workspace serves all layers.
+// Each layer folds norm1 into a scale and a shift (its statistics come from moments that were taken
+// when the channels were written), computes the bottleneck, folds norm2, convolves 3x3 into the
+// feature buffer and applies squeeze-and-excitation there. One workspace serves all layers.
 #pragma once
 
 #include "stage.h"
 
 namespace densenet_ext {
 
-// Means and centered sums of squares of a feature buffer's channels, [samples, channels] each.
+// The means and the centered sums of squares of a feature buffer's channels, [N, C] each.
 struct BufferMoments {
   Tensor mean, m2;
 };
 
-// Makes room for the statistics of the stage's norms, with those of frozen ones filled in, and for
-// its gates.
+// Allocates the statistics of the stage's norms and its gates, and fills in the statistics of
+// frozen norms.
 void start_statistics(Stage& stage, const Tensor& like, const Tensors& frozen_stats);
 
-// Makes room for the moments of all channels; nothing where the stage needs none.
+// Allocates the moments of all channels, if the stage needs them.
 std::optional<BufferMoments> new_moments(const Stage& stage, const Tensor& like);
 
 // Copies x into the channels of the feature buffer from `offset` on, with moments.

@@ -1,5 +1,5 @@
-// One dense layer alone (Pleiss et al. 2017, on the kernels of the stage). Its inputs are gathered
-// in a buffer that is not kept for backward, which gathers them again.
+// A single dense layer (Pleiss et al. 2017, with the kernels of the stage). Forward gathers the
+// inputs in a buffer and frees it; backward gathers them again.
 #include <tuple>
 
 #include "backward.h"

@@ -1,13 +1,13 @@
-// How a stage's tensors lie in memory, which is the device's choice: planar maps on CPU, channels
-// last on CUDA. Sizes of maps are [N, C, spatial...].
+// The layout of a stage's tensors in memory, which depends on the device: planar maps on CPU,
+// channels last on CUDA. Sizes of maps are [N, C, spatial...].
 #pragma once
 
 #include "workspace.h"
 
 namespace densenet_ext {
 
-// True if maps are channels last there. On a simulated CUDA device, tensors on the CPU take CUDA's
-// part.
+// True if a stage on this tensor's device has channels-last maps. On a simulated CUDA device,
+// tensors on the CPU stand for those on CUDA.
 inline bool is_channels_last(const Tensor& like) {
 #ifdef DENSENET_EXT_SIMT
   (void)like;
@@ -33,8 +33,8 @@ inline Sizes maps_sizes(int64_t samples, int64_t channels, const Sizes& spatial)
 }
 inline Sizes spatial_of(const Sizes& maps) { return {maps.begin() + 2, maps.end()}; }
 
-// Uninitialized channels-last maps, pixels `pitch` elements apart. They are no view of a larger
-// tensor, because others may change in place what an op returns.
+// Uninitialized channels-last maps, pixels `pitch` elements apart. They are not a view of a larger
+// tensor, because an op may return them and its callers may write to them.
 inline Tensor channels_last_maps(const Tensor& like, const Sizes& sizes, int64_t pitch,
                                  ScalarType type) {
   Sizes strides(sizes.size(), 1);
@@ -44,7 +44,7 @@ inline Tensor channels_last_maps(const Tensor& like, const Sizes& sizes, int64_t
   return empty_strided(like, sizes, strides, type);
 }
 
-// Uninitialized channels-last maps without gaps, from the workspace: they live within a step.
+// Uninitialized channels-last maps without gaps, from the workspace: they are freed within a step.
 inline Tensor channels_last_workspace(const Tensor& like, const Sizes& sizes, ScalarType type) {
   Sizes pixels_first = sizes;
   pixels_first.erase(pixels_first.begin() + 1);
@@ -70,20 +70,20 @@ inline Tensor feature_buffer(const Tensor& like, const Sizes& sizes, ScalarType 
   return torch::stable::view(torch::stable::narrow(padded, 2, 0, pixels), sizes);
 }
 
-// Uninitialized maps without gaps, for the outside.
+// Uninitialized maps without gaps, which leave the stage.
 inline Tensor output_maps(const Tensor& like, const Sizes& sizes, ScalarType type) {
   return is_channels_last(like) ? channels_last_maps(like, sizes, sizes[1], type)
                                 : empty(like, sizes, type);
 }
 
-// Uninitialized maps without gaps that the next stage reads: from the workspace where there is one.
+// Uninitialized maps without gaps that the next stage reads; on CPU from the workspace.
 inline Tensor stage_maps(const Tensor& like, const Sizes& sizes, ScalarType type) {
   return is_channels_last(like) ? output_maps(like, sizes, type) : workspace(like, sizes, type);
 }
 
-// Uninitialized maps for the gradient of what the previous stage returned. That stage allocates its
-// gradient buffer, as large as its feature buffer but perhaps of another type, while this gradient
-// is held. leaving: tensors of this stage, with `like`, that are free by then.
+// Uninitialized maps for the gradient of the previous stage's output. While this gradient is held,
+// that stage allocates its gradient buffer, which is as large as its feature buffer but perhaps of
+// another type. leaving: tensors of this stage, `like` among them, that are freed by then.
 inline Tensor gradient_maps(const Tensor& like, const Sizes& sizes, ScalarType type,
                             const Tensors& leaving) {
   if (is_channels_last(like)) return output_maps(like, sizes, type);
@@ -91,15 +91,15 @@ inline Tensor gradient_maps(const Tensor& like, const Sizes& sizes, ScalarType t
   return workspace_aside(like, sizes, type, times, leaving);
 }
 
-// Maps from the outside as the kernels can read them: on CUDA with any strides.
+// Maps from outside the stage in a layout that kernels can read: on CUDA with any strides.
 inline Tensor readable(const Tensor& x) {
   return is_channels_last(x) ? x : torch::stable::contiguous(x);
 }
-// Maps from the outside as the feature buffer can take them in: on CPU channels-last maps may stay.
+// Maps from outside the stage in a layout that can be appended: on CPU channels last, too.
 inline Tensor appendable(const Tensor& x) { return is_dense_channels_last(x) ? x : readable(x); }
 
-// The type of the gradient buffer and of the gradients inside a layer: on CUDA, where bytes are
-// time, that of the maps, as in a graph of PyTorch's own operators.
+// The type of the gradient buffer and of the gradients inside a layer. On CUDA, where bytes are
+// time, it is the maps' type, as in a graph of PyTorch's own operators.
 inline ScalarType gradient_type(const Tensor& like, ScalarType storage) {
   return is_channels_last(like) ? storage : arithmetic_type(storage);
 }

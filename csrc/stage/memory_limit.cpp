@@ -1,7 +1,7 @@
 // See cgroups(7). Lines of /proc/self/cgroup are `number:controllers:path`; number 0 is version 2,
-// which names no controllers. The path is that in the hierarchy, and what is mounted may be a part
-// of it, in a container without a name space of its own: then the deeper folders are missing, and
-// the mounted one has the files. Whatever is missing or cannot be understood sets no limit.
+// which names no controllers. The path starts at the root of the hierarchy. In a container without
+// a name space only the container's group may be mounted: then the path's folders are missing, and
+// the mount point has the files. A file that is missing or cannot be understood sets no limit.
 #include "memory_limit.h"
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
-// Empty where it cannot be read.
+// The text of a file; empty if it cannot be read.
 std::string contents(const std::string& path) {
   std::string text;
   std::FILE* const file = std::fopen(path.c_str(), "r");
@@ -26,7 +26,7 @@ std::string contents(const std::string& path) {
   return text;
 }
 
-// A number alone, which is not "max"; version 1 has a huge one for none.
+// The number in a file; "max" is no limit. Version 1 writes a huge number for no limit.
 int64_t limit_in(const std::string& path) {
   const std::string text = contents(path);
   int64_t limit = 0;
@@ -35,10 +35,10 @@ int64_t limit_in(const std::string& path) {
   return error == std::errc() && whole && limit >= 0 ? limit : kNoLimit;
 }
 
-// The least limit of a group below `mount` and of the groups around it, with that at `mount`.
+// The least limit of a group, of the groups around it, and of that at `mount` itself.
 int64_t limit_of_groups(const std::string& mount, std::string group,
                         std::initializer_list<const char*> files) {
-  // A path that leads out of the name space stands for what is not mounted here.
+  // A path that leads out of the name space is not mounted here.
   if (group.empty() || group[0] != '/' || (group + "/").find("/../") != std::string::npos)
     group.clear();
   int64_t limit = kNoLimit;

@@ -1,4 +1,4 @@
-// How much memory Linux's control groups leave to this process: a container's limit, or a batch
+// The memory that Linux's control groups leave to this process: a container's limit, or a batch
 // system's.
 #pragma once
 
@@ -7,8 +7,8 @@
 
 namespace densenet_ext {
 
-// The least limit of the groups that this process is in and of all around them, of version 1 and 2
-// alike; `most` where there is no lower one. `root` stands before /proc and /sys: empty but in
+// The least limit of the groups that this process is in and of all groups around them, in versions
+// 1 and 2; `most` if there is no lower one. `root` is put before /proc and /sys: empty except in
 // tests.
 int64_t memory_limit(const std::string& root, int64_t most);
 

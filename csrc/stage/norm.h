@@ -1,5 +1,5 @@
 // A batch normalization of a stage: its parameters, its statistics, and the scale and shift that
-// both give together.
+// follow from both.
 #pragma once
 
 #include "torch_stable.h"
@@ -17,7 +17,7 @@ struct NormSite {
   bool frozen;         // normalizes with statistics from outside the batch
   bool shared;         // normalizes with the statistics of all processes of a group
   FoldedNorm folded;   // views of the stage's statistics: scale and shift without masks
-  Tensor total_count;  // [1]: the values a channel of all processes of the group
+  Tensor total_count;  // [1]: number of values a channel in all processes of the group
 
   // True if the statistics come from this process's batch only, so that a kernel can finish the
   // norm's backward itself.
@@ -44,8 +44,8 @@ inline NormSite norm_site(const Tensor& stats, int64_t offset, const Tensor& wei
   return site;
 }
 
-// Adds to coef [3, N or 1, >= width] what shared statistics add to the gradient of the norm's
-// input. The kernel left that out, because it takes the sums of all processes.
+// Adds to coef [3, N or 1, >= width] the part of the norm's gradient that flows through statistics
+// which processes share. The kernel left it out, because it takes the sums of all processes.
 inline void finish_norm_backward(const NormSite& site, const Tensor& dweight, const Tensor& dbias,
                                  const Optional& pre_mask, int64_t group, const Tensor& coef) {
   if (!site.shared) return;

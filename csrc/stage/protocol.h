@@ -6,7 +6,7 @@
 
 namespace densenet_ext {
 
-// The consumer of a dense block's features that is part of the same op.
+// The part of a stage that consumes its dense block's features; kNone for a block alone.
 enum Tail : int64_t {
   kNone,
   kTransition,             // norm, ReLU, 1x1 convolution, 2x2 average pool
@@ -24,22 +24,22 @@ enum MaskKind : int64_t {
   kPostConv2 = 16,  // [N, k], after conv2; not served yet
 };
 
-// Layout of dx: not computed, the backend's own, or channels last (CPU, where the input was so).
+// Layout of dx: not computed, the device's own, or channels last (CPU, if the input was).
 enum GradientLayout : int64_t { kNoGradient, kOwnLayout, kChannelsLast };
 
-// Places in the list `options`.
+// Indices into the list `options`.
 enum Option : size_t {
   kMaskKind,
   kSqueezeExcite,
   kTail,
   kNewFirst,         // new features come first in a concatenation; not served yet
-  kKeptBottlenecks,  // how many last layers keep their bottleneck for backward: none or all
+  kKeptBottlenecks,  // how many of the last layers keep their bottleneck for backward: none or all
   kAllowTf32,        // float32 products may be TF32 (CUDA)
-  kGroup,            // number of the processes that share batch statistics; -1: this one alone
+  kGroup,            // index of the process group that shares batch statistics; -1: this process
   kOptions,
 };
 
-// Places among the parameters of a layer and of a tail.
+// Indices into the parameters of a layer and of a tail.
 enum LayerParam : size_t {
   kNorm1Weight,
   kNorm1Bias,
@@ -83,7 +83,7 @@ struct Options {
   }
 };
 
-// The list by name. Throws where it asks for what is not served.
+// Reads the list `options` and the lists beside it. Throws if they ask for something not served.
 inline Options read_options(const std::vector<int64_t>& list, std::vector<double> eps = {},
                             std::vector<int64_t> frozen = {}, double dropout_scale = 1) {
   STD_TORCH_CHECK(list.size() == kOptions, "options must hold ", size_t{kOptions}, " numbers, got ",
@@ -117,7 +117,7 @@ inline void check_spatial(const char* name, const Tensor& maps) {
       maps.dim() == 4, name, " must have 4 dimensions, [N, C, H, W], got ", maps.dim(),
       maps.dim() == 3 || maps.dim() == 5 ? ": signals and volumes are not served yet" : "");
 }
-// Refuses a gradient of relu(norm), which no tail that is served hands out.
+// Refuses a gradient of relu(norm): no tail that is served returns it.
 inline void check_no_skip(const std::optional<Tensor>& grad_skip) {
   STD_TORCH_CHECK(!grad_skip.has_value(), "a gradient of relu(norm) is not served yet");
 }

@@ -1,5 +1,4 @@
-// A stage by name: the flat lists of an op, checked, as layers, norms and masks, and the sizes of
-// everything that hangs on them.
+// A stage, read from the flat lists of an op and checked: its layers, norms, masks and sizes.
 #pragma once
 
 #include "layout.h"
@@ -16,7 +15,7 @@ struct SqueezeExcitation {
 struct Layer {
   NormSite norm1, norm2;
   Tensor conv1, conv2;
-  int64_t channels;  // that the layer reads; its output starts there
+  int64_t channels;  // number of channels that the layer reads; its output starts there
   Optional pre_norm, pre_conv1, pre_conv2, dropout;
   std::optional<SqueezeExcitation> se;
 };
@@ -31,19 +30,18 @@ class Stage {
   int64_t layers, growth, bottleneck_width, channels, se_width = 0;
   ScalarType storage, arithmetic;
   // Mean, variance, scale and shift of the norms, [4, sum of widths]; scale and shift are 0 where a
-  // mask is folded in. With a group one more column has the values a channel of all its processes.
+  // mask is folded in. A group adds a column: the number of values a channel in all its processes.
   Tensor stats;
   Tensor gates;  // [layers, samples * (2 * growth + se_width)]
 
   // x: maps with the stage's samples, size, storage type and device. has_tail_params: params end
-  // with those of the tail, which backward of the layers does without.
+  // with the tail's. Backward of the layers alone does not get these.
   Stage(const Tensors& params, const Tensors& masks, const Options& options, const Tensor& x,
         int64_t in_channels, bool has_tail_params = true);
 
   int64_t norms() const { return static_cast<int64_t>(norm_offsets_.size()) - 1; }
   int64_t norm_width(int64_t i) const { return norm_offsets_[i + 1] - norm_offsets_[i]; }
-  // The columns of `stats` from which on the statistics of norm i lie: norm1 and norm2 of each
-  // layer, then the tail's.
+  // The first column of norm i in `stats`: norm1 and norm2 of each layer, then the tail's norm.
   int64_t norm_offset(int64_t i) const { return norm_offsets_[i]; }
   Sizes stats_sizes() const { return {4, norm_offsets_.back() + options.has_group()}; }
   Sizes gates_sizes() const {
@@ -59,7 +57,7 @@ class Stage {
   // The bottleneck of layer l among those that are kept for backward.
   Tensor bottleneck(const Tensor& bottlenecks, int64_t l) const;
 
-  // The tensors of layer l, and those of the tail, in a list that is ordered as params.
+  // The tensors of layer l, or of the tail, in a list that is ordered as params.
   const Tensor* of_layer(const Tensors& list, int64_t l) const {
     return list.data() + l * static_cast<int64_t>(options.layer_params());
   }
@@ -71,19 +69,19 @@ class Stage {
   Layer layer(int64_t l) const;
   NormSite tail_norm() const;
 
-  // Takes what the forward pass returned beside its output.
+  // Takes the tensors that forward kept for backward, and checks them.
   void restore(const Tensor& forward_stats, const Tensor& forward_gates, const Tensor& bottlenecks);
 
   // Scale and shift of a norm in forward, with the masks around it. Unless the norm is frozen, its
-  // statistics come from the moments, each of `values` values.
+  // statistics are computed from the moments; each moment is of `values` values.
   FoldedNorm fold(const NormSite& site, const Tensor& mean, const Tensor& m2, int64_t values,
                   const Optional& pre_mask, const Optional& post_mask) const;
-  // Scale and shift of that norm again in backward, from the statistics of the forward pass.
+  // Scale and shift of a norm again in backward, from the statistics of the forward pass.
   FoldedNorm fold_again(const NormSite& site, const Optional& pre_mask,
                         const Optional& post_mask) const;
 
  private:
-  Sizes norm_offsets_;  // and the end of the last one
+  Sizes norm_offsets_;  // one for each norm, and the end of the last one
   int64_t masks_per_layer_ = 0;
 
   void check_layer(int64_t l) const;

@@ -1,7 +1,7 @@
 // The stem after its convolution: batch normalization, ReLU and the 3x3 max pool of stride 2 as one
-// op. x and its gradient are channels last, like the convolution's output; the pooled maps lie as
-// the first stage reads them. On CPU large tensors come from the workspace, since they live within
-// a step.
+// op. x and its gradient are channels last, like the convolution's output; the pooled maps have the
+// layout that the first stage reads. On CPU large tensors come from the workspace, since they are
+// freed within a step.
 #include <tuple>
 
 #include "layout.h"

@@ -6,7 +6,7 @@
 #include <mutex>
 #include <set>
 
-// AddressSanitizer watches the bounds of what malloc gives, so there every block comes from torch.
+// AddressSanitizer watches the bounds of malloc's blocks only, so with it tensors come from torch.
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
 #define DENSENET_EXT_ARENA 1
 #include <pthread.h>
@@ -23,15 +23,15 @@ namespace densenet_ext {
 #if DENSENET_EXT_ARENA
 namespace {
 
-constexpr int64_t kPage = int64_t{2} << 20;         // the unit of advice, counting and release
-constexpr int64_t kAlignment = 64 * 1024;           // of a block
-constexpr int64_t kSmallest = int64_t{128} * 1024;  // smaller tensors are torch's
+constexpr int64_t kPage = int64_t{2} << 20;  // the unit of madvise, of counting and of release
+constexpr int64_t kAlignment = 64 * 1024;    // blocks start at multiples of this
+constexpr int64_t kSmallest = int64_t{128} * 1024;  // smaller tensors come from torch
 
 class Arena {
  public:
   Arena() : limit_(memory_limit("", machine_memory()) / 4) {}
 
-  // Null where there is no room.
+  // Returns null if there is no room.
   void* allocate(int64_t bytes, Use use) {
     const std::lock_guard<std::mutex> lock(mutex);
     return reserve() ? first_fit(rounded(bytes), use) : nullptr;
@@ -43,7 +43,7 @@ class Arena {
     Ranges free_without_leaving = free_;
     for (const Tensor& tensor : leaving) {
       const auto block = staying.find(static_cast<char*>(tensor.data_ptr()) - base_);
-      if (block == staying.end()) continue;  // not of the arena
+      if (block == staying.end()) continue;  // it is not in the arena
       add(free_without_leaving, block->first, block->second.size);
       staying.erase(block);
     }
@@ -94,7 +94,7 @@ class Arena {
  private:
   struct Block {
     int64_t size;
-    int64_t buffer;  // how many buffers there had been, with this one; 0: it is none
+    int64_t buffer;  // serial number of a buffer, from 1 on; 0: the block is no buffer
   };
   using Ranges = std::map<int64_t, int64_t>;  // offset: size
 
@@ -107,7 +107,7 @@ class Arena {
                                     [&](const auto& range) { return range.second >= size; });
     return range == free_.end() ? nullptr : take(range, range->first, size, use);
   }
-  // A block at that offset of a free range.
+  // Takes a block at that offset of a free range.
   void* take(Ranges::iterator range, int64_t offset, int64_t size, Use use) {
     const int64_t start = range->first, end = start + range->second;
     free_.erase(range);
@@ -119,7 +119,7 @@ class Arena {
     return base_ + offset;
   }
 
-  // A range among others, one with its neighbors.
+  // Adds a range to others, merged with its neighbors.
   static Ranges::iterator add(Ranges& ranges, int64_t offset, int64_t size) {
     auto next = ranges.lower_bound(offset);
     if (next != ranges.end() && next->first == offset + size) {
@@ -140,7 +140,7 @@ class Arena {
   int64_t resident() const { return static_cast<int64_t>(touched_.size()) * kPage; }
   int64_t idle() const { return resident() - in_use_; }
 
-  // The addresses, four times the machine's memory of them; memory comes when they are touched.
+  // Reserves addresses for four times the machine's memory; they take memory when they are touched.
   bool reserve() {
     if (base_ || failed_) return base_ != nullptr;
     const int64_t bytes = 4 * machine_memory() / kPage * kPage;
@@ -155,7 +155,7 @@ class Arena {
     return true;
   }
 
-  // The pages that lie wholly inside a range that no block uses.
+  // Releases the pages that lie wholly inside a range that no block uses.
   void release_range(int64_t offset, int64_t size) {
     auto page = touched_.lower_bound((offset + kPage - 1) / kPage);
     while (page != touched_.end() && (*page + 1) * kPage <= offset + size) {
@@ -172,8 +172,8 @@ class Arena {
   int64_t in_use_ = 0, buffers_ = 0, limit_;
 };
 
-// Never destroyed: tensors may outlive static objects. A child of fork() has the arena as it was;
-// only the lock must not be held by a thread that the child does not have.
+// The arena is never destroyed: tensors may outlive static objects. A child of fork() gets a copy,
+// so its lock must not be held by a thread that the child does not have.
 Arena& arena() {
   static Arena* const arena = [] {
     auto* const instance = new Arena;
@@ -187,7 +187,7 @@ Arena& arena() {
 
 }  // namespace
 
-// A tensor in the block that `allocate` finds for so many bytes.
+// A tensor in the block that `allocate` returns for its bytes, or from torch if there is none.
 template <class F>
 static Tensor in_arena(const Tensor& like, const Sizes& sizes, ScalarType type, const F& allocate) {
   int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;

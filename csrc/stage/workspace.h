@@ -1,11 +1,9 @@
-// Where the large tensors of a stage come from on CPU: an arena that keeps its pages from step to
-// step.
+// An arena for the large tensors of a stage on CPU, which keeps its pages from step to step.
 //
-// Mapping, clearing and unmapping a hundred megabytes a step costs more time than the arithmetic
-// saves. The arena is one range of addresses, reserved once; blocks are placed first fit from the
-// bottom, so the buffers of the backward pass go where those of the forward pass have just been
-// freed. Its pages stay until they are released, at most `limit` bytes of them while no block uses
-// them.
+// Mapping, clearing and unmapping a hundred megabytes a step takes more time than fusion gains. The
+// arena is one range of addresses, reserved once. Blocks are placed first fit from the bottom, so
+// backward's buffers go where forward's have just been freed. Pages stay until they are released;
+// at most `limit` bytes of them stay while no block uses them.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +12,7 @@
 
 namespace densenet_ext {
 
-enum class Use { kBuffer, kOther };  // buffer: of feature maps or of their gradients
+enum class Use { kBuffer, kOther };  // a buffer is a feature buffer or a gradient buffer
 
 // Allocates an uninitialized contiguous tensor: from the arena if it is large and on CPU, else from
 // torch.
@@ -41,7 +39,8 @@ WorkspaceUse workspace_use();
 // Gives all pages that no tensor uses back to the system.
 void release_workspaces();
 
-// How many bytes may stay resident without being in use; 0 gives every block back when it is freed.
+// Limits how many bytes may stay resident without being in use. With 0 a block's pages go back to
+// the system as soon as it is freed.
 void set_workspace_limit(int64_t bytes);
 
 }  // namespace densenet_ext

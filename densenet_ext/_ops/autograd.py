@@ -22,7 +22,7 @@ from .handles import (
 
 
 def _run_backward(run: Callable, *grads: Tensor) -> list[Tensor]:
-    """run(*grads), which returns a tensor and a list of tensors, as one list."""
+    """Call run(*grads), which returns a tensor and a list of tensors, and return both as one list."""
 
     def flat(*grads):
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(g).tangent is not None for g in grads):
@@ -39,7 +39,7 @@ def _wanted(grads: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
 
 
 def _saved_tensors(ctx) -> tuple[Tensor, ...]:
-    """ctx.saved_tensors; where the output is among them and somebody has written to it, the error says what to do."""
+    """Return ctx.saved_tensors. If the output is among them and has been written to, the error says what to do."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
@@ -52,7 +52,7 @@ def _saved_tensors(ctx) -> tuple[Tensor, ...]:
 
 
 class _Refusal(torch.autograd.Function):
-    """Lets gradients through that cannot be differentiated with regard to any of the other arguments."""
+    """Identity on `grads` whose backward raises: the gradients may be used, but not differentiated again."""
 
     @staticmethod
     def forward(ctx, grads, *_):
@@ -64,7 +64,7 @@ class _Refusal(torch.autograd.Function):
 
 
 class _Place(torch.autograd.Function):
-    """x's place in the graph twice, without memory: for its gradient, and to tell who asks for a second derivative."""
+    """Two tensors without memory that stand for x in the graph: one gets x's gradient, one is for _Refusal to see x."""
 
     @staticmethod
     def forward(ctx, x):
@@ -77,9 +77,9 @@ class _Place(torch.autograd.Function):
 
 
 class DenseStage(torch.autograd.Function):
-    """Autograd of dense_stage by hand: with lists of hundreds of tensors register_autograd takes milliseconds a step.
+    """Autograd of dense_stage as one node: for a block without a tail, and for tracing, where a compiler plans memory.
 
-    One node: of a block without tail, and of what is traced, where memory is the compiler's to plan.
+    It is written by hand, because register_autograd takes milliseconds a step for lists of hundreds of tensors.
     """
 
     @staticmethod
@@ -108,12 +108,12 @@ class DenseStage(torch.autograd.Function):
 
 
 class DenseBlock(torch.autograd.Function):
-    """The layers' part of a stage with a tail; DenseTail is the other.
+    """Autograd of the layers of a stage with a tail; DenseTail is that of the tail.
 
-    Two nodes, because the engine holds the gradient that a node gets until that node is done: so the gradient of the
-    stage's output is gone before the layers take their workspaces. From one node to the other go the feature buffer, its
-    gradient buffer and that one's coefficients; in forward three tensors without memory stand for them. A fourth one is
-    the place of x and of the parameters in the graph, for DenseTail to refuse their second derivatives.
+    There are two nodes because the engine holds the gradient that a node gets until that node is done: so the gradient
+    of the stage's output is freed before the layers take their workspaces. In backward DenseTail hands the feature
+    buffer, its gradient buffer and the coefficients to DenseBlock; in forward three tensors without memory stand for
+    them. A fourth one connects x and the parameters to DenseTail, which refuses their second derivatives.
     """
 
     @staticmethod
@@ -154,7 +154,7 @@ class DenseBlock(torch.autograd.Function):
 
 
 class DenseTail(torch.autograd.Function):
-    """The transition's or the head's part of a stage, which comes first in backward; returns the stage's output."""
+    """Autograd of the transition or the head of a stage. In forward it returns the stage's output."""
 
     @staticmethod
     def forward(ctx, inputs, outputs, anchor, *rest):

@@ -1,4 +1,4 @@
-"""Backward for a batch of gradients at once, as vectorized Jacobians ask for it: for one after the other.
+"""Backward for a batch of gradients, as vectorized Jacobians ask for it: it runs for one gradient after the other.
 
 `torch.autograd.grad(is_grads_batched=True)` and `jacobian(vectorize=True)` run backward under the vmap of
 torch._vmap_internals, `torch.func.vmap` around torch.autograd.grad under functorch's. Neither can look into the ops.
@@ -15,9 +15,10 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def no_second_derivative(ctx, *grads):
-    """For the backward of what is a gradient already.
+    """Refuse to differentiate a gradient: this is the backward of ops that compute one.
 
-    Raises: RuntimeError, always.
+    Raises:
+        RuntimeError: always.
     """
     raise RuntimeError(
         "densenet_ext: a fused stem, dense layer or stage has no second derivative; "
@@ -26,12 +27,12 @@ def no_second_derivative(ctx, *grads):
 
 
 def one_by_one(run: Callable[..., tuple[Tensor, ...]], *grads: Tensor) -> tuple[Tensor, ...]:
-    """run(*grads), where grads may stand for a batch of gradients."""
+    """Return run(*grads). If grads are batched, run is called for each entry and the outputs are a batch, too."""
     if in_functorch():
         return _Vmap.apply(run, *grads)
     if torch.compiler.is_compiling() or not any(map(_is_batched, grads)):
         return run(*grads)
-    # The level is known by opening one more.
+    # Opening one more level tells the number of the current one.
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     dims = [0 if _is_batched(grad) else None for grad in grads]
@@ -42,13 +43,13 @@ def one_by_one(run: Callable[..., tuple[Tensor, ...]], *grads: Tensor) -> tuple[
 
 def _each(run: Callable, grads: Sequence[Tensor], dims: Sequence[int | None], count: int) -> tuple[Tensor, ...]:
     grads = [g.expand(count, *g.shape) if d is None else g.movedim(d, 0) for g, d in zip(grads, dims, strict=True)]
-    # Copies, because a block's backward writes into what it gets.
+    # Each call gets copies, because a block's backward writes into the gradient that it gets.
     each = [one_by_one(run, *(part.clone() for part in parts)) for parts in zip(*grads, strict=True)]
     return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
 
 
 class _Vmap(torch.autograd.Function):
-    """run(*grads) under functorch."""
+    """Calls run(*grads) under functorch."""
 
     @staticmethod
     def forward(run, *grads):

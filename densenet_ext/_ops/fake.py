@@ -1,4 +1,4 @@
-"""Shape functions of the stage ops: what they return, without the values, for whoever traces them."""
+"""Shape functions of the stage ops: torch.compile asks them for the outputs' shapes and strides while it traces."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ load_extension()  # registers the ops
 
 
 def _kept_for_backward(x: Tensor, sizes: StageSizes) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty stats, gates and bottlenecks of a stage with input x."""
+    """Uninitialized stats, gates and bottlenecks of a stage with input x."""
     samples, _, *spatial = x.shape
     rows = samples
     for size in spatial:

@@ -1,7 +1,7 @@
-"""The stage ops, what devices they have kernels for, and how a lack of memory is told.
+"""Handles of the stage ops, the devices that have kernels, and the errors for missing kernels and a lack of memory.
 
-The ops are `torch.ops.densenet_ext.*`; `reference/dense_stage.py` describes their arguments. Those that have autograd are
-functional; `dense_block_backward` and the kernel ops write into their arguments and have none.
+The ops are `torch.ops.densenet_ext.*`; `reference/dense_stage.py` describes their arguments. An op with autograd writes
+into no argument; `dense_block_backward` and the kernel ops do, and have no autograd.
 """
 
 from collections.abc import Iterator
@@ -31,12 +31,12 @@ def _devices_of(op: str) -> frozenset[str]:
     return frozenset(device for device, key in keys if has_kernel(f"densenet_ext::{op}", key))
 
 
-# Types of device that the loaded library has kernels for.
+# The loaded library has kernels for these types of device.
 DEVICES = _devices_of("append")
 
 
 def require_kernels(x: Tensor) -> None:
-    """RuntimeError where x is on a CUDA device and the CUDA kernels are not there."""
+    """Raise RuntimeError if x is on a CUDA device and the CUDA kernels are not loaded."""
     if x.device.type == "cuda" and "cuda" not in DEVICES:
         raise RuntimeError(
             f"x is on {x.device}, and the CUDA kernels of densenet_ext are {cuda_status()}. Install it where nvcc and "
@@ -46,7 +46,7 @@ def require_kernels(x: Tensor) -> None:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Inside, a lack of memory in an op is the exception that it is in PyTorch's own."""
+    """A context in which an op that runs out of memory raises torch.OutOfMemoryError, as PyTorch's own ops do."""
     try:
         yield
     except RuntimeError as error:

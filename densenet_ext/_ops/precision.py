@@ -5,5 +5,5 @@ import torch
 
 @torch.compiler.assume_constant_result
 def cudnn_uses_tf32() -> bool:
-    """True if convolutions of float32 on a GPU use TF32: torch.backends.cudnn.conv.fp32_precision."""
+    """True if float32 convolutions on a GPU use TF32: torch.backends.cudnn.conv.fp32_precision."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"

@@ -1,8 +1,8 @@
 """Batch statistics over the samples of several processes, as torch.nn.SyncBatchNorm has them, for the fused stage.
 
 Every process knows the mean and the variance of its own samples. One all-gather a batch normalization merges them in
-forward, one all-reduce sums what its backward needs; recomputation in backward uses the statistics that are known.
-The two ops of this file are called by the compiled stage between its kernels.
+forward, and one all-reduce sums what its backward needs. Recomputation in backward uses the merged statistics.
+The compiled stage calls the two ops of this file between its kernels.
 """
 
 import weakref
@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_groups: list[weakref.ref] = []  # not kept alive: a group belongs to whoever made it
+_groups: list[weakref.ref] = []  # weak references: a group belongs to the code that created it
 
 
 def group_of(norm: nn.Module) -> int:
-    """The number, for the stage ops, of the processes with which `norm` shares its batch statistics; -1 for none."""
+    """The number of the process group that shares `norm`'s batch statistics, as stage ops take it; -1 for no group."""
     if type(norm) is not nn.SyncBatchNorm or not norm.training or not (dist.is_available() and dist.is_initialized()):
         return -1
     group = norm.process_group or dist.group.WORLD
@@ -38,10 +38,11 @@ def _group(number: int) -> dist.ProcessGroup:
 
 
 def synchronize_statistics(mean: Tensor, var: Tensor, count: int, group: int, total: Tensor) -> None:
-    """Statistics of one process into those of all: M = sum M_i, mean = sum M_i mean_i / M, and the biased variance
-    var = sum M_i (var_i + (mean_i - mean)^2) / M, which cannot cancel.
+    """Turn the statistics of this process into those of all processes of the group.
 
-    mean, var [C], changed; count M_i: values a channel of this process, 0 allowed; total [1]: becomes M.
+        M = sum M_i,    mean = sum M_i mean_i / M,    var = sum M_i (var_i + (mean_i - mean)^2) / M  (biased)
+    Nothing cancels in these sums. mean, var [C], changed; count: M_i, this process's values a channel, which may be 0;
+    total [1]: M, written.
     """
     processes = _group(group)
     local = torch.cat([mean, var, torch.full_like(total, count)])
@@ -66,11 +67,11 @@ def synchronize_gradient(
     group: int,
     coef: Tensor,
 ) -> None:
-    """Adds to coef what shared statistics add to the gradient of a batch normalization's input x, as factors of 1 and of x.
+    """Add to coef the part of a batch normalization's gradient that flows through statistics which processes share.
 
-        coef1 += -q g (S1 - mean rstd S2) / M,    coef2 += -q^2 g rstd S2 / M,    g = gamma rstd
-    S1, S2: dnorm_bias and dnorm_weight [C], which stay this process's own, summed over all processes. total [1]: M;
-    pre_mask: q [N, C], or None for ones; coef [3, N, >= C], or [3, 1, C] without a mask.
+        coef1 += -q g (S1 - mean rstd S2) / M,    coef2 += -q^2 g rstd S2 / M,    g = norm_weight rstd
+    S1, S2: dnorm_bias and dnorm_weight [C], summed over all processes; the arguments keep this process's sums. total
+    [1]: M; pre_mask: q [N, C], or None for ones; coef [3, N, >= C], or [3, 1, C] without a mask.
     """
     sums = torch.stack([dnorm_bias, dnorm_weight])
     dist.all_reduce(sums, group=_group(group))

@@ -1,18 +1,17 @@
 """Pure-PyTorch twin of every op: same name, same signature, same out-arguments.
 
-Each kernel op is here in the shortest PyTorch that says it; the compiled kernels are tested against it. `layers.py` and
-`stage.py` compose them into the stage ops: the algorithm of the compiled stage, readable and runnable.
+Each kernel op is here in the shortest PyTorch that says it; compiled kernels are tested against it. `dense_stage.py`
+and `dense_layer.py` compose them into the stage ops: the algorithm of the compiled stage, readable and runnable.
 
 Notation of the shapes:
     N samples, H*W = P pixels, M = N*P, C channels of the feature buffer, c the first channels that one layer reads,
     k channels that one layer writes, K2 width of the bottleneck, K2p = K2 rounded up to a multiple of 16,
     S the dtype of feature maps, A the dtype of arithmetic: float64 for float64, else float32.
-    A table is [1, channels], or [N, channels] where a mask makes it different for every sample.
 
-Batch normalization is folded into two tables: relu(norm(x)) = relu(scale * x + shift). Its gradient is deferred: the
-true gradient of channel c is coef[0] * grad + coef[1] + coef[2] * x, with `coef` [3, N, C] and `grad` [N, C, H, W] in A,
-so that the batch-statistics terms of all consumers of a channel cost two numbers a sample instead of a pass over its
-pixels.
+Batch normalization is folded into a scale and a shift: relu(norm(x)) = relu(scale * x + shift). Both are [1, channels],
+or [N, channels] where a mask makes them different for every sample. The gradient of batch statistics is deferred: the
+true gradient of a channel is coef[0] * grad + coef[1] + coef[2] * x, with coef [3, N, C] and grad [N, C, H, W] in A.
+So for each layer that reads a channel, these statistics cost two numbers a sample instead of a pass over the pixels.
 """
 
 from .backward import (

@@ -66,7 +66,7 @@ def _norm_sums(x: Tensor, dv: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tenso
 def _statistics_terms(
     slope: Tensor, mean: Tensor, rstd: Tensor, sum1: Tensor, sum2: Tensor, values: int, training: bool
 ) -> tuple[Tensor, Tensor]:
-    """The share of the batch statistics in the gradient of x, -slope (S1 + xhat S2)/M, as (constant, factor of x), [c]."""
+    """Batch statistics' part -slope (S1 + xhat S2)/M of the gradient of x, as (constant, factor of x), [c] each."""
     values = max(values, 1)
     constant = -slope * (sum1 - mean * rstd * sum2) / values
     factor = -slope * rstd * sum2 / values
@@ -97,10 +97,10 @@ def conv3x3_backward(
     db_affine: Tensor,
     allow_tf32: bool = False,
 ) -> None:
-    """Backward from the k channels' true gradient dy to before the ReLU, and the affine map that takes it through norm2.
+    """Backward of ReLU and the 3x3 convolution, and the affine map that takes the gradient through norm2.
 
     dy = dropout(coef[0] grad + coef[1] + coef[2] x), dv = conv3x3^T(dy) * r * [scale * b + shift > 0], r = post_mask;
-    the gradient of b is t[0] dv + t[1] + t[2] b with t = db_affine, where training makes t[1] and t[2] non-zero.
+    the gradient of b is t[0] dv + t[1] + t[2] b with t = db_affine; t[1] and t[2] are 0 unless training.
     bottleneck b [M, K2p] S; scale, shift [1 or N, K2], post_mask [N, K2], weight [k, K2, 3, 3] A; dropout_mask bool
     [N, k, H, W]; features [N, C, H, W] S; grad [N, C, H, W], coef [3, N, C], norm_weight, batch_mean,
     batch_var [K2] A. Written, all A: dv [M, K2p], zero from column K2 on; dweight like weight; dnorm_weight, dnorm_bias [K2];
@@ -117,7 +117,7 @@ def conv3x3_backward(
     if post_mask is not None:
         dvalue = dvalue * spread(post_mask)
     write_rows(dv, dvalue)
-    dvalue = planes(dv, features, width)  # rounded as stored: in the gradient through norm2 the sums have to cancel it
+    dvalue = planes(dv, features, width)  # rounded as in dv: the sums have to cancel these values in norm2's gradient
     rstd = (batch_var + eps).rsqrt()
     slope = norm_weight * rstd
     sum1, sum2 = _norm_sums(b, dvalue, batch_mean, rstd)
@@ -164,8 +164,8 @@ def bottleneck_backward(
     bottleneck b [M, K2p] S; db_affine [3, K2], norm_weight, batch_mean, batch_var [c] A; grad_in [N, C, H, W] A, which
     may be grad itself. Written, all A: grad [N, C, H, W] and coef [3, N, C] at the first c channels, dweight like
     weight, dnorm_weight, dnorm_bias [c].
-    With scale, shift and weight [K2, c'] of the previous layer, which backward comes to next, its b is computed again
-    and takes this one's place in `bottleneck`.
+    previous_scale, previous_shift, previous_weight [K2, c']: the layer that backward reaches next, or None. Its b
+    is computed again and overwrites this layer's in `bottleneck`.
     """
     width, channels = weight.shape[:2]
     columns = slice(channels)
@@ -207,7 +207,7 @@ def _consumer_backward(
     dnorm_weight: Tensor,
     dnorm_bias: Tensor,
 ) -> None:
-    """Batch normalization's backward of what consumes the whole buffer: writes, and does not add to, grad and coef."""
+    """Backward of a tail's batch normalization. It overwrites grad and coef instead of adding to them."""
     rstd = (batch_var + eps).rsqrt()
     slope = norm_weight * rstd
     sum1, sum2 = _norm_sums(x, dvalue, batch_mean, rstd)
@@ -300,10 +300,10 @@ def stem_backward(
     dnorm_weight: Tensor,
     dnorm_bias: Tensor,
 ) -> None:
-    """Backward of the stem from what entered it.
+    """Backward of the stem, which computes z = relu(norm(x)) again.
 
-    dv = [z > 0] times the sum of grad_out over the windows whose first maximum the pixel is (NaN counts as one);
-    dx = norm_weight rstd (dv - S1 / M - xhat S2 / M), of the sums only where training.
+    dv = [z > 0] times the sum of grad_out over the windows whose first maximum is this pixel (NaN counts as maximum);
+    dx = norm_weight rstd (dv - S1 / M - xhat S2 / M), or norm_weight rstd dv unless training.
     x [N, C, H, W] S; norm_weight, norm_bias, batch_mean, batch_var [C] A; grad_out [N, C, (H+1)//2, (W+1)//2] S. Written:
     dx like x, unless None; dnorm_weight, dnorm_bias [C] A.
     """
@@ -320,7 +320,7 @@ def stem_backward(
     if dx is not None:
         count = values.numel() // values.size(1)
         gradient = slope[:, None, None] * dvalue
-        if training:  # otherwise only neighbors have to do with each other, even where x is NaN
+        if training:  # otherwise a NaN of x may only reach its neighbors
             constant, factor = _statistics_terms(slope, batch_mean, rstd, sum1, sum2, count, training)
             gradient = gradient + constant[:, None, None] + factor[:, None, None] * values
         dx.copy_(gradient)

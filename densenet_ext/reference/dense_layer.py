@@ -1,4 +1,4 @@
-"""One dense layer alone as ops composed of kernel ops: the layer of a stage over the concatenation of its inputs."""
+"""The ops of a single dense layer, composed of kernel ops: a stage of one layer over its concatenated inputs."""
 
 import torch
 from torch import Tensor

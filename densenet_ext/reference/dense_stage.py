@@ -5,8 +5,8 @@ one feature buffer, its moments are computed once, and batch normalization, ReLU
 Backward walks the layers from last to first with one gradient buffer; nothing of the size of a bottleneck outlives its
 layer unless it is kept for backward.
 
-The keyword `kernels` chooses whose kernel ops are composed: the reference twins, or `torch.ops.densenet_ext`. Products
-are exact here whatever allow_tf32 says.
+The keyword `kernels` chooses the kernel ops to compose: the reference twins, or `torch.ops.densenet_ext`. Products are
+never in TF32 here, whatever allow_tf32 says.
 """
 
 import torch
@@ -28,17 +28,18 @@ def dense_stage(
     options: list[int],
     kernels=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Forward of a dense block and its consumer: (output, skip, features, stats, gates, bottlenecks).
+    """Forward of a dense block and its tail: (output, skip, features, stats, gates, bottlenecks).
 
-    x [N, C0, H, W] S; params, all A: LayerParams of each layer, then TailParams; masks: of each layer those of
-    MaskKind that options.mask_kind names; eps and frozen: one a batch normalization, norm1 and norm2 of each layer, then
-    the tail's; frozen_stats: mean, variance of the frozen ones; options: Options, see _protocol.py. skip is empty: it is
-    for a tail that hands out relu(norm). stats [4, sum of widths] A: mean and biased variance, as used, scale and shift,
-    0 where a mask is folded in; with a group one column more: the values a channel.
+    x [N, C0, H, W] S; params, all A: LayerParams of each layer, then TailParams; masks: for each layer, those that
+    options.mask_kind names, in MaskKind's order; eps and frozen: an entry for norm1 and norm2 of each layer, then for
+    the tail's norm; frozen_stats: mean and variance of each frozen norm; options: Options of _protocol.py.
+    skip is empty: it is for a tail that hands out relu(norm). stats [4, sum of widths] A: the mean and the biased
+    variance that were used, scale, and shift, both 0 where a mask is folded in; a group adds a column with the number
+    of values a channel.
     """
     s = Stage(x, x.size(1), params, masks, eps, frozen, dropout_scale, options, kernels)
     tail = s.options.tail
-    # With no consumer the buffer is the output, which the caller gets without gaps between its planes.
+    # Without a tail the buffer is the output, which the caller gets without gaps between its planes.
     features = new_features(x, s.channels, gaps=tail != Tail.NONE)
     moments, *state = run_layers(s, [x], features, frozen_stats)
     skip = s.empty(0, dtype=x.dtype)
@@ -74,7 +75,7 @@ def dense_stage_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Backward of dense_stage: (dx, dparams like params).
 
-    features: the buffer that forward returned, which is its output where there is no tail; grad_skip: None, because no
+    features: the feature buffer of forward, which is its output where there is no tail; grad_skip: None, because no
     tail that is served hands out relu(norm); dx_layout: GradientLayout; dx is [0] where it is not wanted.
     """
     s = Stage(features, in_channels, params, masks, eps, frozen, dropout_scale, options, kernels)
@@ -106,7 +107,7 @@ def _input_gradient(stage: Stage, features: Tensor, buffer: Tensor, coef: Tensor
 
 
 def new_gradients(params: list[Tensor]) -> list[Tensor]:
-    """Room for the gradients of these parameters."""
+    """Uninitialized tensors for the gradients of these parameters."""
     return [torch.empty_like(p) for p in params]
 
 
@@ -123,7 +124,7 @@ def dense_tail_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The tail's part of dense_stage_backward: (buffer [N, C, H, W], coef [3, N, C], dparams like params).
 
-    params: TailParams; eps, frozen: of its norm, whose statistics come last in stats.
+    params: TailParams; eps, frozen: those of the tail's norm, whose statistics come last in stats.
     """
     kernels = kernels or TWINS
     group = Options(*options).group
@@ -164,7 +165,7 @@ def dense_block_backward(
 ) -> Tensor:
     """The layers' part of dense_stage_backward: dx. Works in buffer and coef, and writes dparams.
 
-    params: the layers', without the tail's; eps, frozen and stats: of all norms.
+    params: the layers', without the tail's; eps, frozen and stats: those of all norms, the tail's included.
     """
     s = Stage(features, in_channels, params, masks, eps, frozen, dropout_scale, options, kernels)
     run_layers_backward(s, features, buffer, buffer, coef, stats, gates, bottlenecks, dparams)

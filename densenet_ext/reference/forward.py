@@ -38,7 +38,7 @@ def fold_norm(
         batch_mean = sum_n q mean / R      batch_var = sum_n (q^2 m2 + pixels (q mean - batch_mean)^2) / (R pixels)
         scale = r q weight rstd            shift = r (bias - weight rstd batch_mean)       rstd = 1/sqrt(batch_var + eps)
     mean, m2 [R, >= c] A; pre_mask, post_mask [N, c] A; weight, bias [c] A; batch_mean, batch_var [c] A, written unless
-    has_statistics; scale, shift [1 or N, c] A, written. The statistics of no values at all are 0.
+    has_statistics; scale, shift [1 or N, c] A, written. Without any values the statistics are 0.
     """
     channels = weight.numel()
     if not has_statistics:
@@ -122,7 +122,7 @@ def squeeze_excite_forward(
     hidden: Tensor,
     gate: Tensor,
 ) -> None:
-    """Squeeze-and-excitation in place on the k channels of features at offset, whose moments follow.
+    """Squeeze-and-excitation in place on the k channels of features from offset on, and on their moments.
 
     pooled = mean, hidden = relu(pooled fc1^T + b1), gate = sigmoid(hidden fc2^T + b2), x *= gate.
     features [N, C, H, W] S, mean, m2 [N, C] A: changed; fc1_weight [r, k, ...], fc1_bias [r], fc2_weight [k, r, ...],
@@ -167,10 +167,10 @@ def stem_forward(
     batch_var: Tensor,
     out: Tensor,
 ) -> None:
-    """out = max_pool2d(relu(norm(x)), 3, stride 2, padding 1), with the batch's own statistics or given ones.
+    """out = max_pool2d(relu(norm(x)), 3, stride 2, padding 1), with the passed statistics if has_statistics.
 
     x [N, C, H, W] S; norm_weight, norm_bias [C] A; batch_mean, batch_var (biased) [C] A, written unless has_statistics;
-    out [N, C, (H+1)//2, (W+1)//2] S, written. The statistics of no values at all are 0.
+    out [N, C, (H+1)//2, (W+1)//2] S, written. Without any values the statistics are 0.
     """
     values = read(x, slice(None))
     if not has_statistics:

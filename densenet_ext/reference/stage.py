@@ -1,6 +1,4 @@
-"""The layers of a stage over its feature buffer, forward and backward, composed of kernel ops: what `dense_stage.py` and
-`dense_layer.py` share.
-"""
+"""The layers of a stage, forward and backward, composed of kernel ops, for `dense_stage.py` and `dense_layer.py`."""
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -19,7 +17,7 @@ TWINS = SimpleNamespace(**{**vars(forward), **vars(backward), **vars(sync_batch_
 class Stage(StageSizes):
     """The flat arguments of an op by name: parameters, masks and norms of each layer, and the sizes.
 
-    x: maps with the stage's samples, size, dtype and device; kernels: whose kernel ops are composed, the twins' by default.
+    x: maps with the stage's samples, size, dtype and device; kernels: the kernel ops to compose, by default the twins.
     """
 
     def __init__(
@@ -53,16 +51,16 @@ class Stage(StageSizes):
         return self.empty(self.rows, padded_width(self.width), dtype=dtype or self.x.dtype)
 
     def columns(self, stats: Tensor, norm: int) -> Tensor:
-        """View of the mean, the variance, the scale and the shift of that batch normalization."""
+        """View of the mean, the variance, the scale and the shift of a batch normalization."""
         start = sum(self.norm_widths[:norm])
         return stats[:, start : start + self.norm_widths[norm]]
 
     def statistics(self, stats: Tensor, norm: int) -> Tensor:
-        """View of its mean and its variance."""
+        """View of the mean and the variance of a batch normalization."""
         return self.columns(stats, norm)[:2]
 
     def fold(self, norm, weight, bias, stats, moments=None, pixels=0, pre_mask=None, post_mask=None):
-        """Scale and shift of that batch normalization; computes its statistics where moments are given."""
+        """Scale and shift of a batch normalization. If moments are passed, its statistics are computed first."""
         mean, var = self.statistics(stats, norm)
         has_statistics = moments is None or bool(self.frozen[norm])
         scale, shift = self.columns(stats, norm)[2:, None]  # kept for backward unless masks are folded in
@@ -79,11 +77,11 @@ class Stage(StageSizes):
         return scale, shift
 
     def is_local(self, norm: int) -> bool:
-        """True if the statistics of that norm come from this process's batch alone."""
+        """True if the statistics of a norm come from this process's batch alone."""
         return not self.frozen[norm] and self.options.group < 0
 
     def finish_norm_backward(self, norm, dweight, dbias, weight, stats, pre_mask, coef) -> None:
-        """Adds to coef what shared statistics add to the gradient of that norm's input."""
+        """Add to coef the part of the norm's gradient that flows through statistics which processes share."""
         if self.options.group >= 0 and not self.frozen[norm]:
             rest = (self.eps[norm], stats[0, -1:], pre_mask, self.options.group, coef)
             self.kernels.synchronize_gradient(dweight, dbias, weight, *self.statistics(stats, norm), *rest)
@@ -134,7 +132,7 @@ def run_layers(stage: Stage, inputs: list[Tensor], features: Tensor, frozen_stat
 
 
 def run_layers_backward(stage: Stage, features, source, grad, coef, stats, gates, bottlenecks, dparams):
-    """All layers from last to first. `source` holds the gradient of the last layer's output, `grad` accumulates."""
+    """Backward of all layers, last to first. `source` has the last layer's output gradient, `grad` accumulates."""
     s, kernels = stage, stage.kernels
     workspace = None if s.options.kept_bottlenecks else s.new_bottleneck()
     dv = s.new_bottleneck(gradient_dtype(features))

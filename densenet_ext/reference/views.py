@@ -6,7 +6,7 @@ from .._layout import arithmetic_dtype
 
 
 def read(features: Tensor, columns: slice) -> Tensor:
-    """A slice of the channels, in the arithmetic dtype."""
+    """These channels, in the arithmetic dtype."""
     return features[:, columns].to(arithmetic_dtype(features.dtype))
 
 
@@ -16,7 +16,7 @@ def spread(table: Tensor) -> Tensor:
 
 
 def write(out: Tensor | None, value: Tensor) -> None:
-    """out = value, whatever dimensions of size 1 differ; nothing where out is None."""
+    """out = value, reshaped where they differ in dimensions of size 1. Does nothing if out is None."""
     if out is not None:
         out.copy_(value.reshape(out.shape))
 
@@ -36,7 +36,7 @@ def write_rows(out: Tensor, maps: Tensor) -> None:
 
 
 def write_moments(x: Tensor, mean: Tensor | None, m2: Tensor | None, columns: slice) -> None:
-    """Mean and centered sum of squares over the pixels of x [N, c, H, W], into those columns of [N, C]."""
+    """Write the mean and centered sum of squares over the pixels of x [N, c, H, W] into these columns of [N, C]."""
     if mean is None:
         return
     x = x.to(mean.dtype).flatten(2)

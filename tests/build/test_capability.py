@@ -1,4 +1,4 @@
-"""Every instruction set this machine has, each in a process of its own, and the number of threads."""
+"""Each instruction set of this machine gives the same numbers, in its own process; and torch's threads are used."""
 
 import os
 import subprocess
@@ -65,7 +65,7 @@ def test_unknown_instruction_set_is_an_error_that_says_what_there_is(value):
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_two_threads_really_run():
-    """Torch's parallel loops are header templates elsewhere, and run on one thread where a build forgets a flag."""
+    """Elsewhere torch's parallel loops are header templates, which run on one thread if a build forgets a flag."""
     torch.set_num_threads(2)
     assert _C.parallel_threads() == 2
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The build, the loader and `python -m densenet_ext.info`: what they say when all is well, and when something is missing."""
+"""The build, the loader and `python -m densenet_ext.info`: their messages when all is well or something is missing."""
 
 import importlib
 import importlib.metadata
@@ -97,7 +97,7 @@ from densenet_ext import {module}
 
 @pytest.fixture
 def bare_package(tmp_path):
-    """A densenet_ext that can only load its library, and has none."""
+    """A package densenet_ext with nothing but the loader, and without a library."""
     package = tmp_path / "densenet_ext"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -107,7 +107,7 @@ def bare_package(tmp_path):
 
 
 def load_in(package, start="import torch", end="load_extension()"):
-    """The last line of what `load_extension()` prints there, with no other densenet_ext in sight."""
+    """The last line that `load_extension()` prints in this package, with no other densenet_ext on the path."""
     code = start + LOAD.format(module="_load") + "_load." + end
     result = run(sys.executable, "-c", code, cwd=package.parent)
     return (result.stderr or result.stdout).splitlines()[-1]
@@ -183,7 +183,7 @@ def test_sources_without_library_use_the_installed_one(bare_package):
 
 
 def load_cuda(directory, library=None, **facts):
-    """cuda_status() of a library that was built with these facts and has this file for its CUDA kernels."""
+    """cuda_status() of a library whose build_info has these facts, with this file as its CUDA kernels."""
     if library is not None:
         (directory / f"_cuda{SUFFIX}").write_bytes(library)
     facts = {"cuda": True, "cuda_version": torch.version.cuda or "13.0", "cuda_missing": "", **facts}
@@ -274,7 +274,7 @@ def test_info_says_which_cuda_kernels_there_are():
         (("8.0", "9.0+PTX"), (9, 0), False),
         (("8.0", "12.0"), (12, 1), False),
         (("8.0+PTX", "12.0"), (9, 0), True),
-        (("12.0+PTX",), (9, 0), False),  # nothing runs there, and an error says so
+        (("12.0+PTX",), (9, 0), False),  # no kernel runs on it, and an error says so
         ((), (12, 0), False),  # no kernels
     ],
 )
@@ -309,7 +309,7 @@ def test_info_without_library(bare_package):
 
 @pytest.fixture
 def source_tree(tmp_path):
-    """A folder with all that setup.py needs, and a csrc/ with nothing in it."""
+    """A folder with all that setup.py needs, and an empty csrc/."""
     pytest.importorskip("setuptools", minversion="77")
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs a clone")
@@ -327,7 +327,7 @@ def build(tree, **environment):
 
 
 def last_error(result):
-    """The message after `error: `, all its lines."""
+    """All lines of the message after `error: `."""
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     return (
@@ -427,7 +427,7 @@ def test_header_rebuilds_what_includes_it_and_nothing_else(source_tree):
     first = build(source_tree)
     assert first.returncode == 0, first.stderr
     sets = load_extension().build_info()["instruction_sets"]
-    for name in set(sets) - {"amx"}:  # which has files of its own
+    for name in set(sets) - {"amx"}:  # it has its own files
         assert f"compiling csrc/cpu/kernels/b.cpp for {name}\n" in first.stdout
     assert "compiling" not in build(source_tree).stdout
     header.write_text("// changed\n")
@@ -490,7 +490,7 @@ def native_error(build_module):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("8.0;8.6;9.0+PTX", ("8.0", "8.6", "9.0+PTX")),  # torch's form; what is named is compiled
+        ("8.0;8.6;9.0+PTX", ("8.0", "8.6", "9.0+PTX")),  # torch's form: these and no others
         ("9.0 8.0", ("8.0", "9.0")),  # spaces, any order
         ("9.0+PTX;9.0", ("9.0+PTX",)),  # each once
         ("Hopper; 8.0", ("8.0", "9.0+PTX")),  # torch's names
@@ -558,7 +558,7 @@ def test_architectures_that_cannot_be(nvcc, native_error, text, named):
 
 @pytest.fixture
 def fake(nvcc, monkeypatch, tmp_path):
-    """make(version, probe): the command of an nvcc that answers what the build asks; use(*commands): the ones there are."""
+    """make(version, probe) makes a false nvcc that answers the build; use(*commands) lets the build find these."""
 
     def make(version, probe="exit 0", runtime=True):
         directory = tmp_path / version
@@ -690,7 +690,7 @@ def test_spilled_registers_fail_the_build(build_module, tmp_path, monkeypatch, c
     code = f"print({PTXAS_REPORT!r}, 'a.cu(1): warning: something else', sep='')"
     status = ptxas.main(str(log), sys.executable, "-c", code, "-o", str(output))
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "a.cu(1): warning: something else"  # and no line of the report
+    assert printed[0] == "a.cu(1): warning: something else"  # without the lines of the report
     assert printed[1].startswith("warning: " if allowed else "error: ") and "spilly" in printed[1]
     assert printed[1].endswith(" for sm_80 spills registers: 5728 bytes stored, 6312 bytes loaded")
     assert len(printed) == 2 and status == int(not allowed)
@@ -724,7 +724,7 @@ def test_backend_asks_for_torch_only_where_none_fits(backend, monkeypatch):
 
 
 def test_backend_looks_past_pips_isolation(backend, tmp_path):
-    # pip's way: a sitecustomize on PYTHONPATH that takes the site directories off the path
+    # pip isolates in this way: a sitecustomize on PYTHONPATH takes the site directories off the path.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]"
     )

@@ -1,5 +1,5 @@
 """Random networks by every implementation, compared with plain PyTorch: `pytest tests/fuzz --networks 2000`.
 
-A seed means one network, what goes into it and how it is used (draw.py), which each implementation does for two steps
-(run.py). What may differ is measured on plain PyTorch itself (compare.py, noise.py).
+A seed stands for one network, its inputs and the way it is used (draw.py). Each implementation runs it for two steps
+(run.py). Plain PyTorch's own rounding errors decide how far results may differ (compare.py, noise.py).
 """

@@ -1,19 +1,19 @@
 """Compares checkpointed and fused networks with plain PyTorch.
 
-float64: no result differs by more than TOLERANCE of its largest value. Where one does, plain's own noise decides, see
-noise.py: a result may be as far off as plain PyTorch's is with every intermediate value off by NOISE. Where a hundredth
-of that moves it more than a tenth as far, it is noise and nothing else, and cannot be compared: norms of equal values,
-of all samples being the same one, say, blow roundings up until they are as large as everything else.
+float64: no result may differ by more than TOLERANCE of its largest value. If one does, plain PyTorch's noise decides
+(noise.py): a result may be as far off as plain's is when every intermediate value is off by NOISE. If a hundredth of
+that noise moves the result more than a tenth as far, the result is nothing but noise and is not compared. For example,
+norms of equal values (all samples are the same one) blow roundings up until they are as large as everything else.
 
-Lower types: no result has more than twice plain's error, both against float64. Errors are L2 norms of the whole result;
-one rounding of each of its values comes on top, because no implementation can do without that. Plain's error is the
-larger one of those with planar and with channels-last parameters: PyTorch has kernels of its own for either, and what
-they add up in different order is in float32 up to 20 times as far off in one as in the other. Still chance decides such a
-comparison often: a value that falls on the other side of a rectifier in one of the two, a result of a single value that
-happens to be close. So a result is wrong only where it is too far off in each of DRAWS draws of the network's values. Two
-numbers of one normal distribution are more than twice as large as each other in three of ten cases, and 0.3 ** DRAWS is
-4e-9; what an implementation does wrong is too far off in all. From the second draw on plain's noise, with every value off
-by NOISE32, comes on top, too, for what is 0 but for rounding: plain may happen to have a 0 there in every draw.
+Lower types: no result may have more than twice plain's error, both against float64. Errors are L2 norms of the whole
+result, and one rounding of each value is allowed on top, which no implementation can avoid. Plain's error is the larger
+one of those with planar and with channels-last parameters: PyTorch has different kernels for them, which add in
+different orders, and in float32 one may be 20 times as far off as the other. Chance still decides many comparisons: a
+value falls on the other side of a rectifier in one of the two, or a result of a single value happens to be close. So a
+result is wrong only if it is too far off in each of DRAWS draws of the network's values. Two numbers of one normal
+distribution differ by more than a factor of two in three of ten cases, and 0.3 ** DRAWS is 4e-9; a real fault is too
+far off in all draws. From the second draw on, plain's noise with every value off by NOISE32 is allowed on top: a result
+that is 0 except for rounding may happen to be exactly 0 in every draw of plain.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ EFFICIENT = ("checkpoint", "fused")
 
 
 def differences(network: Network) -> list[str]:
-    """Lists what 'checkpoint' and 'fused' compute otherwise than plain PyTorch, a line each."""
+    """List the results that 'checkpoint' and 'fused' compute otherwise than plain PyTorch, a line each."""
     torch.set_num_threads(network.threads)
     plain = run(network, False)
     exact = network.dtype == torch.float64
@@ -48,9 +48,9 @@ def differences(network: Network) -> list[str]:
 
 
 def _other_kinds(got: Run, want: Run) -> list[str]:
-    """Errors, which results there are, and their shapes and dtypes."""
+    """List differences in errors, in the names of results, and in their shapes and dtypes."""
     if want.error is not None or got.error is not None:
-        # PyTorch's average pool calls a map that is too small a RuntimeError, dense_stage a ValueError.
+        # For a map that is too small PyTorch's average pool raises a RuntimeError, dense_stage a ValueError.
         allowed = isinstance(got.error, type(want.error)) or isinstance(got.error, ValueError)
         if want.error is not None and allowed and "cannot be used" not in str(got.error):
             return []
@@ -82,7 +82,7 @@ def _other_values_of_float64(network: Network, efficient: str, got: Run, plain: 
 
 
 def _spreads(network: Network, level: float, wanted: dict[str, Tensor]) -> dict[str, float]:
-    """How far noise of that level moves each of these results of plain PyTorch: the farthest of three."""
+    """The farthest that noise of this level moves each of these results of plain PyTorch, in three runs."""
     noisy = [run(network, False, noise=Noise(level, seed)).results for seed in range(3)]
     return {name: max(_largest(results[name] - want) for results in noisy) for name, want in wanted.items()}
 
@@ -105,7 +105,7 @@ def _other_values_of_lower_types(network: Network, efficient: str, got: Run, pla
 
 
 def _clear(suspects: dict[str, list], network: Network, draw: int, got: Run, plain: Run) -> None:
-    """Remove from suspects what is right in that draw, add the errors to the others'."""
+    """Remove the results that are right in this draw from `suspects`; append the errors of the others."""
     options = {"draw": draw, "starts": plain.starts}
     exact = run(network, False, reference=True, **options).results
     other = noisy = None
@@ -121,7 +121,7 @@ def _clear(suspects: dict[str, list], network: Network, draw: int, got: Run, pla
             noise = Noise(NOISE32, draw)
             noisy = noisy or run(network, False, reference=True, noise=noise, **options).results
             allowed += _error(noisy[name], exact[name])
-        overflown = not all(math.isfinite(error) for error, _ in suspects[name])  # although plain was finite
+        overflown = not all(math.isfinite(error) for error, _ in suspects[name])  # ours, while plain's was finite
         if (ours <= allowed or not math.isfinite(theirs)) and not overflown:
             del suspects[name]
         else:

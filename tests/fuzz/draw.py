@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from densenet_ext import DenseNetBC, DropChannel, EfficientDenseBlock, EfficientDenseLayer
 
-# Half of all networks are of float64, where an error is told from a rounding. "autocast": parameters are of float32.
+# Half of all networks use float64, where errors can be told from roundings. With "autocast" parameters are float32.
 PRECISIONS = {
     "float64": 10,
     "float32": 3,
@@ -18,7 +18,7 @@ PRECISIONS = {
     "autocast float16": 1,
 }
 MODES = ("train", "eval", "mixed")
-# A forward pass has at most so many multiplications. Plain PyTorch makes them in about a fifth of a second in float64.
+# A forward pass has at most this many multiplications: about a fifth of a second of plain PyTorch in float64.
 MOST_WORK = 1e8
 
 # Inputs [n, c, h, w] are views of contiguous tensors. Each layout is the shape of that tensor and the view.
@@ -40,11 +40,12 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Network:
-    """A model, a lone block or a lone layer with `options`, and all else that a run of it depends on.
+    """A model, a lone block or a lone layer with `options`, and everything else that a run of it depends on.
 
-    inputs: (channels, layout) of each; only a layer has several, and may have the first a second time. modes: of each
-    step. norms, running, frozen: which norms have zeros in their weights or none, which have no running statistics, which
-    parameters have no gradient; 'some' and 'mixed' are decided by `choices`. poisoned: new memory is full of NaN.
+    inputs: (channels, layout) of each input; only a layer has several, and may get the first one twice. modes: one for
+    each step. norms: which norms have zeros in their weights or no weights; running: which have no running statistics;
+    frozen: which parameters have no gradient; for 'some' and 'mixed' `choices` decides. poisoned: new memory is full of
+    NaN.
     """
 
     seed: int
@@ -72,7 +73,7 @@ class Network:
 
     @property
     def half(self) -> torch.dtype | None:
-        """The dtype of autocast, None without."""
+        """The dtype of autocast; None without autocast."""
         return getattr(torch, self.precision.split()[1]) if "autocast" in self.precision else None
 
     @property
@@ -81,11 +82,11 @@ class Network:
         return torch.float32 if self.half else getattr(torch, self.precision)
 
     def values_seed(self, of: str, draw: int, step: int = 0) -> int:
-        """The seed of torch's generator for random values of that kind: another one for each."""
+        """The seed of torch's generator for one kind of random values; each kind has another seed."""
         return 1000 * self.seed + 100 * ("weights", "inputs", "upstream", "masks").index(of) + 2 * draw + step
 
     def build(self, draw: int = 0) -> nn.Module:
-        """The network with random values, other ones for each draw; of float64."""
+        """Build the network in float64, with random values that differ from draw to draw."""
         torch.manual_seed(self.values_seed("weights", draw))
         kind = {"model": DenseNetBC, "block": EfficientDenseBlock, "layer": EfficientDenseLayer}[self.kind]
         module = kind(**self.options).double()
@@ -101,7 +102,7 @@ class Network:
         return module
 
     def _prepare_norm(self, norm: nn.BatchNorm2d, choose: random.Random) -> None:
-        """Neither the identity nor symmetric, and as if it had seen batches before."""
+        """Make a norm neither the identity nor symmetric, with statistics as if it had seen batches before."""
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias, std=0.5)
         norm.weight.data *= torch.where(torch.rand(norm.num_features) < 0.2, -1, 1)
@@ -117,12 +118,12 @@ class Network:
             norm.affine, norm.weight, norm.bias = False, None, None
 
     def set_mode(self, module: nn.Module, step: int) -> None:
-        """The mode of that step; in 'mixed' that of single norms, masks, layers and blocks differs from the rest's."""
+        """Set the mode of a step. In 'mixed' some norms, masks, layers and blocks are in another mode than the rest."""
         mode, choose = self.modes[step], random.Random(self.choices + 1 + step)
         module.train(mode == "train" or (mode == "mixed" and choose.random() < 0.7))
         if mode != "mixed":
             return
-        alike = self.options["drop_rate"] > 0  # one op serves layers that drop values alike
+        alike = self.options["drop_rate"] > 0  # one op serves only layers with the same active drop_rate
         for part in module.modules():
             group = isinstance(part, EfficientDenseBlock) or (isinstance(part, EfficientDenseLayer) and not alike)
             single = isinstance(part, nn.BatchNorm2d | DropChannel)
@@ -130,7 +131,7 @@ class Network:
                 part.train(not part.training)
 
     def leaves(self, step: int, draw: int = 0) -> list[Tensor]:
-        """The float64 tensors whose views are the inputs of that step."""
+        """The float64 tensors whose views are the inputs of a step."""
         generator = torch.Generator().manual_seed(self.values_seed("inputs", draw, step))
         shapes = [LAYOUTS[layout][0](self.samples, channels, *self.size) for channels, layout in self.inputs]
         scales = 10 ** (2 * torch.rand(len(shapes), generator=generator) - 1)
@@ -150,7 +151,7 @@ class Network:
         return views if len(views) > 1 else views[0]
 
     def upstream_gradient(self, output: Tensor, step: int, draw: int = 0) -> Tensor:
-        """The gradient of the output, as self.upstream says: 'expanded' is that of a sum."""
+        """The gradient of the output, in the form of self.upstream; 'expanded' is the gradient of a sum."""
         if self.upstream == "expanded":
             return output.new_ones(()).expand(output.shape)
         generator = torch.Generator().manual_seed(self.values_seed("upstream", draw, step))
@@ -161,9 +162,9 @@ class Network:
 
 
 def draw_network(seed: int) -> Network:
-    """The network of that seed: the first of a row of random ones that is not too much work.
+    """Draw the network of a seed: the first of a series of random ones that is not too much work.
 
-    Few have maps that end before the network does, or norms of a single value a channel: those are errors.
+    A few have maps that become too small, or norms of a single value a channel: these end in errors.
     """
     rng = random.Random(seed)
     while True:
@@ -217,7 +218,7 @@ def _sometimes(rng: random.Random, usual, other):
 
 
 def _draw_options(rng: random.Random) -> dict:
-    """Options that layers, blocks and models have."""
+    """Draw the options that layers, blocks and models have."""
     growth = rng.randint(1, rng.choice((4, 12, 40, 40)))
     return {
         "in_channels": rng.randint(1, rng.choice((4, 16, 64, 200))),
@@ -233,7 +234,7 @@ def _draw_options(rng: random.Random) -> dict:
 
 
 def _draw_model_options(rng: random.Random, channels: int, growth: int) -> dict:
-    """Options that only models have; `channels` come out of the stem, if not as many as it has by default."""
+    """Draw the options that only models have; the stem has `channels` outputs, or its default number."""
     compression = rng.choice((0.5, 1.0, rng.uniform(0.1, 1)))
     return {
         "block_config": tuple(rng.randint(1, 6) for _ in range(rng.randint(1, 4))),
@@ -246,7 +247,7 @@ def _draw_model_options(rng: random.Random, channels: int, growth: int) -> dict:
 
 
 def _draw_size(rng: random.Random) -> tuple[int, int]:
-    """Height and width: one row or column, odd ones, any, powers of two as in most networks."""
+    """Draw height and width: one row or column, odd sizes, any sizes, or powers of two as in most networks."""
     how = rng.choices(("thin", "odd", "any", "power", "one pixel"), (6, 8, 12, 8, 1))[0]
     if how == "thin":
         return tuple(rng.sample((rng.choice((1, 1, 2)), rng.randint(1, 40)), 2))
@@ -258,7 +259,7 @@ def _draw_size(rng: random.Random) -> tuple[int, int]:
 
 
 def _split(rng: random.Random, channels: int) -> list[int]:
-    """The channels of a layer's inputs."""
+    """Split the channels over a layer's inputs."""
     parts = []
     while channels:
         parts.append(rng.randint(1, channels))
@@ -267,7 +268,7 @@ def _split(rng: random.Random, channels: int) -> list[int]:
 
 
 def _work(network: Network) -> tuple[float, int, int]:
-    """Multiplications of a forward pass, and the values and the pixels a channel in the last block."""
+    """The multiplications of a forward pass, and the values and the pixels of a channel in the last block."""
     options, (height, width) = network.options, network.size
     growth, channels, work = options["growth_rate"], options["in_channels"], 0
     bottleneck = growth * options["bn_size"]

@@ -1,11 +1,11 @@
-"""How far rounding may move each result of a network: plain PyTorch, every intermediate value of it a little off.
+"""Noise: plain PyTorch with every intermediate value a little off shows how far rounding may move each result.
 
-Some results of a network say nothing about its numbers: the gradient of a weight whose scale a norm takes out again is 0
-but for rounding; a norm of two values a channel returns 1 and -1 and lets hardly any gradient through; values that are
-all but equal are blown up by 1/sqrt(eps). Two right implementations differ there by a multiple of the rounding of what
-is summed, which may be many times the result. Noise shows that: it multiplies what goes into and comes out of each
-operation by 1 + level * u, u uniform in [-1, 1], and likewise the gradients there. Norms are written out for it, because
-only inside of a norm can be seen what cancels.
+Some results of a network are mere rounding errors: the gradient of a weight whose scale a norm cancels is 0 except for
+rounding; a norm of two values a channel returns 1 and -1 and lets hardly any gradient through; values that are almost
+equal are blown up by 1/sqrt(eps). In such results two right implementations differ by a multiple of the rounding of the
+terms of a sum, which may be many times the result. Noise measures this: it multiplies the inputs and outputs of each
+operation, and their gradients, by 1 + level * u with u uniform in [-1, 1]. Norms are written out for it, because values
+cancel inside of a norm.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _Blur(torch.autograd.Function):
-    """x * (1 + level * u); its gradient times (1 + level * u) with other u."""
+    """x * (1 + level * u); in backward the gradient is multiplied by 1 + level * u with another u."""
 
     @staticmethod
     def forward(ctx, x, noise):
@@ -28,7 +28,7 @@ class _Blur(torch.autograd.Function):
 
 
 class Noise(TorchFunctionMode):
-    """Inside, convolutions, products and norms have noise of that level; masks are drawn as without."""
+    """A context in which convolutions, products and norms have noise of a level; masks are the same as without."""
 
     def __init__(self, level: float, seed: int):
         super().__init__()

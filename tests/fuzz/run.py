@@ -1,4 +1,4 @@
-"""Two steps of a random network by one implementation, and everything that can be seen of them."""
+"""Two steps of a random network by one implementation, and all of their results."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ RATE = 0.5
 
 @dataclass
 class Run:
-    """results: tensors by name, None where a gradient is; starts: the state in which each step began; error: what ended it."""
+    """results: tensors by name, None for a missing gradient; starts: states before each step; error: ends the run."""
 
     results: dict[str, Tensor | None] = field(default_factory=dict)
     starts: list[dict] = field(default_factory=list)
@@ -33,14 +33,14 @@ def run(
     starts: list[dict] | None = None,
     noise: Noise | None = None,
 ) -> Run:
-    """That network's two steps, with a step of SGD between them.
+    """Run two steps of a network, with a step of SGD between them.
 
     Args:
-        efficient: which implementation.
-        draw: which random values, see Network.build.
-        reference: compute in float64 what the network computes in its own precision, with the same masks.
-        starts: the state to begin each step in, of another run; else the second begins where the first has ended.
-        noise: to compute with, see there.
+        efficient: the implementation.
+        draw: number of the draw of random values, see Network.build.
+        reference: compute in float64, with the masks of the network's own precision.
+        starts: the states of another run in which to begin the steps; None: the second begins where the first ended.
+        noise: the noise to compute with, see noise.py.
     """
     module = network.build(draw).to(network.dtype)
     if reference:
@@ -95,7 +95,7 @@ def _step(network, module, step, draw, reference, noise, results) -> None:
 
 
 def _update(module: nn.Module) -> None:
-    """A step of SGD, all gradients together not longer than 1; they end as None."""
+    """Take a step of SGD with the gradients' joint norm clipped to 1, and set the gradients to None."""
     trained = [p for p in module.parameters() if p.grad is not None]
     length = sum(p.grad.double().square().sum() for p in trained) ** 0.5
     for p in trained:
@@ -116,7 +116,7 @@ def _new_memory_of_nan(wanted: bool):
 
 @contextlib.contextmanager
 def _masks_of(dtype: torch.dtype):
-    """Inside, Drop-Channel draws the masks that it draws for maps of that dtype."""
+    """A context in which Drop-Channel draws the masks that it draws for maps of this dtype."""
     draw = DropChannel.draw
 
     def draw_as(self, samples, channels, like):

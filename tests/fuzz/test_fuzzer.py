@@ -1,4 +1,4 @@
-"""The fuzzer finds what is wrong, and draws what it says."""
+"""The fuzzer finds planted faults, and draws everything that it should."""
 
 import math
 from itertools import count
@@ -19,12 +19,12 @@ FAULTS = {"float64": 1e-6, "bfloat16": 0.2, "float32": 1e-3, "float16": 0.05, "a
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
-    """Deliberate faults are wrong in every draw, and the usual number of draws takes long."""
+    """Use few draws: deliberate faults are wrong in every draw, and the usual number of draws takes long."""
     monkeypatch.setattr(compare, "DRAWS", 4)
 
 
 def small_network(precision="float64", **wanted):
-    """The first small one that is trained and has that precision and those options or properties."""
+    """The first small network that is trained and has this precision and these options or properties."""
     for seed in count():
         network = draw_network(seed)
         values = {**vars(network), **network.options, "masked": network.options["drop_channel"] > 0.3}
@@ -37,7 +37,7 @@ def small_network(precision="float64", **wanted):
 
 
 def assert_found(network, result):
-    """It is named, and whatever else is of the fused implementation, too."""
+    """Assert that this fault is reported, and that all reports are about the fused implementation."""
     lines = compare.differences(network)
     assert all(line.startswith("fused: ") for line in lines)
     assert any(result in line for line in lines), f"{lines}\n{network}"
@@ -101,7 +101,7 @@ def test_a_batch_counted_twice_is_found(monkeypatch, precision):
 @pytest.mark.repetitions(2)
 @pytest.mark.parametrize("precision", FAULTS)
 def test_other_masks_are_found(monkeypatch, precision):
-    """Every layer is given the masks that it would have had a number later."""
+    """Every layer gets the masks that the generator would draw after one more number."""
     original = _stage_arguments.draw_masks
 
     def later(layer, x, channels):
@@ -128,7 +128,7 @@ def test_an_error_of_the_fused_implementation_alone_is_found(monkeypatch):
 
 
 def test_noise_of_level_0_is_plain():
-    """Norms are written out for it."""
+    """Noise has its own formula of norms, which has to agree with PyTorch's."""
     for kind in ("model", "block", "layer"):
         network = small_network(kind=kind)
         got, want = (run(network, False, noise=noise).results for noise in (Noise(0.0, 0), None))
@@ -147,7 +147,7 @@ def test_a_seed_means_one_network():
 
 
 def test_everything_is_drawn():
-    """In the 200 networks of a short run."""
+    """The 200 networks of a short run have every kind, layout, mode and option."""
     drawn = [draw_network(seed) for seed in range(200)]
 
     def values(of):

@@ -1,12 +1,12 @@
 """Random networks by every implementation: outputs, gradients and statistics of two steps.
 
 pytest tests/fuzz                                      20 networks
-pytest tests/fuzz --networks 2000 -n 2                 so many, in two processes
-pytest tests/fuzz --networks 2000 --first-seed 2000    other ones
+pytest tests/fuzz --networks 2000 -n 2                 2000 networks, in two processes
+pytest tests/fuzz --networks 2000 --first-seed 2000    2000 others
 pytest tests/fuzz/test_networks.py --seed 17           the network of that seed alone, described
 
-Some networks run in several threads. Where cores are busy with something else, OMP_WAIT_POLICY=PASSIVE makes those
-many times as fast: their threads do not spin while they wait for one that has no core.
+Some networks run in several threads. If cores are busy with something else, OMP_WAIT_POLICY=PASSIVE makes these many
+times as fast: their threads do not spin while they wait for a thread that has no core.
 """
 
 import traceback
@@ -39,7 +39,7 @@ def test_equals_plain(seeds, request, capsys):
                 print(f"\n{network}")
         try:
             lines = differences(network)
-        except Exception:  # one network's is no reason to leave out the others
+        except Exception:  # an error of one network does not end the run of the others
             lines = [traceback.format_exc()]
         if lines:
             found = "\n".join(f"  {line}" for line in lines)

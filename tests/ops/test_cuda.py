@@ -30,7 +30,7 @@ def error(got, want):
 
 
 def shared_memory():
-    """Bytes that one block may have."""
+    """Bytes of shared memory that one block may use."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     return (227 if os.environ.get("SIMT_SHARED") == "most" else 99) * 1024
@@ -40,7 +40,7 @@ def shared_memory():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("bottleneck", "growth"), [(48, 12), (128, 32), (100, 22), (160, 40)])
 def test_which_layers_conv3x3_forward_leaves_to_a_library(bottleneck, growth, dtype):
-    """Wide ones, but not those of 16 bits up to 128 and 32 channels where shared memory has room for them."""
+    """A library computes wide layers, except in 16 bits up to 128 and 32 channels if they fit in shared memory."""
     has_room = dtype != torch.float32 and shared_memory() >= 160 * 1024
     has_kernel = (bottleneck <= 64 and growth <= 16) or (bottleneck <= 128 and growth <= 32 and has_room)
     shape = Shape("", height=14, width=14, bottleneck=bottleneck, growth=growth)
@@ -131,7 +131,7 @@ def test_network_equals_plain(variant):
 @needs_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_error_under_autocast_is_that_of_plain(dtype):
-    """Against float64, at most twice the plain network's, over all gradients together, in the median of seeds."""
+    """Error against float64 over all gradients together, in the median of seeds: at most twice the plain network's."""
     ratios = []
     for seed in range(5):
         torch.manual_seed(seed)
@@ -215,7 +215,7 @@ def test_no_synchronization():
 
 @needs_real_device
 def test_side_stream():
-    """The kernels go where PyTorch's current stream is, behind what is queued there."""
+    """The kernels run on PyTorch's current stream, after the work that is queued there."""
     model = small_net(dtype=torch.float64, efficient="fused")
     x, labels = torch.randn(4, 3, 16, 16, dtype=torch.float64, device=DEVICE), torch.tensor([0, 3, 1, 4], device=DEVICE)
     want = [g.clone() for g in step(model, x, labels)]
@@ -230,7 +230,7 @@ def test_side_stream():
 
 
 def graphed_step(model, x, labels):
-    """A whole step captured in a CUDA graph: replays it and returns its loss and gradients."""
+    """Capture a whole step in a CUDA graph, replay it, and return its loss and gradients."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

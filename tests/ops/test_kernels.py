@@ -11,13 +11,14 @@ from densenet_ext.reference.views import write_moments
 
 # Largest error by dtype of arithmetic, relative to the largest value of a tensor: sums of up to 20000 terms.
 ARITHMETIC = {torch.float64: 1e-12, torch.float32: 1e-5}
-# The error from rounding a product's operands, relative to the largest value of a tensor: where kernels use matrix
-# units, these take values of the storage dtype, as a convolution under autocast does, or TF32 (with float16's mantissa).
+# The error from rounding a product's operands, relative to the largest value of a tensor. Matrix units take operands in
+# the storage dtype, as a convolution under autocast does, or in TF32 (with float16's mantissa).
 OPERANDS = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 PRODUCTS = ("bottleneck_forward", "bottleneck_backward", "conv3x3_forward", "conv3x3_backward")
 PRODUCTS += ("transition_forward", "transition_backward")
 TILE_UNIT = load_extension().cpu_capability() == "amx"  # rounds operands of bfloat16 alone
-# How much more that is for sums of products of both signs; coef also has mean and 1/deviation, here any, as factors.
+# Sums of products of both signs multiply that error by these factors. coef also has factors mean and 1/deviation, which
+# are arbitrary here.
 SUMS = {"coef": 8, "dnorm_weight": 3, "dnorm_bias": 3}
 # The error from storing, relative to each value: op and twin may round to neighbors, one unit in the last place apart.
 STORAGE = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -48,7 +49,7 @@ CASES = [(op, options) for op, variants in OPS.items() for options in variants]
 
 
 def for_twin(value, dtype):
-    """The tensor as the twin gets it: in float64, but what is stored in half precision stays so."""
+    """The tensor as the twin gets it: in float64, unless it is stored in half precision."""
     if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
         return value
     return value.clone() if value.dtype == dtype and dtype not in ARITHMETIC else value.double().clone()
@@ -61,7 +62,7 @@ def run_both(op, args, dtype, device="cpu", **options):
         for j in range(i):
             if a is args[j] and isinstance(a, torch.Tensor):
                 expected[j] = expected[i]
-    # wide 3x3 convolutions are cuDNN's, which goes by PyTorch's own switch, on by default
+    # cuDNN computes wide 3x3 convolutions. It obeys PyTorch's own switch, which is on by default.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=options.get("allow_tf32", False)):
         getattr(torch.ops.densenet_ext, op)(*actual, **options)
     getattr(reference, op)(*expected)
@@ -72,7 +73,7 @@ def run_both(op, args, dtype, device="cpu", **options):
 
 
 def use_moments_of_stored_values(op, actual, expected):
-    """Moments are those of the rounded values, and single values may have been rounded otherwise than the twin's."""
+    """Take the twin's moments from the kernel's stored values, which may be rounded otherwise than the twin's."""
     if op == "bottleneck_forward" and expected[5] is not None:
         rows, (mean, m2) = actual[4][:, : expected[5].size(1)].double(), expected[5:]
         mean[:] = rows.sum(0) / max(len(rows), 1)
@@ -83,7 +84,7 @@ def use_moments_of_stored_values(op, actual, expected):
 
 
 def check(op, args, dtype, device="cpu", **options):
-    """Compare what was written with the twin's, and everything else with what it was."""
+    """Compare outputs with the twin's, and check that all other bytes are unchanged."""
     actual, expected = run_both(op, args, dtype, device, **options)
     units = is_channels_last(torch.empty(0, device=device)) or (TILE_UNIT and dtype == torch.bfloat16)
     operands = OPERANDS.get(torch.float16 if options else dtype, 0.0) if units and op in PRODUCTS else 0.0
@@ -119,7 +120,7 @@ def assert_gaps_unchanged(got, original, name):
 
 
 def assert_near(got, want, name, operands):
-    """Both are NaN at the same places, and near elsewhere."""
+    """Assert that both are NaN at the same places, and near each other elsewhere."""
     rounding = STORAGE[got.dtype]
     got, want, near = got.double(), want.double(), ARITHMETIC.get(got.dtype, ARITHMETIC[torch.float32]) + operands
     assert torch.equal(got.isnan(), want.isnan()), f"{name} has NaN at other places"
@@ -130,7 +131,7 @@ def assert_near(got, want, name, operands):
 
 
 def problems(shape, dtype, op, device="cpu"):
-    """Without masks, and where masks concern the op, with them."""
+    """The arguments of an op without masks and, if the op takes masks, with them."""
     kinds = ("none", "pre", "all") if op in MASKED else ("none",)
     return [Problem(shape, dtype, masks, device=device) for masks in kinds]
 
@@ -140,7 +141,7 @@ def fits(op, shape):
 
 
 def first_and_last(op):
-    """Variants of an op's options: without any, and with the most."""
+    """The first variant of an op's options, which has none, and the last, which has the most."""
     return OPS[op][:: max(1, len(OPS[op]) - 1)]
 
 
@@ -165,7 +166,7 @@ def test_kernel_equals_twin(op, options, shape, dtype, device):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", PRODUCTS)
 def test_tf32(op, shape, device):
-    """Products of float32 that may be TF32 differ by that; where there is no such thing, by nothing."""
+    """With allow_tf32 float32 products may differ by TF32's rounding; on a device without TF32 they may not."""
     if not fits(op, shape):
         pytest.skip("a transition needs 2x2 pixels")
     for problem in problems(shape, torch.float32, op, device):
@@ -201,7 +202,7 @@ FORWARD = {"bottleneck_forward": 4, "conv3x3_forward": 6, "transition_forward": 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=label)  # the latter never on the tile unit
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=label)  # float64 never uses the tile unit
 @pytest.mark.parametrize("op", FORWARD)
 def test_nan_reaches_what_depends_on_it(op, dtype, device):
     """One NaN among the inputs: relu(NaN) is NaN, as in PyTorch."""
@@ -217,7 +218,7 @@ def test_nan_reaches_what_depends_on_it(op, dtype, device):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_gradient_goes_to_the_last_nan_of_a_window(training):
-    """The pool treats NaN as torch.nn.MaxPool2d does, to which every NaN is larger than what came before."""
+    """The pool treats NaN as torch.nn.MaxPool2d does: a NaN counts as larger than every value before it."""
     args = Problem(Shape("", height=9, width=9), torch.float32).stem_backward(training=training)
     args[0][0, 1, 2:5, 3:6] = torch.nan
     actual, expected = run_both("stem_backward", args, torch.float32)
@@ -226,7 +227,7 @@ def test_gradient_goes_to_the_last_nan_of_a_window(training):
 
 
 def assert_rejected(op, args, message, device):
-    """The op raises that error before it has written anything."""
+    """Assert that the op raises this error before it has written anything."""
     actual = to_device(args, device)
     with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops.densenet_ext, op)(*actual)
@@ -241,7 +242,7 @@ def op_arguments(op):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", OPS)
 def test_each_tensor_has_a_dtype_and_a_shape(op, device):
-    """Each tensor in turn is of integers, or has a further dimension; the error names it."""
+    """Each tensor in turn has an integer dtype, or one dimension too many; the error names it."""
     problem = problems(Shape("", height=6, width=6), torch.float32, op, device)[-1]
     options = {"previous": True, "grad_in": "other"} if op == "bottleneck_backward" else {}
     args = list(getattr(problem, op)(**options))
@@ -260,7 +261,7 @@ def with_gaps(x):
     return torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, : x.size(1)]
 
 
-# Further things that are rejected: an argument, what takes its place, and the error.
+# Ops reject other wrong arguments, too: (op, argument, function of the wrong value, error).
 REJECTED = [
     ("append", "m2", lambda _: None, "both be tensors or both be None"),
     ("append", "offset", lambda _: -1, "channels -1 to 3 of"),
@@ -279,7 +280,7 @@ REJECTED = [
     ("fold_norm", "mean", lambda x: x[:, :10].contiguous(), "mean must have shape .rows, >= 16"),
     ("fold_norm", "pre_mask", more_rows, "pre_mask must have shape"),
     ("fold_norm", "shift", lambda x: x[:1].clone(), "single one where post_mask is None"),
-    # a mask follows no norm of a transition, so all samples share a row of scale and shift
+    # A transition has no masks, so all samples share a row of scale and shift.
     ("transition_forward", "scale", more_rows, "scale must have shape .1, 16., got .2, 16."),
     ("transition_backward", "shift", more_rows, "shift must have shape .1, 16., got .2, 16."),
     ("transition_backward", "grad_out", more_rows, "grad_out must have shape"),

@@ -50,7 +50,7 @@ def test_gradcheck(mask_kind, squeeze_excite, tail, frozen):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_gradcheck_of_every_entry(tail):
-    """gradcheck without its random projection."""
+    """gradcheck of single entries, without the random projection of its fast mode."""
     case = Case(ALL_MASKS, True, tail, "every second", in_channels=2, width=3)
     x, params = case.leaves()
     assert torch.autograd.gradcheck(lambda x, *p: case.fused(x, list(p)), (x, *params))
@@ -97,7 +97,7 @@ def test_equals_plain_at_real_sizes(size, tail):
 @pytest.mark.parametrize("keep_bottleneck", [False, True])
 @pytest.mark.parametrize("tail", TAILS)
 def test_every_output_equals_reference(tail, keep_bottleneck, mask_kind):
-    """Saved statistics, gates and bottlenecks too, and the strides that the shape functions promise."""
+    """The statistics, gates and bottlenecks kept for backward, too, and the strides that shape functions promise."""
     case = Case(mask_kind, True, tail, "every second", height=17, breadth=18)
     got = torch.ops.densenet_ext.dense_stage(*case.args(keep_bottleneck=keep_bottleneck))
     want = reference.dense_stage(*case.args(keep_bottleneck=keep_bottleneck))
@@ -132,7 +132,7 @@ def test_channels_last_input_changes_no_bit_but_the_layout_of_its_gradient(size,
 
 
 def test_channels_last_backward_equals_reference():
-    """In each layout that dx may have."""
+    """dx is right in each layout that it may have."""
     case = Case(tail=2, height=17, breadth=18)
     output, _, features, *state = reference.dense_stage(*case.args())
     for layout in (0, 1, 2):
@@ -145,7 +145,7 @@ def test_channels_last_backward_equals_reference():
 
 
 def parts_of_backward(case, ops, layout=1):
-    """Results of dense_tail_backward and dense_block_backward of those ops, one after the other, and their arguments."""
+    """Call dense_tail_backward and dense_block_backward of `ops`, and return their results and written arguments."""
     output, _, features, stats, *state = reference.dense_stage(*case.args())
     count = tail_params(case.tail)
     options = [*case.options()]
@@ -163,7 +163,7 @@ def parts_of_backward(case, ops, layout=1):
 @pytest.mark.parametrize("frozen", FROZEN, ids=name)
 @pytest.mark.parametrize("tail", [1, 2])
 def test_parts_of_backward_equal_reference(tail, frozen):
-    """Each also writes the same into its arguments, and both together are dense_stage_backward."""
+    """Both parts also write the same values into their arguments, and together they equal dense_stage_backward."""
     case = Case(ALL_MASKS, True, tail, frozen, height=17, breadth=18)
     for layout in (0, 1, 2):
         got, args, block = parts_of_backward(case, torch.ops.densenet_ext, layout)
@@ -208,7 +208,7 @@ NOT_SERVED = {
 
 @pytest.mark.parametrize("message", NOT_SERVED)
 def test_what_is_not_served_is_refused_in_one_sentence(message):
-    """By forward and by backward alike."""
+    """Forward and backward refuse it alike."""
     case = Case()
     output, _, _, *state = torch.ops.densenet_ext.dense_stage(*case.args())
     options = [*case.options()._replace(**NOT_SERVED[message])]
@@ -244,7 +244,7 @@ def test_signals_and_volumes_are_refused(shape, dimensions):
 @pytest.mark.parametrize("squeeze_excite", [False, True])
 @pytest.mark.parametrize("tail", TAILS)
 def test_sizes_in_python_are_those_of_the_op(tail, squeeze_excite):
-    """_protocol.py and csrc/stage/protocol.h say the same."""
+    """_protocol.py and csrc/stage/protocol.h agree."""
     case = Case(tail=tail, squeeze_excite=squeeze_excite)
     sizes = StageSizes(case.params, case.options(keep_bottleneck=True), case.in_channels)
     *_, stats, gates, bottlenecks = torch.ops.densenet_ext.dense_stage(*case.args(keep_bottleneck=True))
@@ -313,7 +313,7 @@ def test_backward_twice_gives_the_same(tail):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_gradients_asked_for_one_by_one(tail):
-    """Autograd computes what a call asks for alone: each is what all together give."""
+    """A gradient that is asked for alone equals the one that a call for all gradients gives."""
     case = Case(ALL_MASKS, True, tail)
     x, params = case.leaves()
     output = case.fused(x, params)
@@ -324,7 +324,7 @@ def test_gradients_asked_for_one_by_one(tail):
 
 
 class NoGradient(torch.autograd.Function):
-    """The identity, whose backward has nothing to say."""
+    """The identity, whose backward returns no gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -346,7 +346,7 @@ def test_no_gradient_of_the_output_gives_none(tail):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_feature_maps_are_saved_once(tail):
-    """Who moves saved tensors elsewhere moves them once."""
+    """Hooks that move the tensors kept for backward elsewhere move the feature maps only once."""
     case = Case(ALL_MASKS, True, tail)
     x, params = case.leaves()
     channels, saved = case.in_channels + case.layers * case.growth, []
@@ -365,7 +365,7 @@ def test_feature_maps_are_saved_once(tail):
 
 @pytest.mark.parametrize("tail", [1, 2])
 def test_writing_into_the_output_of_a_tail_is_allowed(tail):
-    """Backward does not need it."""
+    """Backward does not need the output of a tail."""
     case = Case(ALL_MASKS, True, tail)
     x, params = case.leaves()
     got, want = case.fused(x, params).mul_(2), case.plain(x, params) * 2
@@ -375,7 +375,7 @@ def test_writing_into_the_output_of_a_tail_is_allowed(tail):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_kept_gradient_of_the_input_keeps_its_values(tail):
-    """It may lie in the library's memory, which later steps use again."""
+    """The gradient may lie in the library's memory, which later steps use again."""
     sizes = {"samples": 8, "in_channels": 16, "height": 32, "breadth": 32, "dtype": torch.float32}
     case = Case(tail=tail, **sizes)
     x, params = case.leaves()
@@ -421,7 +421,7 @@ def test_second_derivative_is_refused(tail):
 @pytest.mark.parametrize("of", ["x", "layers", "tail"])
 @pytest.mark.parametrize("tail", [1, 2])
 def test_second_derivative_is_refused_of_each_gradient(tail, of):
-    """Nothing else needs a gradient here, so each part of the stage has to say so itself."""
+    """Only this gradient is differentiated again, so each part of the stage has to refuse by itself."""
     case = Case(tail=tail)
     x, params = case.leaves()
     leaf = {"x": x, "layers": params[0], "tail": params[-1]}[of]
@@ -497,7 +497,7 @@ def test_no_uninitialized_memory_is_read(tail, keep_bottleneck):
 
 
 def test_expanded_gradient():
-    """sum() hands a gradient of stride 0 to the stage."""
+    """The backward of sum() hands a gradient of stride 0 to the stage."""
     case = Case(ALL_MASKS, True, 0)
     x, params = case.leaves()
     got = torch.autograd.grad(case.fused(x, params).sum(), [x, *params])

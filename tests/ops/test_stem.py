@@ -1,4 +1,4 @@
-"""The fused stem against the modules that it stands for: norm0, relu0 and pool0 of an ImageNet DenseNet."""
+"""The fused stem against the modules that it replaces: norm0, relu0 and pool0 of an ImageNet DenseNet."""
 
 import copy
 import shutil
@@ -25,7 +25,7 @@ SIZES = {
     "channels no multiple of a vector": (2, 21, 7, 6),
     "channels of several vectors": (2, 67, 6, 9),
 }
-# values: no two alike; all alike; many alike, with ties among positive values and among those the rectifier makes 0
+# Inputs: no two values equal; all equal; many equal, with ties among positive values and among those rectified to 0.
 VALUES = {"random": lambda x: x, "constant": torch.ones_like, "rounded": lambda x: (2 * x).round()}
 
 
@@ -68,7 +68,7 @@ def test_equals_the_modules(size, values, training):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30])
 def test_ties_that_the_norm_makes(scale):
-    """Values that differ, but are alike once they are scaled: the first of a window gets the gradient."""
+    """Values differ, but are equal once they are scaled: the first of a window gets the gradient."""
     norm = new_norm(3)
     nn.init.constant_(norm.weight, scale)
     nn.init.constant_(norm.bias, 1.0)
@@ -102,7 +102,7 @@ def test_layouts_of_input_and_gradient(layout):
 
 
 def test_expanded_gradient():
-    """The backward of sum() hands on such a gradient."""
+    """The backward of sum() hands an expanded gradient to the stem."""
     assert_same(torch.randn(2, 3, 9, 8, dtype=torch.double), new_norm(3), upstream=lambda g: g[:1, :1].expand_as(g))
 
 
@@ -137,7 +137,7 @@ def test_second_derivative_is_an_error_that_says_so():
 
 
 def test_nan_in_evaluation():
-    """Reaches the windows around it, and takes their gradients: the last NaN of a window where there are several."""
+    """A NaN reaches the windows around it and takes their gradients; the last NaN of a window takes its gradient."""
     x = torch.randn(2, 3, 12, 11, dtype=torch.double)
     x[0, 1, 4:7, 5:7] = x[1, 2, 0, 0] = torch.nan
     norm = new_norm(3, training=False)
@@ -163,7 +163,7 @@ def mean_error(got, want):
 def test_error_at_most_twice_plain(training, dtype):
     """Both against float64, from the same rounded values; parameters and statistics are float32, as under autocast.
 
-    Values are multiples of 1/8, so that which is the largest of a window is no matter of rounding in float32.
+    Values are multiples of 1/8, so that rounding in float32 does not decide which value of a window is the largest.
     """
     x, norm = ((8 * torch.randn(4, 3, 20, 20)).round() / 8).to(dtype), new_norm(3, training).float()
     want = run(plain_stem, x.double(), copy.deepcopy(norm).double())
@@ -196,7 +196,7 @@ def test_repeated_runs_are_bit_equal(threads):
 
 @pytest.mark.parametrize("layout", ["planar", *LAYOUTS])
 def test_layouts_are_those_of_the_neighbors(layout):
-    """dx is channels last and the output has the stage's layout, whatever the input's; the op alone takes any layout too."""
+    """For every layout of x, dx is channels last and the output has the stage's layout; so it is for the op alone."""
     x = LAYOUTS.get(layout, torch.clone)(torch.randn(2, 3, 9, 8, dtype=torch.double)).requires_grad_()
     norm = new_norm(3)
     for y in (dense_stem(x, norm), handles.dense_stem(x, norm.weight, norm.bias, [], norm.eps)[0]):
@@ -220,7 +220,7 @@ def test_backward_checks_the_statistics():
 
 
 def test_operators_are_registered_as_they_behave():
-    """Schemas, shapes of fake tensors and autograd, as torch.library.opcheck finds them."""
+    """torch.library.opcheck finds the schemas, the shape functions and autograd in order."""
     norm = nn.BatchNorm2d(3)
     for frozen_stats in ([], [torch.zeros(3), torch.ones(3)]):
         for layout in (torch.clone, LAYOUTS["channels last"]):
@@ -243,7 +243,7 @@ def images():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the fused stem was computed."""
+    """A list with one entry for each call of the fused stem."""
     found = []
     original = functional.dense_stem
     monkeypatch.setattr(functional, "dense_stem", lambda *args: (found.append(1), original(*args))[1])
@@ -308,7 +308,7 @@ def test_changed_modules_are_reported_and_called(calls, reason):
 
 @pytest.mark.parametrize("missing", ["pool0", "relu0"])
 def test_stem_without_a_part_needs_no_word(calls, missing):
-    """Nothing hinders the op but that there is nothing to fuse; set_fallback('error') holds."""
+    """A stem with nothing to fuse is no fallback: set_fallback('error') raises nothing."""
     model = network()
     delattr(model.features, missing)
     torch.testing.assert_close(step(model, "fused"), step(model, False), rtol=1e-9, atol=1e-9)

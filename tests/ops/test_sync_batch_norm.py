@@ -1,4 +1,4 @@
-"""Batch statistics shared by several processes: two of them with half a batch each do what one does with all of it."""
+"""Batch statistics shared by processes: two processes with half a batch each equal one process with the whole batch."""
 
 import copy
 import sys
@@ -27,7 +27,7 @@ TOLERANCE = dict(rtol=1e-9, atol=1e-11)  # float64
 
 
 def work(rank, address, connection):
-    """One process of the group: runs what it is sent until that is None."""
+    """Body of one process of the group: runs the functions that it is sent, until it is sent None."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", address, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60))
     while (task := connection.recv()) is not None:
@@ -40,21 +40,21 @@ def work(rank, address, connection):
 
 
 class Processes:
-    """Processes of one gloo group, started once for all tests, because that takes seconds."""
+    """The processes of one gloo group. They are started once for all tests, because that takes seconds."""
 
     def __init__(self, folder):
         context = mp.get_context("spawn")
         pipes = [context.Pipe() for _ in range(PROCESSES)]
         self.connections = [ours for ours, _ in pipes]
         arguments = [(rank, f"file://{folder}/meeting", theirs) for rank, (_, theirs) in enumerate(pipes)]
-        sys.path.append(str(ROOT))  # a new process finds this module there, under the name that pytest gave it
+        sys.path.append(str(ROOT))  # so that a new process finds this module under the name that pytest gave it
         self.processes = [context.Process(target=work, args=a, daemon=True) for a in arguments]
         for process in self.processes:
             process.start()
         sys.path.remove(str(ROOT))
 
     def __call__(self, function, *arguments):
-        """function(*arguments, rank) in each process: the results in order."""
+        """Call function(*arguments, rank) in each process, and return the results in order."""
         for connection in self.connections:
             connection.send(partial(function, *arguments))
         results = []
@@ -83,7 +83,7 @@ def network(**options):
     torch.manual_seed(0)
     net = DenseNetBC(4, 16, num_classes=5, efficient="fused", **options).double().train()
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):  # else the affine parameters are 1 and 0
+        if isinstance(module, nn.BatchNorm2d):  # or its affine parameters would be 1 and 0
             nn.init.normal_(module.weight, 1, 0.3)
             nn.init.normal_(module.bias, 0, 0.3)
     return net
@@ -102,7 +102,7 @@ def numbers(net, x, output):
 
 
 def step(net, x, labels, samples):
-    """Forward and backward of the mean loss over `samples` samples of which these are some."""
+    """Run forward and backward for some of `samples` samples; the loss is the mean over all of them."""
     x = x.clone().requires_grad_()
     output = net(x)
     loss = nn.functional.cross_entropy(output, labels, reduction="sum") / samples
@@ -111,12 +111,12 @@ def step(net, x, labels, samples):
 
 
 def synchronized(net, group=None):
-    """A copy, since what was sent shares its memory with the other process."""
+    """A copy of the net with SyncBatchNorm: tensors that were sent share their memory with the other process."""
     return nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net), group)
 
 
 def synchronized_step(net, masks, sizes, rank):
-    """One process's part of a step; sizes: its number of samples and that of the others."""
+    """One process's part of a step; sizes: the number of samples of each process."""
     net = synchronized(net)
     x, labels = batch(sum(sizes))
     start = sum(sizes[:rank])
@@ -127,7 +127,7 @@ def synchronized_step(net, masks, sizes, rank):
 
 @contextmanager
 def drawing(draw):
-    """Inside, layers get their masks from that function, whichever implementation they have."""
+    """A context in which layers of all implementations get their masks from `draw`."""
     original = _stage_arguments.draw_masks
     _stage_arguments.draw_masks = _plain_layer.draw_masks = draw
     try:
@@ -150,13 +150,13 @@ def drawn_masks(net, x):
 
 
 def prepared(masks, samples):
-    """Draws those masks one after the other, of them the rows of some samples."""
+    """A function that returns these masks one after the other, each with the rows of some samples only."""
     rest = iter(masks)
     return lambda *_: Masks(*(m if m is None else m[samples].contiguous() for m in next(rest)))
 
 
 def merged(parts):
-    """The results of the processes as those of one: samples one after the other, gradients of parameters summed."""
+    """Merge the results of the processes: concatenate samples, and sum the gradients of parameters."""
     whole = {}
     for name in parts[0]:
         values = [part[name] for part in parts]
@@ -165,7 +165,7 @@ def merged(parts):
         elif name.startswith("grad of"):
             whole[name] = sum(values)
         else:
-            torch.testing.assert_close(values[0], values[1], rtol=0, atol=0)  # running statistics: equal everywhere
+            torch.testing.assert_close(values[0], values[1], rtol=0, atol=0)  # running statistics are equal everywhere
             whole[name] = values[0]
     return whole
 
@@ -190,7 +190,7 @@ CASES = {  # options of the network, and samples of each process
 
 @pytest.mark.parametrize(("options", "sizes"), CASES.values(), ids=CASES.keys())
 def test_two_processes_equal_one(processes, options, sizes):
-    """Outputs, gradients and running statistics, against plain PyTorch with the whole batch in one process."""
+    """Outputs, gradients and running statistics equal plain PyTorch's with the whole batch in one process."""
     net, (x, labels) = network(**options), batch()
     masks = drawn_masks(net, x)
     with drawing(prepared(masks, slice(None))):
@@ -200,7 +200,7 @@ def test_two_processes_equal_one(processes, options, sizes):
 
 
 def whole_layers(rank):
-    """A layer and a block alone, whose consumer is somebody else; and the number of collectives they needed."""
+    """Results of a layer and of a block without a tail, and the number of collectives in forward and in all."""
     counts, results = Counter(), []
     for make in (EfficientDenseLayer, partial(EfficientDenseBlock, 3)):
         torch.manual_seed(0)
@@ -217,7 +217,7 @@ def whole_layers(rank):
 
 @contextmanager
 def counted_collectives(counts):
-    """Inside, calls of torch.distributed are counted by name."""
+    """A context in which calls of torch.distributed's collectives are counted by name."""
     functions = {name: getattr(dist, name) for name in ("all_gather_into_tensor", "all_reduce")}
 
     def counting(name, *arguments, **options):
@@ -232,7 +232,7 @@ def counted_collectives(counts):
 
 
 def test_layer_and_block_alone_and_their_collectives(processes):
-    """One reduction a norm in forward and one in backward: what is recomputed there is not reduced again."""
+    """A norm needs one collective in forward and one in backward, where recomputation needs no other."""
     results = processes(whole_layers)
     for index, norms in enumerate((2, 6)):
         parts = [part[index] for part in results]
@@ -248,7 +248,7 @@ def test_layer_and_block_alone_and_their_collectives(processes):
 
 
 def mixed_norms(rank):
-    """The warning where only some norms of a stage are shared."""
+    """The warning if only some norms of a stage share their statistics."""
     densenet_ext.set_fallback("warn")
     messages = []
     for name in ("features.denseblock1.denselayer2.norm1", "features.transition1.norm", "features.norm5"):
@@ -260,7 +260,7 @@ def mixed_norms(rank):
             warnings.simplefilter("always")
             try:
                 net(batch()[0])
-            except ValueError as error:  # the plain implementation has torch's own SyncBatchNorm, which needs a GPU
+            except ValueError as error:  # the plain implementation calls torch's SyncBatchNorm, which needs a GPU
                 assert "GPU" in str(error)
         messages.append([str(w.message) for w in caught])
     return messages
@@ -274,7 +274,7 @@ def test_norms_of_other_processes_in_one_stage_are_not_fused(processes):
 
 
 def one_process_alone(rank):
-    """Not synchronized: in evaluation mode, frozen, and in a group of its own."""
+    """A norm does not synchronize in a group of one process, nor in evaluation mode."""
     groups = [dist.new_group([other]) for other in range(PROCESSES)]
     net = network(se_reduction=2)
     x, labels = batch()
@@ -292,7 +292,7 @@ def test_nothing_is_reduced_where_nothing_is_shared(processes):
 
 
 def one_value_a_channel(rank):
-    """A batch of one sample with one pixel has statistics only together with the other process's."""
+    """A batch of one sample with one pixel has a variance only together with the other process's batch."""
     torch.manual_seed(0)
     layer = nn.SyncBatchNorm.convert_sync_batchnorm(EfficientDenseLayer(6, 4, efficient="fused").double())
     x = torch.randn(2, 6, 1, 1, dtype=torch.float64)
@@ -308,7 +308,7 @@ def test_one_value_a_channel_in_each_process(processes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_the_precision_of_training(processes, dtype):
-    """Under autocast, too: as far from float64 as the same net with the whole batch in one process, and no further."""
+    """Errors, under autocast too, are at most twice those of the same net with the whole batch in one process."""
     net = network(se_reduction=2)
     x, labels = clear_input(net, lambda seed: batch(seed=seed)[0].float()), batch()[1]
     exact = step(plain(net), x.double(), labels, len(x))
@@ -318,7 +318,7 @@ def test_in_the_precision_of_training(processes, dtype):
     for name, want in exact.items():
         if want.is_floating_point():
             error, bound = ((numbers[name].double() - want).norm() for numbers in (two, one))
-            # biases of squeeze-and-excitation were up to 5e-5 off in one process, plain's 3e-5, over 12 seeds
+            # Over 12 seeds, squeeze-and-excitation's biases were off by up to 5e-5 in one process, plain's by 3e-5.
             assert error <= 2 * bound + 5e-5 * want.norm(), name
 
 

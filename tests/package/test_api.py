@@ -1,4 +1,4 @@
-"""The public names: what a user of PyTorch guesses is there, and behaves as guessed."""
+"""The public names that a user of PyTorch would guess exist, and behave as guessed."""
 
 import importlib
 import inspect
@@ -22,7 +22,7 @@ MODULES = ("drop_channel", "fallback", "functional", "info", "layers", "memory",
 
 @pytest.mark.parametrize("kind", NEW)
 def test_true_means_fused(kind, monkeypatch):
-    """Passed or set: the attribute reads 'fused', the fused op runs, and the numbers are those of False."""
+    """True may be passed or set: the attribute reads 'fused', the fused op runs, and the numbers are those of False."""
     calls = []
     for name in ("dense_layer", "dense_stage"):
         op = getattr(functional, name)
@@ -41,7 +41,7 @@ def test_true_means_fused(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", NEW)
 def test_drop_channel_rate(kind):
-    """It reads and sets the probability of the module `drop_channel`, which is what drops."""
+    """drop_channel_rate reads and sets the probability of the module `drop_channel`."""
     module = NEW[kind](drop_channel=0.25)
     layer = next(m for m in module.modules() if isinstance(m, EfficientDenseLayer))
     assert layer.drop_channel_rate == layer.drop_channel.p == 0.25
@@ -106,7 +106,7 @@ def test_public_signatures_are_annotated(name):
 
 @pytest.mark.parametrize("kind", NEW)
 def test_pickles_name_public_modules(kind):
-    """A file written by one version is read by another only where classes keep their place."""
+    """Another version can read a pickled network only if its classes stay in the same modules."""
     names = [op[1] for op in pickletools.genops(pickle.dumps(NEW[kind]())) if isinstance(op[1], str)]
     used = {name for name in names if name.startswith("densenet_ext.")}
     assert used and used <= {f"densenet_ext.{name}" for name in MODULES}

@@ -1,4 +1,4 @@
-"""Things that people do to a network, each of which went wrong once; the right values are plain PyTorch's."""
+"""Things that users do to a network. Each gave wrong results once; the right values are plain PyTorch's."""
 
 import copy
 import gc
@@ -46,7 +46,7 @@ def results(model, forward=None, x=None):
 
 
 def assert_all_equal_plain(run):
-    """run(efficient) gives the same for all implementations."""
+    """Assert that run(efficient) gives the same for all implementations."""
     want = run(False)
     for efficient in EFFICIENT[1:]:
         torch.testing.assert_close(run(efficient), want, rtol=1e-9, atol=1e-9)
@@ -54,7 +54,7 @@ def assert_all_equal_plain(run):
 
 @pytest.mark.parametrize("efficient", EFFICIENT)
 def test_a_watched_step_leaves_nothing_behind(efficient):
-    """Nothing may hold itself in a cycle: all is freed without the garbage collector."""
+    """No object may hold itself in a cycle: all are freed without the garbage collector."""
     block = EfficientDenseBlock(3, 4, 3, efficient=efficient)
     left = []
     for layer in block.layers:
@@ -82,7 +82,7 @@ NAMES = [
 
 @pytest.mark.parametrize("first", NAMES)
 def test_no_second_derivative_is_silently_missing(first):
-    """Plain has all of them. allow_unused would turn a path that is not in the graph into None."""
+    """Plain has all second derivatives. With allow_unused, a path that is missing in the graph would give None."""
     model = network("fused")
     for second in NAMES:
         named = {**dict(model.named_parameters()), "x": images().requires_grad_()}
@@ -138,7 +138,7 @@ def test_a_weight_written_to_before_backward_is_noticed(efficient, name):
 
 
 def test_weights_that_are_attributes_and_change():
-    """Backward uses the weights of its forward, not later ones: MAML's fast weights are such."""
+    """Backward uses the weights of its forward, not later ones. MAML's fast weights change in this way."""
 
     def run(efficient):
         model = network(efficient)
@@ -260,7 +260,7 @@ def test_call_of_a_class_replaced(kind, monkeypatch):
 
 
 def test_dropout_of_torch_replaced(monkeypatch):
-    """A user who makes it drop in evaluation, too, means this layer as any other."""
+    """A user who makes dropout drop in evaluation, too, expects it of this layer as of any other."""
 
     def run(efficient):
         return [network(efficient, drop_rate=0.3).eval()(images())]
@@ -295,7 +295,7 @@ def test_an_empty_block_and_a_part_that_is_none():
 
 
 def test_a_transition_whose_weight_is_3x3():
-    """Attributes of a convolution say nothing about its weight: plain convolves with what is there."""
+    """A convolution's attributes need not fit its weight: plain convolves with the weight that is there."""
 
     def run(efficient):
         model = network(efficient)

@@ -1,4 +1,4 @@
-"""`python -m densenet_ext`: what it lists, and the demo, which measures."""
+"""`python -m densenet_ext` lists its commands, and the demo measures."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def test_info_prints_what_its_module_prints(capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak")
 def test_demo_measures_three_implementations():
-    """The order of the peaks, which tens of megabytes part, is that of the README; times are positive."""
+    """The peaks, which are tens of megabytes apart, are in the README's order; times are positive."""
     done = run("demo", "--depth", "22", "--batch-size", "16", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "depth 22" in done.stdout and "16 images" in done.stdout

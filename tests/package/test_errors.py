@@ -97,8 +97,8 @@ CALLS = [
         ValueError,
         "x is (2, 4, 0, 6); only the number of samples may be 0",
     ),
-    (lambda: dense_stage(x(dtype=torch.int64), layers()), TypeError, "x is of int64; it may be of float64, float32"),
-    (lambda: dense_stage(x(dtype=torch.complex64), layers()), TypeError, "x is of complex64"),
+    (lambda: dense_stage(x(dtype=torch.int64), layers()), TypeError, "x has dtype int64; it may be float64, float32"),
+    (lambda: dense_stage(x(dtype=torch.complex64), layers()), TypeError, "x has dtype complex64"),
     (lambda: dense_stage(x(), []), ValueError, "layers is empty"),
     (
         lambda: dense_stage(x(2, 5, 6, 6), layers()),
@@ -179,7 +179,7 @@ STAGE_OP_ERRORS = {
 
 @pytest.mark.parametrize("name", STAGE_OP_ERRORS)
 def test_op_checks_its_arguments(name):
-    """The compiled op itself, called past the Python functions: an error, never a wrong read."""
+    """The compiled op, called without the Python functions around it, raises an error and reads nothing wrong."""
     change, message = STAGE_OP_ERRORS[name]
     args = [list(a) if isinstance(a, list) else a for a in Case(15, False, 0, "every second").args()]
     change(args)
@@ -200,7 +200,7 @@ def test_inputs_on_two_devices():
 
 
 def test_out_of_memory_leaves_nothing_behind():
-    """A batch of terabytes, which costs nothing itself: it is one value, expanded."""
+    """The batch has terabytes but takes no memory: it is one value, expanded."""
     block = EfficientDenseBlock(2, 4, 2, efficient="fused")
     state = copy.deepcopy(block.state_dict())
     huge = torch.zeros(1).expand(1 << 20, 4, 1 << 10, 1 << 10)
@@ -211,7 +211,7 @@ def test_out_of_memory_leaves_nothing_behind():
 
 
 def types(x, weights, norms, autocast=None):
-    """Return the error of a fused layer with inputs, convolutions and norms of these dtypes, or None."""
+    """Return the error of a fused layer with input, convolutions and norms of these dtypes, or None."""
     layer = EfficientDenseLayer(4, 3, se_reduction=1, efficient="fused").to(weights)
     layer.norm1.to(norms), layer.norm2.to(norms)
     try:
@@ -238,16 +238,16 @@ def test_one_type_for_everything(dtype):
         ((BF16, F32, F32, BF16), None),
         ((F32, BF16, F32, BF16), None),
         ((F64, F64, F64, BF16), None),
-        ((F32, F64, F32), "layers[0].conv1.weight is of float64; it may be of float32, as the input is"),
-        ((F64, F32, F64), "layers[0].conv1.weight is of float32; it may be of float64"),
-        ((BF16, F32, F32), "layers[0].conv1.weight is of float32; it may be of bfloat16"),
-        ((F32, BF16, F32), "layers[0].conv1.weight is of bfloat16; it may be of float32"),
-        ((F32, F64, F32, BF16), "layers[0].conv1.weight is of float64; it may be of bfloat16"),
-        ((F64, F32, F64, BF16), "layers[0].conv1.weight is of float32; it may be of float64"),
-        ((F32, F32, F64), "layers[0].norm1.weight is of float64; it may be of float32"),
-        ((F32, F32, BF16), "layers[0].norm1.weight is of bfloat16; it may be of float32"),
-        ((BF16, BF16, F16), "layers[0].norm1.weight is of float16; it may be of bfloat16, float32"),
-        ((F64, F64, F32), "layers[0].norm1.weight is of float32; it may be of float64"),
+        ((F32, F64, F32), "layers[0].conv1.weight has dtype float64; it may be float32, as the input is"),
+        ((F64, F32, F64), "layers[0].conv1.weight has dtype float32; it may be float64"),
+        ((BF16, F32, F32), "layers[0].conv1.weight has dtype float32; it may be bfloat16"),
+        ((F32, BF16, F32), "layers[0].conv1.weight has dtype bfloat16; it may be float32"),
+        ((F32, F64, F32, BF16), "layers[0].conv1.weight has dtype float64; it may be bfloat16"),
+        ((F64, F32, F64, BF16), "layers[0].conv1.weight has dtype float32; it may be float64"),
+        ((F32, F32, F64), "layers[0].norm1.weight has dtype float64; it may be float32"),
+        ((F32, F32, BF16), "layers[0].norm1.weight has dtype bfloat16; it may be float32"),
+        ((BF16, BF16, F16), "layers[0].norm1.weight has dtype float16; it may be bfloat16, float32"),
+        ((F64, F64, F32), "layers[0].norm1.weight has dtype float32; it may be float64"),
     ],
 )
 def test_mixed_types(arguments, message):
@@ -266,7 +266,7 @@ def test_every_parameter_is_checked(training):
             module = other.get_submodule(parent)
             value = tensor.detach().double()
             setattr(module, attribute, nn.Parameter(value) if attribute in module._parameters else value)
-            with pytest.raises(TypeError, match=re.escape(f"layers[0].{name} is of float64")):
+            with pytest.raises(TypeError, match=re.escape(f"layers[0].{name} has dtype float64")):
                 other(torch.randn(2, 4, 6, 6))
 
 

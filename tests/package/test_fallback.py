@@ -1,4 +1,4 @@
-"""set_fallback: what is said, to whom and how often, where the fused implementation cannot serve."""
+"""set_fallback decides what is reported where the fused implementation cannot serve, to whom, and how often."""
 
 import os
 import subprocess
@@ -56,7 +56,7 @@ def test_silent_says_nothing_and_computes():
 
 
 def test_the_mode_of_a_with_block_ends_with_it():
-    """An error ends it, too. What was warned about outside is not warned about again afterwards."""
+    """An error ends the block and its mode, too. Warnings from before the block are not repeated after it."""
     set_fallback("warn")
     layer, x = hooked_layer()
     with pytest.warns(UserWarning, match="norm1 has a forward hook"):
@@ -99,7 +99,7 @@ def test_single_layer_falls_back():
 
 
 def test_disabled_by_the_environment(monkeypatch):
-    """A switch to find out whether the fused ops are to blame: not an error even where a fallback is one."""
+    """The switch serves to find out if the fused ops are to blame, so it raises no error in the mode 'error'."""
     model = DenseNetBC(**SMALL, efficient="fused").double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.double)
     model.eval()

@@ -120,7 +120,7 @@ def test_block_keeps_its_input_in_the_first_channels():
 
 
 def test_layer_is_the_formula_of_the_paper():
-    """Composite function of Huang et al., written out once with nothing of this package."""
+    """The composite function of Huang et al. is written out here without this package."""
     layer = EfficientDenseLayer(6, 4, 3, efficient="fused").double()
     x = torch.randn(3, 6, 5, 4, dtype=torch.double)
 
@@ -140,7 +140,7 @@ def test_layer_is_the_formula_of_the_paper():
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
 @pytest.mark.parametrize("efficient", EFFICIENT)
 def test_running_statistics_by_definition(efficient, momentum):
-    """Two batches: once each, unbiased variance, cumulative average where momentum is None."""
+    """Each of two batches counts once, with its unbiased variance; momentum None averages over all batches."""
     layer = EfficientDenseLayer(3, 2, 2, efficient=efficient, momentum=momentum).double()
     mean, var = torch.zeros(3, dtype=torch.double), torch.ones(3, dtype=torch.double)
     for step in range(1, 3):
@@ -186,7 +186,7 @@ def test_watched_layers_recompute_in_the_mode_of_forward():
 
 
 def test_evaluation_recomputes_with_the_statistics_of_forward():
-    """A batch in training mode may have changed them by then."""
+    """A batch in training mode may have changed the running statistics before backward."""
     grads = []
     for efficient in (False, "checkpoint"):
         torch.manual_seed(0)

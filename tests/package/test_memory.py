@@ -1,4 +1,4 @@
-"""The memory that a training step takes, which is the reason for this package, and the memory that may stay."""
+"""The memory that a training step takes, and the memory that stays occupied after it."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -56,8 +56,8 @@ def test_peak_of_the_paper_network(keep_bottleneck, limit):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradient_between_stages_takes_no_room_of_its_own(dtype):
-    """The first stage takes no more in the network than alone: it is gone before the layers' workspaces are taken, and
-    lies where those come to lie. In the first step as in later ones."""
+    """The first stage takes no more memory in a network than alone: the gradient is freed before its layers take their
+    workspaces, and lies where these will lie. This holds for the first step and later ones."""
     torch.set_num_threads(2)
     model = DenseNetBC.variant("vanilla", depth=70, efficient="fused", num_classes=10).to(dtype)
     images = torch.randn(32, 3, 32, 32, dtype=dtype)
@@ -79,7 +79,7 @@ def test_gradient_between_stages_takes_no_room_of_its_own(dtype):
 
 
 def test_fused_takes_a_fraction_of_plain():
-    """Scaled down, the order stays: fused, checkpoint, plain."""
+    """In a smaller network, too, fused takes less than checkpoint, and that less than plain."""
     sizes = {"depth": 40, "samples": 8}
     plain, checkpoint, fused = (peak_of(**sizes, efficient=e) for e in (False, "checkpoint", "fused"))
     assert fused < 0.25 * plain
@@ -88,7 +88,7 @@ def test_fused_takes_a_fraction_of_plain():
 
 
 def test_nothing_is_left_after_the_step():
-    """Levels before and after two steps are the same: no buffer outlives its graph."""
+    """Two steps leave no more memory held than before: no buffer outlives its graph."""
     torch.set_num_threads(2)
     model, x = DenseNetBC.variant("A+B+C", depth=22), torch.randn(16, 3, 32, 32)
     model(x).sum().backward()
@@ -114,7 +114,7 @@ def test_workspaces_stay_for_the_next_step_until_released():
 
 
 def test_memory_in_the_words_of_torch_cuda():
-    """Allocated while the graph lives, reserved until the cache is emptied; the names at the top level say the same."""
+    """Memory is allocated while the graph lives, and reserved until the cache is emptied; top-level names agree."""
     model, x = DenseNetBC.variant("A+B+C", depth=22), torch.randn(16, 3, 32, 32)
     memory.empty_cache()
     assert (memory.memory_allocated(), memory.memory_reserved()) == (0, 0)
@@ -145,10 +145,10 @@ def test_workspace_limit():
     assert all(a.equal(b) for a, b in zip(actual, expected, strict=True))
 
 
-MACHINE, NONE_V1 = 64 << 30, 9223372036854771712  # bytes; what version 1 of the control groups has for no limit
+MACHINE, NONE_V1 = 64 << 30, 9223372036854771712  # bytes; the latter stands for no limit in version 1 of control groups
 V1 = "11:cpu,cpuacct:/job\n4:memory:/job/step\n0::/init.scope\n"  # a mixture of both versions, as systemd sets it up
 
-# name: (/proc/self/cgroup, files below /sys/fs/cgroup, what is left)
+# name: (/proc/self/cgroup, files below /sys/fs/cgroup, the limit that follows)
 CONTROL_GROUPS = {
     "no files at all": (None, {}, MACHINE),
     "no groups": ("", {"memory.max": "1000\n"}, MACHINE),
@@ -214,7 +214,7 @@ def test_memory_limit_where_files_cannot_be_read(tmp_path):
 
 
 def test_workspaces_after_fork():
-    """A child of fork() works on its own copy of the arena; what it does is not seen here."""
+    """A child of fork() works on its own copy of the arena and does not change its parent's."""
     torch.set_num_threads(1)  # a forked child must not use torch's threads
     model, x = DenseNetBC.variant("A+B+C", depth=10).eval(), torch.randn(16, 3, 32, 32)
     features = model.features.denseblock1(model.features.conv0(x))  # held in the arena
@@ -230,7 +230,7 @@ def test_workspaces_after_fork():
 
 
 def test_workspaces_of_threads_are_apart():
-    """Four threads at once, each with its own model: as one after the other."""
+    """Four threads at once, each with its own model, compute the same as one after the other."""
     torch.set_num_threads(1)
     problems = [
         (DenseNetBC.variant("B", depth=16, efficient="fused", drop_rate=0.0), torch.randn(16, 3, 32, 32))

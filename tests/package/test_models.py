@@ -1,4 +1,4 @@
-"""DenseNetBC: the three implementations against each other, and how the model behaves as a module."""
+"""DenseNetBC: its three implementations agree, and it behaves as a module should."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ def small(**options):
     torch.manual_seed(0)
     model = DenseNetBC(**{**SMALL, **options}).double()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.affine:  # neither the identity nor symmetric
+        if isinstance(module, nn.BatchNorm2d) and module.affine:  # so that it is neither the identity nor symmetric
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
     return model
@@ -36,7 +36,7 @@ def images(samples=4, size=(9, 8), dtype=torch.double, seed=2):
 
 
 def train(model, efficient, steps=10, x=None, prepare=lambda x: x):
-    """Losses, and the state after that many steps of SGD, everything random from one seed."""
+    """Return the losses and the final state of some steps of SGD; one seed decides all that is random."""
     model = copy.deepcopy(model)
     model.efficient = efficient
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -192,9 +192,9 @@ def test_channels_last_model():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("layout", ["planar", *LAYOUTS])
 def test_first_convolution_is_called_and_writes_what_the_fused_ops_read(layout, channels, small_inputs):
-    """Its hooks see channels-last maps, whose gradient is so, too, where the stem is fused; planar ones stay so elsewhere.
+    """If the stem is fused, hooks of conv0 see channels-last maps with a channels-last gradient; else maps stay planar.
 
-    In float32, which is oneDNN's. One channel is a case of its own: its maps are planar and channels last at once.
+    This takes float32, because oneDNN serves it. Maps of one channel are planar and channels last at once.
     """
     model, seen = small(in_channels=channels, small_inputs=small_inputs).float(), []
 
@@ -202,9 +202,7 @@ def test_first_convolution_is_called_and_writes_what_the_fused_ops_read(layout, 
         seen.append(output)
         output.register_hook(seen.append)
 
-    size = (
-        (9, 10) if small_inputs else (33, 40)
-    )  # few enough values for all decisions of one batch in a few to be clear
+    size = (9, 10) if small_inputs else (33, 40)  # so few values that all decisions are clear in one of a few batches
     formed = LAYOUTS.get(layout, torch.clone)
     x = clear_input(model, lambda seed: formed(images(size=size, dtype=torch.float32, seed=seed)[:, :channels]))
     model.features.conv0.register_forward_hook(hook)
@@ -331,7 +329,7 @@ def test_nan_in_an_image_spreads_as_in_plain():
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_fused_equals_fused():
-    """A frame that Dynamo cannot trace would run eagerly: fullgraph makes it an error."""
+    """Dynamo runs a frame that it cannot trace eagerly; with fullgraph it raises an error instead."""
     model = small(se_reduction=2)
     model.efficient = "fused"
     compiled = copy.deepcopy(model)
@@ -345,7 +343,7 @@ def test_compiled_fused_equals_fused():
 
 @pytest.mark.slow
 def test_compiled_backward_equals_backward():
-    """Compiled autograd traces the backward pass of an eager forward pass, with an op that writes into its arguments."""
+    """Compiled autograd traces backward of an eager forward, which has an op that writes into its arguments."""
     model = small(se_reduction=2)
     model.efficient = "fused"
     want = torch.autograd.grad(model(images()).square().sum(), list(model.parameters()))

@@ -14,9 +14,9 @@ SMALL = {"growth_rate": 3, "block_config": (2, 3, 2), "num_classes": 5, "bn_size
 
 
 def relative_error(got, want):
-    """Largest error of the output and of each gradient, relative to its largest entry, on average.
+    """The average over the output and all gradients of the largest error, relative to the tensor's largest entry.
 
-    A gradient of rounding noise, such as those of a gate that is hardly used, counts against a thousandth of the largest.
+    A gradient that is mere rounding noise, as of a hardly used gate, is compared with a thousandth of the largest.
     """
     floor = 1e-3 * max(b.abs().max() for b in want)
     errors = [(a.double() - b).abs().max() / b.abs().max().clamp_min(floor) for a, b in zip(got, want, strict=True)]
@@ -35,7 +35,7 @@ def output_and_gradients(model, x, efficient, autocast=None):
 
 
 def test_float32_error_at_most_twice_plain():
-    """Against float64, over all gradients of eight networks together."""
+    """Errors are against float64, over all gradients of eight networks together."""
     plain = fused = 0.0
     for seed in range(8):
         torch.manual_seed(seed)
@@ -50,8 +50,8 @@ def test_float32_error_at_most_twice_plain():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["autocast", "model"])
 def test_half_precision_error_at_most_twice_plain(kind, dtype):
-    """Against float64, in the median of eight networks: where a rectifier decides otherwise than in float64, an error grows
-    by an order of magnitude, in the plain implementation of one network and in the fused one of another."""
+    """Errors are against float64, in the median of eight networks: if a rectifier decides otherwise than in float64, an
+    error grows by an order of magnitude, in the plain implementation of one network and in the fused one of another."""
     ratios = []
     for seed in range(8):
         torch.manual_seed(seed)

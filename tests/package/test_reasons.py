@@ -1,4 +1,4 @@
-"""The fused implementation notices and names what it would pass over in silence, and the modules compute it."""
+"""The fused implementation notices and names changes that it would ignore, and lets the modules compute them."""
 
 import copy
 import warnings
@@ -124,7 +124,7 @@ CHANGES = [
 
 
 def changed_model(change, path):
-    """Build the model anew at every call, always with the same weights: some changes cannot be copied."""
+    """Build a new model with this change and always the same weights: some changed models cannot be copied."""
     torch.manual_seed(0)
     model = DenseNetBC(**SMALL).double()
     change(model, path)

@@ -67,7 +67,7 @@ def test_keys_of_others_load(kind):
 
 
 def test_a_part_of_another_network_loads():
-    """In a larger module only the layers' names are translated: what is in front of them belongs to that module."""
+    """In a larger module only the layers' names are translated: the prefix belongs to that module."""
     theirs, ours = nn.ModuleList([network(0)]), nn.ModuleList([network(1)])
     ours.load_state_dict(OLD(theirs.state_dict()))
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)

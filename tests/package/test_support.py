@@ -1,4 +1,4 @@
-"""docs/support.md is right, row by row: about what each implementation does, and that the numbers are the same."""
+"""docs/support.md is right, row by row: each implementation does what it says, and the numbers are the same."""
 
 import copy
 import warnings
@@ -32,14 +32,14 @@ CASES = [(row[0], efficient, row[1 + i]) for row in rows() for i, efficient in e
 
 
 class TheirNetwork(torchvision.models.DenseNet):
-    """torchvision's rectifies what `features` returned in place, which a backward hook there forbids."""
+    """torchvision's network without the in-place ReLU on the output of `features`, which a hook there forbids."""
 
     def forward(self, x):
         return self.classifier(F.adaptive_avg_pool2d(F.relu(self.features(x)), 1).flatten(1))
 
 
 def networks():
-    """This package's network and torchvision's, with the same weights and statistics that are not the initial ones."""
+    """This package's network and torchvision's, with the same weights and the same statistics, none of them initial."""
     torch.manual_seed(0)
     theirs = TheirNetwork(**TINY).double()
     for module in theirs.modules():
@@ -57,7 +57,7 @@ def networks():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Count how often each way of computing is used."""
+    """Count how often each implementation computes a layer or a stage."""
     counts = Counter()
 
     def count(owner, name):

@@ -21,7 +21,7 @@ LAYER = "features.denseblock1.denselayer2"
 
 
 def test_module_in_place_of_drop_channel_is_recomputed_with_its_own_randomness():
-    """Under 'checkpoint' such a module draws twice: both times the same."""
+    """Under 'checkpoint' such a module draws twice, both times the same numbers."""
     layer = EfficientDenseLayer(4, 3, efficient="checkpoint").double()
     layer.drop_channel = nn.Dropout2d(0.5)
     assert not isinstance(layer.drop_channel, DropChannel)
@@ -36,7 +36,7 @@ def test_module_in_place_of_drop_channel_is_recomputed_with_its_own_randomness()
 
 
 def kept_bytes(model, x):
-    """Return the bytes that a forward pass leaves behind for backward: torch's and the workspaces'."""
+    """Return the bytes that a forward pass keeps for backward: torch's and the workspaces'."""
     held = memory.memory_allocated()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         y = model(x)
@@ -67,7 +67,7 @@ def test_hooks_cost_the_fusion_not_the_memory(where):
 
 
 def test_what_a_hook_changes_is_what_backward_sees():
-    """The watched layer's ReLU is made again only where nobody has changed its input."""
+    """A watched layer computes ReLU's output again only if nobody has changed its input."""
     gradients = []
     for efficient in ("fused", False):
         set_fallback("warn")
@@ -88,7 +88,7 @@ def test_what_a_hook_changes_is_what_backward_sees():
 
 @pytest.mark.parametrize("efficient", ["fused", "checkpoint"])
 def test_a_parameter_that_changes_before_backward_is_noticed(efficient):
-    """Backward of a layer that it computes again raises the error that autograd raises for tensors that it keeps."""
+    """Backward of a recomputed layer raises the error that autograd raises for tensors that it keeps."""
     set_fallback("warn")
     layer = EfficientDenseLayer(4, 3, efficient=efficient)
     if efficient == "fused":
@@ -105,7 +105,7 @@ def test_a_parameter_that_changes_before_backward_is_noticed(efficient):
 
 @pytest.mark.parametrize("hooked", ["norm1", "relu1", None])
 def test_plain_rectifies_in_place_where_nobody_looks(hooked):
-    """The baseline of every figure keeps one map where a hook makes it two."""
+    """Plain, the baseline of every figure, keeps one map for norm and ReLU, or two if there is a hook."""
     layer = EfficientDenseLayer(4, 3)
     x = torch.randn(2, 4, 6, 6)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:

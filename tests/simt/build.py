@@ -1,6 +1,6 @@
 """Builds the library that runs the CUDA kernels on a simulated device; prints its path.
 
---sanitize: the kernels with AddressSanitizer and UndefinedBehaviorSanitizer in place of the simulator's own checks.
+--sanitize: compile the kernels with AddressSanitizer and UndefinedBehaviorSanitizer, without the simulator's checks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FLAGS = [
     "-DDENSENET_EXT_SIMT",
     "-Icsrc",
 ]
-# Every load and store of a kernel calls a function of the simulator: ThreadSanitizer's hooks, but not its runtime.
+# Every load and store of a kernel calls the simulator, by the hooks of ThreadSanitizer but without its runtime.
 CUDA_FLAGS = ["-x", "c++", "-Wno-unused-variable"]  # used in an unroll pragma only
 KERNEL_FLAGS = [*CUDA_FLAGS, "-fsanitize=thread"]
 SANITIZERS = "address,undefined"
@@ -47,7 +47,7 @@ CHECKS = Path("tests/simt")
 
 
 def build(sanitize: bool = False, kernels: str = "*") -> Path:
-    """Brings the library up to date and returns its path; `kernels` chooses among csrc/cuda/kernels/*.cu."""
+    """Bring the library up to date and return its path; `kernels` chooses among csrc/cuda/kernels/*.cu."""
     torch = find_torch()
     if torch is None or not torch.is_new_enough:
         raise native.NativeBuildError(f"PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer was not found")
@@ -62,7 +62,7 @@ def build(sanitize: bool = False, kernels: str = "*") -> Path:
 
 
 def build_checks() -> Path:
-    """Builds the library of the simulator's own tests, for ctypes and without torch."""
+    """Build the library of the simulator's own tests, which ctypes loads and which needs no torch."""
     compiler = native.find_compiler()
     directory = BUILDS / "checks"
     with _in_root(), _locked():
@@ -94,7 +94,7 @@ def _in_root():
 
 @contextlib.contextmanager
 def _locked():
-    """Several test runs may build at once."""
+    """Hold a lock on the build folder, because several test runs may build at once."""
     BUILDS.mkdir(parents=True, exist_ok=True)
     with open(BUILDS / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -114,7 +114,7 @@ def _describe(directory: Path, torch, sanitize: bool, kernels: str) -> native.Li
     launchers = [path for path in launchers if path.name != "module.cpp"]
     _add(library, BUILDS / torch.version, launchers, torch_flags)
     _add(library, directory, [SIMULATOR / "module.cpp"], [*torch_flags, *_module_flags(torch, sanitize)])
-    # The linker takes the first copy of an inline function that several files have: one without hooks.
+    # The linker takes the first copy of an inline function that several files have, which has to be one without hooks.
     chosen = {path for glob in kernels.split(",") for path in Path("csrc/cuda/kernels").glob(f"{glob}.cu")}
     _add(library, directory, chosen, [*CUDA_FLAGS, *sanitizers] if sanitize else KERNEL_FLAGS)
     stubs = directory / STUBS
@@ -126,7 +126,7 @@ def _describe(directory: Path, torch, sanitize: bool, kernels: str) -> native.Li
 
 
 def _write_stubs(path: Path, directory: Path) -> bool:
-    """Gives launch functions that no chosen kernel file defines a body that throws, so that the rest can be loaded."""
+    """Write a body that throws for each launch function without a chosen kernel file, so that the rest can load."""
     symbols = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
     missing = re.findall(r"(_ZN12densenet_ext4cuda\S+)", symbols)
     if not missing:

@@ -1,4 +1,4 @@
-// The test kernels for ctypes. Every function returns what was found, or nothing.
+// The test kernels for ctypes. Every function returns the text of the findings, empty if none.
 #include <cstring>
 #include <exception>
 #include <string>
@@ -18,7 +18,7 @@ class HostContext final : public densenet_ext::cuda::Context {
 
 std::string message;
 
-// Runs body between begin and end of an operator.
+// Runs `body` as an operator, between begin_operator and end_operator.
 template <class F>
 const char* caught(const F& body) {
   message.clear();
@@ -38,7 +38,7 @@ E* registered(const char* name, E* data, int64_t count) {
   return data;
 }
 
-// Between the arrays lie bytes of no region.
+// The arrays lie apart, with bytes between them that belong to no region.
 struct Memory {
   alignas(16) float input[kInputs];
   alignas(16) float output[kOutputs];

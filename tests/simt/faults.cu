@@ -318,7 +318,7 @@ KERNEL read_between_blocks(Buffers b) {
     b.output[512 + at] = b.output[(at + kThreads) % 256];  // FAULT read_between_blocks
 }
 
-// Every block writes its part; the last one that draws a ticket adds them up.
+// Every block writes its part; the last block to draw a ticket adds them up.
 template <bool planted>
 KERNEL fence_before_ticket(Buffers b) {
   wait_for_earlier_kernels();

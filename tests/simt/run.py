@@ -1,6 +1,6 @@
 """Runs pytest with the CUDA kernels on the simulated device: tests/simt/run.py [--sanitize] [pytest's arguments].
 
-Tests that have nothing to do with the simulator run too if they are chosen: CPU tensors are its tensors.
+Every test can be chosen: the simulated device serves CPU tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     sanitize = "--sanitize" in arguments
     with contextlib.redirect_stdout(sys.stderr):
         library = build(sanitize)
-    # torch.compile's cache goes by the graph alone, and the layouts of these ops are others than on a CPU.
+    # torch.compile caches by the graph alone, and these ops return other layouts than on a CPU.
     cache = library.parent / "inductor"
     environment = os.environ | {"DENSENET_EXT_LIBRARY": str(library), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     if sanitize:
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _with_sanitizers() -> dict[str, str]:
-    """Python is not instrumented: its leaks are not ours to find, and the interceptors need libstdc++ from the start."""
+    """Environment for a Python that is not instrumented: no search for leaks, and libstdc++ loaded from the start."""
     compiler = native.find_compiler().command
     libraries = [
         subprocess.run(

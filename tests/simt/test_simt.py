@@ -1,4 +1,4 @@
-"""The simulator itself: planted faults are found, clean kernels are not blamed, and its arithmetic is the GPU's."""
+"""The simulator itself: it finds planted faults, blames no clean kernel, and computes as a GPU does."""
 
 import ctypes
 import re
@@ -85,7 +85,7 @@ def test_every_fault_is_tested(library):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_found(library, name):
-    """With any order of threads; the report names the kind, the kernel and the line."""
+    """A fault is found with any order of threads; the report names the kind, the kernel and the line."""
     lines = SOURCE.read_text().splitlines()
     line = next(i for i, text in enumerate(lines, 1) if text.endswith(f"// FAULT {name}"))
     for seed in SEEDS:
@@ -118,7 +118,7 @@ def converted(library, function, values, dtype):
 
 
 def floats_to_round():
-    """Random bit patterns; every 16-bit value and the middle to its neighbor, and both neighbors of the middle."""
+    """Random bit patterns, every 16-bit value, the middles between neighbors, and both neighbors of each middle."""
     words = [np.random.default_rng(0).integers(0, 2**32, 300_000, dtype=np.uint64).astype(np.uint32)]
     halves = np.arange(2**16, dtype=np.uint16)
     for exact in (halves.view(np.float16).astype(np.float32).view(np.uint32), halves.astype(np.uint32) << 16):
@@ -163,8 +163,8 @@ def test_tf32_rounds_ties_away_from_zero(library):
     np.testing.assert_array_equal(got[~finite], values[~finite])
 
 
-# ---- what a warp computes -------------------------------------------------------------------------------------------
-# Layouts as the PTX manual gives them: g = lane // 4 is the group, t = lane % 4 the thread in it.
+# ---- warp collectives --- -------------------------------------------------------------------------------------------
+# Layouts follow the PTX manual: g = lane // 4 is the group, t = lane % 4 the thread in it.
 
 LANES = [(lane, lane // 4, lane % 4) for lane in range(32)]
 
@@ -215,7 +215,7 @@ def check_accumulator(fragments, want):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix(library, transposed):
-    storage = np.empty(128 + 4, np.uint32)  # for an address that is a multiple of 16
+    storage = np.empty(128 + 4, np.uint32)  # 4 more, to find an address that is a multiple of 16
     start = -storage.ctypes.data // 4 % 4
     shared = storage[start : start + 128]
     shared.view(np.uint16)[:] = np.arange(256)

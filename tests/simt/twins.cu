@@ -1,4 +1,4 @@
-// What a warp computes together, as kernels whose results Python compares with its value.
+// Kernels of warp collectives, whose results Python compares with its own.
 #include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 #include "faults.h"

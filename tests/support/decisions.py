@@ -1,8 +1,8 @@
-"""How clear the decisions of a network are: a rectifier's between signs, a max pool's between the values of a window.
+"""Inputs for which a network's decisions are clear: a rectifier's on signs, a max pool's on the values of a window.
 
-A value that lies within float32's rounding of such a boundary falls on either side of it, by the machine's instruction set,
-and then moves single gradients by far more than rounding. Tests that compare gradients in float32 therefore take inputs for
-which every decision is clear: then all implementations decide as float64 does.
+The instruction set may decide on which side a value falls that is within float32's rounding of such a boundary, and the
+side changes single gradients by far more than rounding. So tests that compare float32 gradients take inputs for which
+every decision is clear: all implementations decide as float64 does.
 """
 
 import copy
@@ -15,7 +15,7 @@ CLEAR = 10  # times the largest error that the plain implementation makes in flo
 
 
 class _Decisions(TorchDispatchMode):
-    """Collects how far values are from where a rectifier or a pool decides otherwise, a tensor for each call."""
+    """Collects the distances of values from a rectifier's or a pool's boundary, a tensor for each call."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class _Decisions(TorchDispatchMode):
 
 
 def _leads(x, size, stride, padding):
-    """By how much the largest value of each window leads the second one."""
+    """The difference between the largest and the second largest value of each window."""
     x = F.pad(x.double(), (padding[1], padding[1], padding[0], padding[0]), value=-1.0)
     windows = F.unfold(x.flatten(0, 1)[:, None], size, stride=stride)
     first, second = windows.topk(2, 1).values.unbind(1)
@@ -39,9 +39,9 @@ def _leads(x, size, stride, padding):
 
 
 def clearness(model, x):
-    """The smallest distance of a value from a boundary, in units of the error that such distances have in float32.
+    """The smallest distance of a value from a boundary, in units of plain PyTorch's float32 error of such distances.
 
-    Masks, where there are any, are those of seed 2, as benchmarks draw them.
+    Masks, if there are any, are drawn with seed 2, as in benchmarks.
     """
     found = []
     for dtype in (torch.float64, torch.float32):

@@ -13,7 +13,7 @@ from densenet_ext._layout import arithmetic_dtype, gradient_dtype, is_channels_l
 from densenet_ext._ops import handles
 
 EPS = 1e-3
-# Devices on which kernels can be tested. (On a simulated device, the tensors of "cpu" are served by the CUDA kernels.)
+# Kernels can be tested on these devices. (If CUDA is simulated, the CUDA kernels serve tensors on "cpu".)
 DEVICES = [
     device for device in ("cpu", "cuda") if device in handles.DEVICES and (device == "cpu" or torch.cuda.is_available())
 ]
@@ -21,7 +21,7 @@ DEVICES = [
 
 @dataclass(frozen=True)
 class Shape:
-    """N samples of H x W pixels, c of them read, width K2 of the bottleneck, growth k; `why` it is tested."""
+    """N samples of H x W pixels, c channels read, bottleneck width K2, growth rate k; `why` this shape is tested."""
 
     why: str
     samples: int = 2
@@ -59,10 +59,10 @@ SHAPES = [
 class Problem:
     """Arguments for one shape and storage dtype: tensors of the shapes that the twins document.
 
-    masks: 'none'; 'pre': before the norm, which makes scale different for each sample; 'all': also after the norm, which
-    makes shift so too, and dropout. Buffers have two channels more than are used, and gaps between their planes (or
-    their pixels, where the device has them channels last); both hold NaN. All tensors are made on the CPU, with the
-    layout and the dtypes of the device: `to_device` moves them there.
+    masks: 'none'; 'pre': before the norm, so that scale differs from sample to sample; 'all': also after the norm, so
+    that shift differs, too, and dropout. Buffers have two more channels than are used, and gaps between planes (or
+    between their pixels, if they are channels last); all of these hold NaN. Tensors are created on the CPU, with the
+    layout and the dtypes of the device; `to_device` moves them there.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, masks: str = "none", seed: int = 0, device: str = "cpu"):
@@ -74,7 +74,7 @@ class Problem:
         self.rows = shape.samples * shape.height * shape.width
 
     def grid(self, *shape, step=8, limit=24, odd=False):
-        """Multiples of 1/step, odd ones on demand, up to limit/step."""
+        """Random multiples of 1/step up to limit/step, odd multiples if asked for."""
         values = torch.randint(-limit, limit + 1, shape, generator=self.generator).double()
         return (2 * values + 1) / step if odd else values / step
 
@@ -103,13 +103,13 @@ class Problem:
         return maps
 
     def maps(self, channels, height, width, channels_last=False):
-        """An output without gaps, full of NaN; channels_last: even where the device has it planar."""
+        """An output without gaps, full of NaN, in the device's layout or, if asked for, channels last."""
         if self.channels_last or channels_last:
             return self.new(self.shape.samples, height, width, channels, dtype=self.dtype).permute(0, 3, 1, 2)
         return self.new(self.shape.samples, channels, height, width, dtype=self.dtype)
 
     def scale_shift(self, channels, pre_mask=None, post_mask=None):
-        """scale and shift [1 or N, channels]; masks multiply their rows."""
+        """Scale and shift [1 or N, channels]; masks multiply their rows."""
         scale, shift = self.grid(1, channels, limit=16), self.grid(1, channels, step=128, limit=100, odd=True)
         scale, shift = scale.to(self.arithmetic), shift.to(self.arithmetic)
         for mask in (pre_mask, post_mask):
@@ -117,7 +117,7 @@ class Problem:
         return scale, shift if post_mask is None else shift * post_mask
 
     def norm(self, channels, training=True):
-        """norm weight, batch mean, batch variance, eps, training."""
+        """The arguments norm weight, batch mean, batch variance, eps and training."""
         weight, mean = self.normal(channels), self.normal(channels)
         return weight, mean, self.normal(channels).square() + 0.1, EPS, training
 
@@ -225,7 +225,7 @@ class Problem:
         return *inputs, *self.norm(s.bottleneck, training), *outputs
 
     def bottleneck_backward(self, training=True, grad_in="none", previous=False):
-        """grad_in: 'none', the 'same' as grad, or 'other' tensor; previous: with that of the previous layer."""
+        """grad_in: 'none', the 'same' tensor as grad, or an 'other'; previous: with the previous layer's bottleneck."""
         s = self.shape
         weight = self.normal(s.bottleneck, s.channels, 1, 1, scale=0.1)
         db_affine = self.normal(3, s.bottleneck)
@@ -248,7 +248,7 @@ class Problem:
         return *self.scale_shift(channels, *masks), self.normal(self.shape.bottleneck, channels, 1, 1, scale=0.1)
 
     def _whole(self, values=True, dtype=None):
-        """A buffer that is used whole, with gaps between its planes."""
+        """A buffer whose channels are all used, with gaps between its planes."""
         return self.buffer(self.shape.channels, dtype, values=values)[:, : self.shape.channels]
 
     def transition_forward(self):
@@ -278,7 +278,7 @@ class Problem:
         return grad, coef, *[torch.full_like(w, torch.nan) for w in weights], self.new(s.channels), self.new(s.channels)
 
     def _stem_norm(self):
-        """norm weight and bias, mean and variance, eps: so that scale and shift are exact and shift is no multiple of x."""
+        """Norm weight, bias, mean, variance and eps that make scale and shift exact, and shift no multiple of x."""
         c = self.shape.channels
         weight, bias = (row[0] for row in self.scale_shift(c))
         return weight, bias, self.grid(c).to(self.arithmetic), torch.full((c,), 0.75, dtype=self.arithmetic), 0.25
@@ -321,7 +321,7 @@ class Problem:
 
 
 def to_device(args, device):
-    """The arguments on that device, with their strides and what lies in their gaps; one tensor stays one."""
+    """Move arguments to a device, with their strides and the contents of gaps; equal tensors stay one tensor."""
     moved = {}
 
     def move(value):

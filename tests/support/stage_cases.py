@@ -71,7 +71,7 @@ class Case:
         self.eps = [1e-5 * (i + 1) for i in range(len(widths))]
 
     def to(self, device):
-        """This case, its tensors on that device."""
+        """This case with its tensors on a device."""
         self.x = self.x.to(device)
         for tensors in (self.params, self.masks, self.frozen_stats):
             tensors[:] = [t.to(device) for t in tensors]
@@ -86,7 +86,7 @@ class Case:
         )
 
     def numbers(self, keep_bottleneck=False):
-        """The arguments of every op after its tensors."""
+        """The arguments that every op takes after its tensors."""
         return self.eps, self.frozen, DROPOUT_SCALE, [*self.options(keep_bottleneck)]
 
     def args(self, x=None, params=None, keep_bottleneck=False):
@@ -104,7 +104,7 @@ class Case:
         return torch.ops.densenet_ext.dense_stage(*self.args(x, params, keep_bottleneck))[0]
 
     def layer_args(self, inputs, params=None, keep_bottleneck=False):
-        """The arguments of dense_layer, of a case with one layer and no tail."""
+        """The arguments of dense_layer, for a case with one layer and no tail."""
         params = self.params if params is None else params
         return inputs, params, self.masks, self.frozen_stats, *self.numbers(keep_bottleneck)
 

@@ -1,7 +1,7 @@
-"""Things that people do to a network, each as a function of the network that returns tensors to compare.
+"""Things that users do to a network, each as a function of the network that returns tensors to compare.
 
-The first argument is this package's network, or torchvision's with the same weights, which says what is right. The keys
-are the first column of docs/support.md.
+The argument is this package's network, or torchvision's with the same weights, whose results are right by definition.
+The keys are the first column of docs/support.md.
 """
 
 import copy
@@ -182,7 +182,7 @@ def data_parallel_processes(model):
 
 def synchronized_norms(model):
     with process_group():
-        ours = type(model).__name__ == "DenseNetBC"  # PyTorch's own takes no tensors on a CPU
+        ours = type(model).__name__ == "DenseNetBC"  # PyTorch's SyncBatchNorm takes no tensors on a CPU
         return step(nn.SyncBatchNorm.convert_sync_batchnorm(model) if ours else model)
 
 
@@ -200,7 +200,7 @@ def sharded(model):
 
 
 def replicas(model):
-    """Runs a module as nn.DataParallel does, on two threads; without GPUs, so the copies are made here."""
+    """Run a module as nn.DataParallel does, on two threads. It needs no GPUs: the replicas are created here."""
 
     def replicate(module):
         replica = module._replicate_for_data_parallel()
@@ -237,7 +237,7 @@ def optimizer_in_backward(model):
 
 
 def each(change, *kinds):
-    """The step after change(module) took the place of every module of these kinds."""
+    """A step after every module of these kinds has been replaced by change(module)."""
 
     def run(model):
         for parent in list(model.modules()):
@@ -289,7 +289,7 @@ def frozen_kind(norm):
 
 
 def narrower(layer, keep=5):
-    """Structured pruning: fewer channels in the bottleneck."""
+    """Prune a layer: fewer channels in the bottleneck."""
     for module, names, index in ((layer.conv1, ["weight"], 0), (layer.norm2, ["weight", "bias"], 0)):
         for name in names:
             setattr(module, name, nn.Parameter(getattr(module, name).detach().narrow(index, 0, keep).clone()))
@@ -300,7 +300,7 @@ def narrower(layer, keep=5):
 
 
 def replaced(owner, name):
-    """Somebody replaces a function or a method of a class after the import."""
+    """A step while a function, or a method of a class, is replaced after the import."""
 
     def run(model):
         original = getattr(owner, name)
@@ -495,9 +495,9 @@ SCENARIOS = {
     "Writing into the output of a dense block": written_block,
     "`resize_` of the output of a dense block": resized_block,
 }
-# These are compared with plain's own error, against float64.
+# These may have at most twice plain's error, against float64.
 LOWER = (autocast, half_with_float_norms)
-# The fallback is what was asked for, so nobody is told.
+# These ask for the modules to be called, so the fallback is not reported.
 SILENT = (symbolic, extracted)
-# Other implementations end with an error of PyTorch's own.
+# In these the other implementations end with an error of PyTorch's.
 PYTORCH_REFUSES = (synchronized_norms, wrong_types)

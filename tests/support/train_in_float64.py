@@ -1,4 +1,4 @@
-"""examples/train.py with a network of float64, for tests that compare runs: in float32 a rectifier may decide otherwise."""
+"""examples/train.py with a float64 network, for tests that compare runs: in float32 rectifiers may decide otherwise."""
 
 import sys
 
@@ -9,7 +9,7 @@ from training.model import build
 
 
 def build_in_float64(*arguments):
-    """Build the network of a run in float64; it takes the images of float32 that the loader gives."""
+    """Build the network of a run in float64; it accepts the loader's float32 images."""
     model = build(*arguments).double()
     model.register_forward_pre_hook(lambda _, images: images[0].to(torch.float64))
     return model
