@@ -37,7 +37,7 @@ class GradientLayout:
     """Layout of dx: not computed, the device's own, or channels last (on CPU, if the input was channels last)."""
 
     NONE = 0
-    OWN = 1
+    DEVICE = 1
     CHANNELS_LAST = 2
 
 

@@ -182,11 +182,11 @@ class StageArguments(NormArguments):
         eps = [norm.eps for norm in self.norms]
         return self.params, masks, self.frozen_stats, eps, self.frozen, kept_scale(self.dropout), [*options]
 
-    def _mask(self, layer: int, kind: int) -> Tensor:
-        """Return a layer's mask of the kind MaskKind.ALL[kind]; all ones if only other layers have such a mask."""
-        mask = self.masks[layer][kind]
+    def _mask(self, layer: int, place: int) -> Tensor:
+        """Return a layer's mask of the kind MaskKind.ALL[place]; all ones if only other layers have such a mask."""
+        mask = self.masks[layer][place]
         if mask is None:
-            channels = self.width if MaskKind.ALL[kind] == MaskKind.PRE_CONV2 else self.channels[layer]
+            channels = self.width if MaskKind.ALL[place] == MaskKind.PRE_CONV2 else self.channels[layer]
             mask = self.x.new_ones((self.x.shape[0], channels), dtype=self.dtype)
         return mask
 

@@ -147,8 +147,8 @@ class DenseNetBC(EfficientModule):
             ValueError: there is no such variant, or an argument is out of range.
             TypeError: DenseNetBC has no such argument.
 
-        Source: A Hybrid Approach to Image Classification on Densely Connected Convolutional Networks. The probabilities
-        are those of dropout in Huang et al., CVPR 2017.
+        Source: A Hybrid Approach to Image Classification on Densely Connected Convolutional Networks, section 3.6, which has
+        Drop-Channel's probability; dropout's is that of Huang et al., CVPR 2017, section 4.2.
         """
         if name not in VARIANTS:
             raise ValueError(f"name is {name!r}; it may be {', '.join(map(repr, VARIANTS))}")

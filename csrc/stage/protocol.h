@@ -25,7 +25,7 @@ enum MaskKind : int64_t {
 };
 
 // Layout of dx: not computed, the device's own, or channels last (CPU, if the input was).
-enum GradientLayout : int64_t { kNoGradient, kOwnLayout, kChannelsLast };
+enum GradientLayout : int64_t { kNoGradient, kDeviceLayout, kChannelsLast };
 
 // Indices into the list `options`.
 enum Option : size_t {

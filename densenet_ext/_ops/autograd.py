@@ -83,9 +83,9 @@ class DenseStage(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, below, inputs, *_):
+    def forward(ctx, forward_op, inputs, *_):
         x, params, masks, _, *ctx.numbers = inputs
-        output, skip, features, *state = outputs = below(*inputs)
+        output, skip, features, *state = outputs = forward_op(*inputs)
         ctx.mark_non_differentiable(skip, features, *state)
         ctx.set_materialize_grads(False)
         ctx.in_channels, ctx.params = x.shape[1], len(params)
@@ -183,24 +183,24 @@ class DenseTail(torch.autograd.Function):
 
 
 def _gradient_layout(x: Tensor) -> int:
-    return GradientLayout.CHANNELS_LAST if lies_channels_last(x) else GradientLayout.OWN
+    return GradientLayout.CHANNELS_LAST if lies_channels_last(x) else GradientLayout.DEVICE
 
 
 def _stage_autograd(keyset, *inputs):
-    def below(*inputs):
+    def forward_op(*inputs):
         with torch._C._AutoDispatchBelowAutograd():
             return dense_stage.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
     x, params, *_, options = inputs
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))):
-        return below(*inputs)
+        return forward_op(*inputs)
     tail = tail_params(Options(*options).tail)
     if not tail or type(x) is not Tensor:
-        return DenseStage.apply(below, inputs, x, *params)
-    outputs = below(*inputs)
+        return DenseStage.apply(forward_op, inputs, x, *params)
+    outputs = forward_op(*inputs)
     place, anchor = _Place.apply(x) if x.requires_grad else (x, x.new_empty(0))
-    *between, tail_anchor = DenseBlock.apply(inputs, outputs, anchor, place, *params[:-tail])
-    return DenseTail.apply(inputs, outputs, tail_anchor, *between, *params[-tail:]), *outputs[1:]
+    *stand_ins, tail_anchor = DenseBlock.apply(inputs, outputs, anchor, place, *params[:-tail])
+    return DenseTail.apply(inputs, outputs, tail_anchor, *stand_ins, *params[-tail:]), *outputs[1:]
 
 
 def _layer_setup(ctx, inputs, output):

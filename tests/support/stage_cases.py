@@ -94,7 +94,7 @@ class Case:
         x, params = self.x if x is None else x, self.params if params is None else params
         return x, params, self.masks, self.frozen_stats, *self.numbers(keep_bottleneck)
 
-    def backward_args(self, grad, features, state, layout=GradientLayout.OWN, keep_bottleneck=False):
+    def backward_args(self, grad, features, state, layout=GradientLayout.DEVICE, keep_bottleneck=False):
         """The arguments of dense_stage_backward; state: stats, gates and bottlenecks of the forward pass."""
         numbers = (*self.numbers(keep_bottleneck), self.in_channels, layout)
         return grad, None, features, self.params, self.masks, *state, *numbers
