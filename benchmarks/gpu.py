@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from bench import ROOT, options
-from bench.gpu.run import PARTS, TIME_LIMIT, lead
+from bench.gpu.run import PARTS, TIME_LIMIT, Run
 from bench.implementations import ON_GPU
 from bench.runner import worker
 
@@ -74,7 +74,7 @@ def main():
             )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
     with worker.new_folder(args.logs) as folder:
-        return lead(args, folder)
+        return Run(args, folder).lead()
 
 
 if __name__ == "__main__":

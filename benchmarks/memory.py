@@ -4,17 +4,17 @@
     python benchmarks/memory.py --scaling       peak against depth and growth rate
 
 Before anything is measured, outputs, gradients and running statistics of all implementations are compared
-(bench/agreement.py). bench/memory_meter.py and bench/timing.py say how the figures are taken, bench/resident.py how the
-growth of the resident set is.
+(bench/agreement.py). bench/memory_meter.py and bench/timing.py say how the figures are taken.
 """
 
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 
-from bench import agreement, environment, memory_report, options, resident, results, scaling, timing
+from bench import agreement, environment, memory_report, options, results, scaling, timing
 from bench.implementations import EAGER
-from bench.memory_meter import measure_memory
+from bench.memory_meter import measure_memory, resident_growth
 from bench.networks import VARIANTS, Spec
 from bench.steps import TrainingStep
 from tqdm import tqdm
@@ -84,15 +84,15 @@ def measure(specs, args, began):
 
 
 def _measure_variant(specs, rounds, main, args, deadline, progress):
-    steps, memory, growth = {}, {}, {}
+    samples, memory, growth = {}, {}, {}
     for spec in specs:
         progress.set_description(f"{spec.variant} {spec.implementation}")
-        steps[spec] = TrainingStep(spec)
-        memory[spec] = measure_memory(steps[spec])
+        step = TrainingStep(spec)
+        samples[spec], memory[spec] = partial(timing.wall_seconds, step), measure_memory(step)
         if main and spec.device == "cpu" and not args.no_resident:
-            growth[spec] = resident.resident_growth(spec, args.threads)
+            growth[spec] = resident_growth(spec, args.threads)
     progress.set_description(f"{specs[0].variant} times")
-    times = timing.interleave(steps, rounds, deadline)
+    times = timing.interleave(samples, rounds, deadline)
     rows = []
     for spec in specs:
         row = asdict(spec) | asdict(memory[spec]) | {"resident_bytes": growth.get(spec)}
@@ -113,11 +113,11 @@ def print_rows(specs, args, began):
         agreed = agreement.check(specs)
     except agreement.DisagreementError as error:
         sys.exit(f"The implementations disagree: nothing was measured.\n{error}")
-    table = memory_report.Table(args.device, [spec.implementation for spec in specs])
-    print(memory_report.introduction(asdict(specs[0]), agreed) + "\n\n" + table.head, flush=True)
-    rows = []
+    names, rows = [spec.implementation for spec in specs], []
+    print(memory_report.introduction(asdict(specs[0]), agreed) + "\n")
+    print(memory_report.table([], args.device, names), flush=True)
     for row in measure(specs, args, began):
-        print(table.row(row), flush=True)
+        print(memory_report.table([row], args.device, names).splitlines()[-1], flush=True)
         rows.append(row)
     print("\n" + memory_report.notes(rows))
     return {"agreement": agreed, "rows": rows}

@@ -8,7 +8,7 @@ for later norms, and adds into the gradient buffer); the plain network does that
 import torch
 import torch.nn.functional as F
 
-from bench.kernel_arguments import Arguments
+from bench.kernel_arguments import new_arguments
 from densenet_ext import reference
 
 _FORWARD = {
@@ -40,7 +40,7 @@ class Composition:
         if op == "append":
             return self.append()
         if op in ("fold_norm", "finish_gradient"):
-            arguments = getattr(Arguments(self.size, self.dtype, "cpu"), op)()
+            arguments = new_arguments(op, self.size, self.dtype, "cpu")
             return lambda: getattr(reference, op)(*arguments)
         name, direction = op.rsplit("_", 1)
         inputs, forward = getattr(self, name)()

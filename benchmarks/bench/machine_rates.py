@@ -58,25 +58,23 @@ def _best(function):
 
 def gpu_ceilings(device):
     """Rates of a GPU, medians: bytes a second of a copy, operations a second of a matrix product in each type."""
-    products = {dtype: _gpu_product(device, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
-    found = {"bandwidth": _gpu_copy(device), "products": products}
+
+    def median(function):
+        for _ in range(3):
+            function()
+        return statistics.median(device.seconds(function) for _ in range(10))
+
+    def copy():
+        source = torch.randn(device.copy_bytes // 4, device=device.name)
+        target = torch.empty_like(source)
+        return 2 * device.copy_bytes / median(lambda: target.copy_(source))
+
+    def product(dtype):
+        n = device.product_size
+        a, b = (torch.randn(n, n, device=device.name, dtype=dtype) for _ in range(2))
+        return 2 * n**3 / median(lambda: a @ b)
+
+    products = {dtype: product(getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
+    found = {"bandwidth": copy(), "products": products}
     device.free()
     return found
-
-
-def _gpu_copy(device):
-    source = torch.randn(device.copy_bytes // 4, device=device.name)
-    target = torch.empty_like(source)
-    return 2 * device.copy_bytes / _gpu_median(device, lambda: target.copy_(source))
-
-
-def _gpu_product(device, dtype):
-    n = device.product_size
-    a, b = (torch.randn(n, n, device=device.name, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / _gpu_median(device, lambda: a @ b)
-
-
-def _gpu_median(device, function, warm_up=3, runs=10):
-    for _ in range(warm_up):
-        function()
-    return statistics.median(device.seconds(function) for _ in range(runs))

@@ -5,8 +5,8 @@ import contextlib
 import matplotlib
 
 from bench import MB
-from bench.cpu.speed_report import ALLOCATORS
 from bench.implementations import IMPLEMENTATIONS
+from bench.speed.report import ALLOCATORS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  after the choice of the backend

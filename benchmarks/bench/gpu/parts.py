@@ -4,26 +4,26 @@ import time
 
 from bench.gpu import kernels, steps
 from bench.gpu.device import open_device
-from bench.gpu.groups import GROUPS, Request
+from bench.gpu.groups import GROUPS, choose_groups
 from bench.roofline import step_bytes
 from bench.runner.journal import Findings, Journal
 
 
 def work(args):
     """Measure one part, into its journal in `folder`."""
-    deadline = time.monotonic() + args.seconds
-    journal, tiny = Journal(args.folder / f"{args.worker}.jsonl"), bool(args.simulate)
+    deadline, journal = time.monotonic() + args.seconds, Journal(args.folder / f"{args.worker}.jsonl")
     device = open_device(args.simulate)
     variant = "" if args.variant == "BC" else args.variant
-    request = Request(device, variant, tiny, args.groups, args.implementations)
+    groups = choose_groups(device.name, variant, args.groups, args.implementations, device.tiny)
     journal.fact("device", device.describe())
     if args.worker == "kernels":
-        kernels.measure(device, journal, deadline, tiny)
+        kernels.measure(device, journal, deadline)
     elif args.worker == "compile":
-        steps.compile_beforehand(request, journal, deadline)
+        steps.compile_beforehand(device, groups, journal, deadline)
     elif args.worker == "profile":
-        steps.count_kernels(request, journal, deadline)
+        steps.count_kernels(device, groups, journal, deadline)
     else:
-        journal.fact("bytes of DenseNet-121", step_bytes(request.spec(GROUPS[0], "fused")))
+        largest = choose_groups(device.name, variant, (GROUPS[0].key,), tiny=device.tiny)[0]
+        journal.fact("bytes of DenseNet-121", step_bytes(largest.spec_of("fused")))
         compiled = args.folder / "compile.jsonl"
-        steps.measure(request, journal, deadline, Findings(compiled).rows if compiled.exists() else None)
+        steps.measure(device, groups, journal, deadline, Findings(compiled).rows if compiled.exists() else None)
