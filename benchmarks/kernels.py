@@ -20,7 +20,7 @@ from bench.compositions import COMPOSITIONS, Composition
 from bench.kernel_arguments import bind
 from bench.kernel_cases import NETS, PAIRS, cpu_cases
 from bench.machine_rates import RateSamples
-from bench.roofline import FORMULAS, STORAGE_BYTES, bound_by, floor_seconds, op_bytes, op_flops, rates_text
+from bench.roofline import FORMULAS, STORAGE_BYTES, floor, op_bytes, op_flops, rates_text
 from bench.tables import Column, first_line, listed, paragraphs, table_of
 from bench.timing import interleave, quantile_row, wall_seconds
 from tqdm import tqdm
@@ -114,7 +114,7 @@ def _figures(op, size, dtype, times, rates):
     composed = {c: median(times[op, c]) for c in FORMATS}
     best = min(composed, key=composed.get)
     moved, flops = op_bytes(op, size, STORAGE_BYTES[dtype]), op_flops(op, size)
-    limit = floor_seconds(moved, flops, rates)
+    limit, bound = floor(moved, flops, rates)
     return row | {
         "composition_seconds": composed[best],
         "composition_format": best,
@@ -125,7 +125,7 @@ def _figures(op, size, dtype, times, rates):
         "gflops_per_second": flops / seconds / 1e9,
         "limit_seconds": limit,
         "of_limit": limit / seconds,
-        "bound": bound_by(moved, flops, rates),
+        "bound": bound,
         "matrix_rate": rates["flops"],
         "copy_rate": rates["bytes"],
     }

@@ -9,12 +9,12 @@ network's. The profiler's own time is in the phases: the unprofiled step stands 
 """
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from bench import environment, options, results, roofline, workloads
 from bench.implementations import EAGER
 from bench.machine_rates import RateSamples
-from bench.roofline import STORAGE_BYTES, floor_seconds, op_bytes, op_flops, rates_text, step_ops
+from bench.roofline import STORAGE_BYTES, floor, op_bytes, op_flops, rates_text, step_ops
 from bench.steps import new_step
 from bench.tables import Column, paragraphs, table_of
 from bench.timing import interleave
@@ -60,27 +60,23 @@ def profiled(step):
         with record_function("phase: optimizer"):
             step.optimizer.step()
             step.optimizer.zero_grad()
-    found = defaultdict(lambda: [0.0, 0])
+    found, events = defaultdict(lambda: [0.0, 0]), recorded.events()
 
-    def count(part, phase, size, microseconds, calls=1):
-        entry = found[part, phase, size]
-        entry[0] += microseconds / 1e3
-        entry[1] += calls
+    def count(microseconds, *key, calls=1):
+        found[key][0] += microseconds / 1e3
+        found[key][1] += calls
 
-    events = recorded.events()
     for part in PARTS:
         root = next(e for e in events if e.name == f"phase: {part}")
-        rest = root.cpu_time_total
+        count(root.cpu_time_total - sum(e.cpu_time_total for e in root.cpu_children), part, "rest", 0, calls=0)
         for event in root.cpu_children:
-            rest -= event.cpu_time_total
-            if any(op in event.name for op in FUSED):
-                kernels = list(_kernels(event))
-                for kernel in kernels:
-                    count(part, kernel.name.split("::")[1], _side(kernel, step.spec), kernel.cpu_time_total)
-                count(part, STAGE, 0, event.cpu_time_total - sum(k.cpu_time_total for k in kernels))
-            else:
-                count(part, _phase(part, event.name), 0, event.cpu_time_total)
-        count(part, "rest", 0, rest, 0)
+            if not any(op in event.name for op in FUSED):
+                count(event.cpu_time_total, part, _phase(part, event.name), 0)
+                continue
+            kernels = list(_kernels(event))
+            for kernel in kernels:
+                count(kernel.cpu_time_total, part, kernel.name.split("::")[1], _side(kernel, step.spec))
+            count(event.cpu_time_total - sum(k.cpu_time_total for k in kernels), part, STAGE, 0)
     return dict(found)
 
 
@@ -95,12 +91,8 @@ def _kernels(event):
 
 def _side(kernel, spec):
     """Height of the largest maps among its arguments; tables and weights of 3x3 or 1x1 are none."""
-    maps = [
-        s
-        for s in kernel.input_shapes
-        if len(s) == 4 and s[0] == spec.batch_size and s[2] == s[3] and s[2] not in (1, 3)
-    ]
-    return max((s[2] for s in maps), default=0)
+    maps = [s for s in kernel.input_shapes if len(s) == 4 and s[0] == spec.batch_size and s[2] == s[3]]
+    return max((s[2] for s in maps if s[2] not in (1, 3)), default=0)
 
 
 def _phase(part, name):
@@ -112,18 +104,15 @@ def _phase(part, name):
 def floors(spec, keep_bottleneck, rates):
     """{(part, phase, size): seconds} that no version takes less than."""
     found, e = defaultdict(float), STORAGE_BYTES[spec.dtype]
-    forward = list(step_ops(spec, keep_bottleneck, training=False))
-    both = list(step_ops(spec, keep_bottleneck))
-    for op, size in forward:
-        both.remove((op, size))
-    for part, ops in (("forward", forward), ("backward", both)):
-        for op, size in ops:
-            found[part, op, size.height] += floor_seconds(op_bytes(op, size, e), op_flops(op, size), rates)
-        # forward and backward of the first convolution move as much
-        moved = roofline.stem_bytes(spec, training=False)
-        found[part, "stem", 0] = floor_seconds(moved, roofline.stem_flops(spec), rates)
-    parameters = roofline.parameters(spec)
-    found["optimizer", "optimizer", 0] = 5 * parameters * roofline.ARITHMETIC_BYTES / rates["bytes"]
+    forward = Counter(step_ops(spec, keep_bottleneck, training=False))
+    backward = Counter(step_ops(spec, keep_bottleneck)) - forward
+    # forward and backward of the first convolution move as much
+    stem = floor(roofline.stem_bytes(spec, training=False), roofline.stem_flops(spec), rates)[0]
+    for part, ops in (("forward", forward), ("backward", backward)):
+        found[part, "stem", 0] = stem
+        for op, size in ops.elements():
+            found[part, op, size.height] += floor(op_bytes(op, size, e), op_flops(op, size), rates)[0]
+    found["optimizer", "optimizer", 0] = roofline.optimizer_bytes(spec) / rates["bytes"]
     return found
 
 
@@ -140,10 +129,10 @@ def measure(workload, implementation, rounds, tiny=False):
     rows = []
     for key in dict.fromkeys(key for found in profiles for key in found):
         part, phase, size = key
-        ms, floor = statistics.median(found.get(key, (0.0, 0))[0] for found in profiles), 1e3 * least.get(key, 0)
+        ms, limit = statistics.median(found.get(key, (0.0, 0))[0] for found in profiles), 1e3 * least.get(key, 0)
         row = {"workload": workload.name, "implementation": implementation, "part": part, "phase": phase, "size": size}
-        row |= {"calls": profiles[0].get(key, (0, 0))[1], "milliseconds": ms, "floor_milliseconds": floor}
-        rows.append(row | {"gap_milliseconds": ms - floor})
+        row |= {"calls": profiles[0].get(key, (0, 0))[1], "milliseconds": ms, "floor_milliseconds": limit}
+        rows.append(row | {"gap_milliseconds": ms - limit})
     flops = roofline.step_flops(spec)
     facts = {
         "workload": workload.name,

@@ -121,7 +121,7 @@ def test_floor_is_the_longer_of_bytes_and_operations():
     cases = {(100, 1, 10, 1): (10, "bytes"), (10, 30, 10, 2): (15, "operations")}
     for (moved, flops, bandwidth, rate), expected in cases.items():
         rates = {"bytes": bandwidth, "flops": rate}
-        assert (roofline.floor_seconds(moved, flops, rates), roofline.bound_by(moved, flops, rates)) == expected
+        assert roofline.floor(moved, flops, rates) == expected
 
 
 def test_rates_are_the_best_samples():

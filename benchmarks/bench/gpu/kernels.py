@@ -12,7 +12,7 @@ import torch
 from bench.kernel_arguments import bind
 from bench.kernel_cases import gpu_cases, tiny_cases
 from bench.machine_rates import gpu_ceilings
-from bench.roofline import STORAGE_BYTES, bound_by, floor_seconds, op_bytes, op_flops
+from bench.roofline import STORAGE_BYTES, floor, op_bytes, op_flops
 from bench.timing import quantile_row, wall_seconds
 
 
@@ -49,6 +49,6 @@ def measure_op(device, op, size, dtype, ceilings, runs=20):
     row = quantile_row([device.seconds_after_flush(call, host) for _ in range(runs)]) | {"host_seconds": host}
     moved, flops = op_bytes(op, size, STORAGE_BYTES[dtype]), op_flops(op, size)
     rates = {"bytes": ceilings["bandwidth"], "flops": ceilings["products"][dtype]}
-    floor = floor_seconds(moved, flops, rates)
-    row |= {"bytes": moved, "flops": flops, "floor_seconds": floor, "of_floor": floor / row["seconds"]}
-    return row | {"bound": bound_by(moved, flops, rates)}
+    least, bound = floor(moved, flops, rates)
+    row |= {"bytes": moved, "flops": flops, "floor_seconds": least, "of_floor": least / row["seconds"]}
+    return row | {"bound": bound}
