@@ -98,7 +98,7 @@ def measure_case(size, ops, args):
             continue
         samples |= {(op, which): lambda f=function: _second_call(f) for which, function in functions.items()}
     machine = RateSamples(args.dtype, args.quick)
-    times = interleave(samples | machine.samples(), args.rounds)
+    times = interleave(samples | machine.samples, args.rounds)
     rates = machine.rates(times)
     return {op: errors.get(op) or _figures(op, size, args.dtype, times, rates) for op in ops}
 

@@ -121,7 +121,7 @@ def measure(workload, implementation, rounds, tiny=False):
     step = new_step(workload, implementation)
     step.first = None
     machine, profiles = RateSamples(workload.spec.dtype, tiny), []
-    samples = {"step": step.timed, "profile": lambda: profiles.append(profiled(step))} | machine.samples()
+    samples = {"step": step.timed, "profile": lambda: profiles.append(profiled(step))} | machine.samples
     profiled(step)  # the first is slow
     times = interleave(samples, rounds)
     rates, spec = machine.rates(times), step.spec

@@ -108,9 +108,7 @@ def _torchvision_network(spec):
     import torchvision
 
     if spec.variant not in ("", "vanilla"):
-        raise ValueError(
-            f"variant is {spec.variant!r}; torchvision has neither Drop-Channel nor squeeze-and-excitation"
-        )
+        raise ValueError(f"variant is {spec.variant!r}; torchvision has no Drop-Channel and no squeeze-and-excitation")
     model = torchvision.models.DenseNet(
         spec.growth_rate,
         spec.layers,

@@ -13,8 +13,10 @@ from functools import partial
 import torch
 
 from bench.agreement import check_on_gpu
+from bench.gpu.groups import choose_groups
 from bench.implementations import IMPLEMENTATIONS
 from bench.memory_meter import measure_memory
+from bench.roofline import step_bytes
 from bench.steps import TrainingStep
 from bench.tables import first_line
 from bench.timing import interleave, quantile_row
@@ -66,6 +68,7 @@ def measure(device, groups, journal, deadline, compiled=None):
     compiled: what compile_beforehand found, by key; None where it was not run.
     """
     started, share = time.monotonic(), 0.0
+    journal.fact("bytes of DenseNet-121", step_bytes(choose_groups(device.name, tiny=device.tiny)[0].spec_of("fused")))
     journal.fact("cells", sum(2 + len(g.implementations) for g in groups))
     for group in groups:
         share += group.share

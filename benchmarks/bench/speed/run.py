@@ -39,7 +39,7 @@ def left_out(name, workload):
         return "makes weights constant, for inference only"
     if name.startswith("torchvision") and workload.spec.variant:
         return "has neither Drop-Channel nor squeeze-and-excitation"
-    if workload.masked and name.startswith("compile-budget"):
+    if workload.training and "A" in workload.spec.variant and name.startswith("compile-budget"):
         return "recomputes masks wrongly (pytorch#190758): the others are what is left to compare with"
     return None
 
@@ -129,17 +129,10 @@ class WorkloadRun:
         compiled = spec.traits.runner == "compile"
         if self.journal.previous.rows.get(key, {}).get("error"):
             return None
-        cell = {
-            "workload": self.workload.name,
-            "title": self.workload.title,
-            "training": self.workload.training,
-            "implementation": name,
-            "variant": spec.variant or "BC",
-            "dtype": spec.dtype,
-            "batch_size": spec.batch_size,
-            "size": spec.size,
-            "layout": "channels last" if spec.memory_format == torch.channels_last else "contiguous",
-        }
+        layout = "channels last" if spec.memory_format == torch.channels_last else "contiguous"
+        cell = {"workload": self.workload.name, "title": self.workload.title, "training": self.workload.training}
+        cell |= {"implementation": name, "variant": spec.variant or "BC", "dtype": spec.dtype}
+        cell |= {"batch_size": spec.batch_size, "size": spec.size, "layout": layout}
         late = time.monotonic() > self.begun + PREPARING * (self.end - self.begun)
         wrong = exact.get("error") or ("out of time" if late else None)
         self.journal.begin(key, allow=COMPILING if compiled else RUNNING, **cell)
@@ -166,7 +159,7 @@ class WorkloadRun:
     def time(self, ready):
         """Time all that is ready, and hold it against operations and bytes of the step at the machine's rates."""
         machine, training = RateSamples(self.workload.spec.dtype, self.tiny), self.workload.training
-        samples = {name: step.timed for name, step in ready.items()} | machine.samples()
+        samples = {name: step.timed for name, step in ready.items()} | machine.samples
         times = interleave(samples, self.rounds, self.end)
         rates = machine.rates(times)
         self.journal.fact(f"rates {self.workload.name}", rates)
