@@ -12,6 +12,7 @@ reason below the table.
 
 import gc
 import time
+from functools import partial
 from statistics import median
 
 import torch
@@ -96,7 +97,7 @@ def measure_case(size, ops, args):
         except (RuntimeError, TypeError, ValueError) as error:
             errors[op] = {"error": first_line(error)}
             continue
-        samples |= {(op, which): lambda f=function: _second_call(f) for which, function in functions.items()}
+        samples |= {(op, which): partial(_second_call, function) for which, function in functions.items()}
     machine = RateSamples(args.dtype, args.quick)
     times = interleave(samples | machine.samples, args.rounds)
     rates = machine.rates(times)

@@ -107,13 +107,12 @@ def test_wrong_gradients_are_not_timed(measure, monkeypatch):
 
 
 def test_out_of_memory_is_a_result(measure, monkeypatch):
-    class Step(steps.GpuStep):
-        def run(self):
-            if self.spec.implementation == "checkpoint":
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return super().run()
+    def fail(step, run=steps.GpuStep.run):
+        if step.spec.implementation == "checkpoint":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(step)
 
-    monkeypatch.setattr(steps, "GpuStep", Step)
+    monkeypatch.setattr(steps.GpuStep, "run", fail)
     rows, _ = measure("plain", "checkpoint", variant="")
     assert rows["checkpoint"]["error"] == "out of memory"
     assert rows["plain"]["rounds"] > 0

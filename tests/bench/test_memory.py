@@ -1,7 +1,5 @@
 """memory.py and largest_batch.py: rows as they come, and the largest step that fits."""
 
-import io
-import sys
 from dataclasses import replace
 
 import largest_batch
@@ -10,27 +8,21 @@ from bench import timing
 from bench.networks import Spec
 
 
-def test_memory_prints_rows_as_they_come(monkeypatch, run):
+def test_memory_prints_rows_as_they_come(monkeypatch, run, capsys):
     """The header first, and one variant's rows while the next one is not yet measured."""
-    printed, measured, interleave = [], [], timing.interleave
+    printed, interleave = [], timing.interleave
 
-    class Output(io.StringIO):
-        def write(self, text):
-            printed.append(text)
-            return super().write(text)
-
-    def watched(steps, *rest):
-        measured.append("".join(printed))
-        return interleave(steps, *rest)
+    def watched(samples, *rest):
+        printed.append(capsys.readouterr().out)
+        return interleave(samples, *rest)
 
     monkeypatch.setattr(timing, "interleave", watched)
-    monkeypatch.setattr(sys, "stdout", Output())
     tiny = ["--depth", 10, "--batch-size", 2, "--size", 8, "--growth-rate", 4, "--rounds", 1, "--no-resident"]
-    run("memory.py", *tiny, "--variants", "vanilla,A+B", "--implementations", "plain,fused", "--threads", 1)
-    first, second = measured
+    end, _ = run("memory.py", *tiny, "--variants", "vanilla,A+B", "--implementations", "plain,fused", "--threads", 1)
+    first, second = printed
     assert "| variant | implementation |" in first and "| vanilla |" not in first
     assert second.count("| vanilla |") == 2 and "| A+B" not in second
-    table = [line for line in "".join(printed).splitlines() if line.startswith("|")]
+    table = [line for line in (first + second + end).splitlines() if line.startswith("|")]
     assert len(table) == 2 + 4 and len({len(line) for line in table}) == 1
 
 

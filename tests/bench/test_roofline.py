@@ -11,6 +11,8 @@ from bench.networks import Spec, build_batch, build_model
 from bench.workloads import find
 from torch.utils.flop_counter import FlopCounterMode
 
+from densenet_ext import info
+
 IMAGENET = find("densenet121", "bfloat16", 256).spec
 NETWORKS = [
     Spec("plain", "", depth=22, growth_rate=8, size=16, batch_size=3),
@@ -135,7 +137,7 @@ def test_rates_are_the_best_samples():
     assert (rates["amx_flops"], rates["amx_flops_median"]) == (flops / 0.25, flops / 0.5)
     text = roofline.rates_text(rates | {"amx_flops": 2e12, "amx_flops_median": 1e12})
     assert text.endswith("bfloat16 product on AMX 2000 GFLOP/s at best, 1000 in the median")
-    assert (machine_rates.AMX in machine.samples) == machine.amx
+    assert (machine_rates.AMX in machine.samples) == info.collect()["instruction set"].startswith("amx")
     assert all(sample() > 0 for sample in machine.samples.values())
 
 

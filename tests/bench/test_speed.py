@@ -55,20 +55,13 @@ def test_limits_in_the_rows(journal):
         assert row["of_bytes"] == pytest.approx(row["seconds"] / (row["bytes"] / rates["bytes"]))
 
 
-class WrongGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 1.5 * grad
-
-
 def wrong_network(self, build=Spec.new_network):
+    def scale_gradient(module, inputs, output):
+        output.register_hook(lambda grad: 1.5 * grad)
+
     model = build(self)
     if self.implementation == "checkpoint":
-        model.features.transition1.register_forward_hook(lambda module, inputs, output: WrongGradient.apply(output))
+        model.features.transition1.register_forward_hook(scale_gradient)
     return model
 
 

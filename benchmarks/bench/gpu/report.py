@@ -123,10 +123,6 @@ def kernels_text(rows, ceilings):
     if ceilings:
         products = ", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in ceilings["products"].items())
         text = f"Ceilings measured here: copy {ceilings['bandwidth'] / 1e9:.0f} GB/s; matrix product {products}."
-    return paragraphs(text, kernels_table(rows), KERNEL_NOTES)
-
-
-def kernels_table(rows):
     columns = [
         Column("op", "op"),
         Column("layer", "case"),
@@ -145,7 +141,7 @@ def kernels_table(rows):
     def failure(row):
         return None if "seconds" in row else [row["op"], row["case"], row["dtype"], row.get("error", "")[:60]]
 
-    return table_of(columns, rows, failure)
+    return paragraphs(text, table_of(columns, rows, failure), KERNEL_NOTES)
 
 
 def checks_text(found):
