@@ -53,15 +53,15 @@ def begin(threads, device="cpu", **more):
 
 def describe(device):
     """Processor, instruction set, device, versions, threads, date, commit and command line: a flat dict of strings."""
-    known, script = info.collect(), Path(sys.argv[0]).resolve()
+    facts, script = info.collect(), Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     description = {
-        "cpu": known["CPU"],
+        "cpu": facts["CPU"],
         "cores": str(cores),  # those that this process may run on
         "threads": str(torch.get_num_threads()),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "kernels": known.get("instruction set", "not loaded").split(" (")[0],
+        "kernels": facts.get("instruction set", "not loaded").split(" (")[0],
         "device": device,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "torch": torch.__version__,

@@ -40,7 +40,7 @@ def measure(base, growth_rate, implementations):
         fits.append(fit)
         for spec, peak in zip(specs, found, strict=True):
             sizes = {"depth": spec.depth, "growth_rate": spec.growth_rate, "peak_bytes": peak}
-            rows.append(base | sizes | fit)
+            rows.append(base | {"against": against, "implementation": implementation} | sizes | fit)
     return rows, fits
 
 

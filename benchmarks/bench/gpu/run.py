@@ -197,19 +197,19 @@ class Run:
         write(follow(self.worker(part), write), every=0.0)
 
 
-def read_kernels(so_far, found):
-    so_far["ceilings"] = found.facts.get("ceilings")
-    so_far["kernels"] = found.rows_with("op")
+def read_kernels(total, found):
+    total["ceilings"] = found.facts.get("ceilings")
+    total["kernels"] = found.rows_with("op")
 
 
-def read_steps(so_far, found):
-    so_far["steps"] = found.rows_with("implementation")
-    so_far["agreement"] = {k: v for k, v in found.rows.items() if k.endswith(" agreement")}
-    bandwidth = (so_far.get("ceilings") or {}).get("bandwidth")
-    so_far["targets"] = targets.evaluate(so_far["steps"], bandwidth, found.facts.get("bytes of DenseNet-121"))
+def read_steps(total, found):
+    total["steps"] = found.rows_with("implementation")
+    total["agreement"] = {k: v for k, v in found.rows.items() if k.endswith(" agreement")}
+    bandwidth = (total.get("ceilings") or {}).get("bandwidth")
+    total["targets"] = targets.evaluate(total["steps"], bandwidth, found.facts.get("bytes of DenseNet-121"))
 
 
-def read_profile(so_far, found):
-    for row in so_far.get("steps", []):
+def read_profile(total, found):
+    for row in total.get("steps", []):
         key = f"{row['net']} {row['dtype']} {row['batch_size']} {row['implementation']}"
         row.update(found.rows.get(key, {}))
