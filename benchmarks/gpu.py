@@ -14,12 +14,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from bench import ROOT, options
-from bench.gpu.run import PARTS, TIME_LIMIT, lead
+from bench.gpu.run import PARTS, TIME_LIMIT, Run
 from bench.implementations import ON_GPU
 from bench.runner import worker
+from bench.runner.journal import Findings, Journal
 
 VARIANTS = ("BC", "vanilla", "A", "B", "A+B")
 
@@ -47,6 +49,28 @@ def parse_arguments(arguments=None):
     return args
 
 
+def work(args):
+    """Measure one part on the GPU, into its journal in `folder`."""
+    from bench.gpu import kernels, steps
+    from bench.gpu.device import open_device
+    from bench.gpu.groups import choose_groups
+
+    deadline, journal = time.monotonic() + args.seconds, Journal(args.folder / f"{args.worker}.jsonl")
+    device = open_device(args.simulate)
+    journal.fact("device", device.describe())
+    variant = "" if args.variant == "BC" else args.variant
+    groups = choose_groups(device.name, variant, args.groups, args.implementations, device.tiny)
+    if args.worker == "kernels":
+        kernels.measure(device, journal, deadline)
+    elif args.worker == "compile":
+        steps.compile_beforehand(device, groups, journal, deadline)
+    elif args.worker == "profile":
+        steps.count_kernels(device, groups, journal, deadline)
+    else:
+        compiled = args.folder / "compile.jsonl"
+        steps.measure(device, groups, journal, deadline, Findings(compiled).rows if compiled.exists() else None)
+
+
 def restart_with_simulated_device():
     """Build the CUDA kernels for the CPU, and run this command again with them."""
     build = [sys.executable, ROOT / "tests" / "simt" / "build.py"]
@@ -59,9 +83,7 @@ def main():
     args = parse_arguments()
     sys.path.insert(0, str(ROOT))  # the library that is built here, and no other that may be installed
     if args.worker:
-        from bench.gpu import parts
-
-        return parts.work(args)
+        return work(args)
     if args.simulate == "simt" and "DENSENET_EXT_LIBRARY" not in os.environ:
         restart_with_simulated_device()
     if not args.simulate:
@@ -74,7 +96,7 @@ def main():
             )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
     with worker.new_folder(args.logs) as folder:
-        return lead(args, folder)
+        return Run(args, folder).lead()
 
 
 if __name__ == "__main__":

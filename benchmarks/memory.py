@@ -4,17 +4,17 @@
     python benchmarks/memory.py --scaling       peak against depth and growth rate
 
 Before anything is measured, outputs, gradients and running statistics of all implementations are compared
-(bench/agreement.py). bench/memory_meter.py and bench/timing.py say how the figures are taken, bench/resident.py how the
-growth of the resident set is.
+(bench/agreement.py). bench/memory_meter.py and bench/timing.py say how the figures are taken.
 """
 
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 
-from bench import agreement, environment, memory_report, options, resident, results, scaling, timing
+from bench import agreement, environment, memory_report, options, results, scaling, timing
 from bench.implementations import EAGER
-from bench.memory_meter import measure_memory
+from bench.memory_meter import measure_memory, resident_growth
 from bench.networks import VARIANTS, Spec
 from bench.steps import TrainingStep
 from tqdm import tqdm
@@ -51,17 +51,12 @@ def parse_arguments(arguments=None):
     return parser.parse_args(arguments)
 
 
-def common_fields(args):
-    """The fields that all specs of a command line share."""
-    return {name: getattr(args, name) for name in ("size", "dtype", "device", "channels_last")}
-
-
-def choose_specs(args):
-    """The rows of the table, by variant."""
+def choose_specs(args, common):
+    """The rows of the table, by variant. `common`: the fields that all specs of a command line share."""
     variants = args.variants or VARIANTS
-    sizes = {"depth": args.depth, "growth_rate": args.growth_rate, "batch_size": args.batch_size or 64}
+    common = common | {"depth": args.depth, "growth_rate": args.growth_rate, "batch_size": args.batch_size or 64}
     return [
-        Spec(implementation, variant, **sizes, **common_fields(args))
+        Spec(implementation, variant, **common)
         for variant in variants
         for implementation in args.implementations or (MAIN if variant == variants[-1] else OTHERS)
         if variant == "vanilla" or not implementation.startswith("torchvision")
@@ -69,30 +64,41 @@ def choose_specs(args):
 
 
 def measure(specs, args, began):
-    """Rows, one variant's after the other's, as soon as they are measured: specs and figures in bytes and seconds."""
-    variants = list(dict.fromkeys(spec.variant for spec in specs))
-    rounds = {v: args.rounds if v == variants[-1] else (args.rounds + 1) // 2 for v in variants}
-    planned, begun = sum(rounds[spec.variant] for spec in specs), 0
+    """Check and measure; print the rows of each variant as soon as they are measured. Returns the results."""
+    try:
+        agreed = agreement.check(specs)
+    except agreement.DisagreementError as error:
+        sys.exit(f"The implementations disagree: nothing was measured.\n{error}")
+    names, last, rows, begun = [spec.implementation for spec in specs], specs[-1].variant, [], 0
+    print(memory_report.introduction(asdict(specs[0]), agreed) + "\n")
+    print(memory_report.table([], args.device, names), flush=True)
+    rounds = {spec.variant: args.rounds if spec.variant == last else (args.rounds + 1) // 2 for spec in specs}
+    planned = sum(rounds[spec.variant] for spec in specs)
     with tqdm(total=len(specs), unit="row", disable=None) as progress:
-        for variant in variants:
+        for variant in rounds:
             group = [spec for spec in specs if spec.variant == variant]
             begun += rounds[variant] * len(group)
             deadline = began + args.time_limit * begun / planned
-            rows = _measure_variant(group, rounds[variant], variant == variants[-1], args, deadline, progress)
+            measured = measure_variant(group, rounds[variant], variant == last, args, deadline, progress)
             with tqdm.external_write_mode():
-                yield from rows
+                print("\n".join(memory_report.table(measured, args.device, names).splitlines()[2:]), flush=True)
+            rows += measured
+    print("\n" + memory_report.notes(rows))
+    return {"agreement": agreed, "rows": rows}
 
 
-def _measure_variant(specs, rounds, main, args, deadline, progress):
-    steps, memory, growth = {}, {}, {}
+def measure_variant(specs, rounds, main, args, deadline, progress):
+    """Rows of one variant: specs and figures in bytes and seconds."""
+    samples, memory, growth = {}, {}, {}
     for spec in specs:
         progress.set_description(f"{spec.variant} {spec.implementation}")
-        steps[spec] = TrainingStep(spec)
-        memory[spec] = measure_memory(steps[spec])
+        step = TrainingStep(spec)
+        samples[spec], memory[spec] = partial(timing.wall_seconds, step), measure_memory(step)
         if main and spec.device == "cpu" and not args.no_resident:
-            growth[spec] = resident.resident_growth(spec, args.threads)
+            growth[spec] = resident_growth(spec, args.threads)
+        progress.update()
     progress.set_description(f"{specs[0].variant} times")
-    times = timing.interleave(steps, rounds, deadline)
+    times = timing.interleave(samples, rounds, deadline)
     rows = []
     for spec in specs:
         row = asdict(spec) | asdict(memory[spec]) | {"resident_bytes": growth.get(spec)}
@@ -103,39 +109,21 @@ def _measure_variant(specs, rounds, main, args, deadline, progress):
     for row in rows:
         row["memory_ratio"] = plain and plain["peak_bytes"] / row["peak_bytes"]
         row["time_ratio"] = plain and plain["seconds"] / row["seconds"]
-    progress.update(len(rows))
     return rows
-
-
-def print_rows(specs, args, began):
-    """Check, measure and print each row as soon as there is one; returns the results."""
-    try:
-        agreed = agreement.check(specs)
-    except agreement.DisagreementError as error:
-        sys.exit(f"The implementations disagree: nothing was measured.\n{error}")
-    table = memory_report.Table(args.device, [spec.implementation for spec in specs])
-    print(memory_report.introduction(asdict(specs[0]), agreed) + "\n\n" + table.head, flush=True)
-    rows = []
-    for row in measure(specs, args, began):
-        print(table.row(row), flush=True)
-        rows.append(row)
-    print("\n" + memory_report.notes(rows))
-    return {"agreement": agreed, "rows": rows}
 
 
 def main():
     args = parse_arguments()
     if args.keep_pages:
         environment.restart_with(environment.KEEP_PAGES)
-    began = time.monotonic()
-    description = environment.begin(args.threads, args.device)
+    began, description = time.monotonic(), environment.begin(args.threads, args.device)
+    common = {name: getattr(args, name) for name in ("size", "dtype", "device", "channels_last")}
     if args.scaling:
-        base = {"variant": (args.variants or ("A+B",))[-1], "batch_size": args.batch_size or 16} | common_fields(args)
+        base = {"variant": (args.variants or ("A+B",))[-1], "batch_size": args.batch_size or 16} | common
         rows, fits = scaling.measure(base, args.growth_rate, args.implementations or scaling.IMPLEMENTATIONS)
-        measured = {"benchmark": "scaling", "machine": description, "fits": fits, "rows": rows}
-        results.publish(args, measured)
+        results.publish(args, {"benchmark": "scaling", "machine": description, "fits": fits, "rows": rows})
     else:
-        measured = print_rows(choose_specs(args), args, began)
+        measured = measure(choose_specs(args, common), args, began)
         results.write(args, {"benchmark": "memory", "machine": description} | measured)
 
 

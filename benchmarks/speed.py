@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 
 from bench import environment, options, results, workloads
-from bench.cpu import batches, speed_report, speed_run
 from bench.implementations import EAGER, IMPLEMENTATIONS, ON_CPU
 from bench.runner import worker
+from bench.speed import batches, report, run
 
-ALLOCATORS = tuple(speed_report.ALLOCATORS)
+ALLOCATORS = tuple(report.ALLOCATORS)
 # A compiled implementation costs one to several minutes. Where compiled, memory budgets are tried in the layout that is the
 # faster one for the plain network.
 ASKED_FOR = ("compile-budget-0.5", "compile-budget-0.1", "compile-frozen", "fused-kept-channels-last")
@@ -71,21 +71,13 @@ def parse_arguments(arguments=None):
         parser.error("--sweep takes eager implementations and has no picture")
     if not args.sweep and len(args.threads or ()) > 1:
         parser.error("several numbers of --threads go with --sweep")
-    for name, value in (_defaults_of_sweep() if args.sweep else _defaults(args)).items():
-        setattr(args, name, getattr(args, name) or value)
+    implementations = EAGER_DEFAULT if args.quick or args.no_compile else DEFAULT
+    args.workloads = args.workloads or (("cifar",) if args.sweep else workloads.NAMES)
+    args.implementations = args.implementations or (("fused",) if args.sweep else implementations)
+    args.threads = args.threads or ((1, environment.ALL_THREADS) if args.sweep else (environment.ALL_THREADS,))
+    args.time_limit = args.time_limit or (600 if args.sweep else 14400)
     args.rounds = min(args.rounds, 2) if args.quick else args.rounds
     return args
-
-
-def _defaults(args):
-    implementations = EAGER_DEFAULT if args.quick or args.no_compile else DEFAULT
-    every = {"workloads": workloads.NAMES, "implementations": implementations}
-    return every | {"threads": (environment.ALL_THREADS,), "time_limit": 14400}
-
-
-def _defaults_of_sweep():
-    one = {"workloads": ("cifar",), "implementations": ("fused",)}
-    return one | {"threads": (1, environment.ALL_THREADS), "time_limit": 600}
 
 
 def sweep(args):
@@ -96,8 +88,7 @@ def sweep(args):
         return workloads.find(args.workloads[0], args.dtype, size, args.quick)
 
     rows = batches.measure(workload_of, args.implementations, args.batch_sizes, args.threads, args.rounds, deadline)
-    title = workloads.find(args.workloads[0], args.dtype, tiny=args.quick).title
-    return {"benchmark": "batches", "machine": description, "title": title, "rows": rows}
+    return {"benchmark": "batches", "machine": description, "title": workload_of(None).title, "rows": rows}
 
 
 def measure(args, folder, compiled):
@@ -116,7 +107,7 @@ def measure(args, folder, compiled):
 def main():
     args = parse_arguments()
     if args.worker:
-        return speed_run.work(args)
+        return run.work(args)
     if args.capability:
         environment.restart_with(CAPABILITIES[args.capability])
     if args.sweep:
@@ -126,7 +117,7 @@ def main():
         description = environment.begin(args.threads[0], capability=capability)
         with worker.new_folder(args.logs) as folder, tempfile.TemporaryDirectory() as scratch:
             found = measure(args, folder, (args.compiled or Path(scratch)).resolve())
-        measured = speed_report.results_of(found, description, args.capability, args.dtype)
+        measured = report.results_of(found, description, args.capability, args.dtype)
         if not measured["rows"]:
             notes = [note for findings in found.values() for note in findings.notes]
             sys.exit("Nothing was measured.\n" + "\n".join(notes))

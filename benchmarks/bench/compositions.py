@@ -8,7 +8,7 @@ for later norms, and adds into the gradient buffer); the plain network does that
 import torch
 import torch.nn.functional as F
 
-from bench.kernel_arguments import Arguments
+from bench.kernel_arguments import new_arguments
 from densenet_ext import reference
 
 _FORWARD = {
@@ -40,11 +40,16 @@ class Composition:
         if op == "append":
             return self.append()
         if op in ("fold_norm", "finish_gradient"):
-            arguments = getattr(Arguments(self.size, self.dtype, "cpu"), op)()
+            arguments = new_arguments(op, self.size, self.dtype, "cpu")
             return lambda: getattr(reference, op)(*arguments)
         name, direction = op.rsplit("_", 1)
         inputs, forward = getattr(self, name)()
-        return forward_only(inputs, forward) if direction == "forward" else backward_only(inputs, forward)
+        if direction == "forward":
+            return torch.no_grad()(lambda: forward(*inputs))
+        inputs = [x.requires_grad_() for x in inputs]
+        output = forward(*inputs)  # autograd's graph is made once
+        gradient = torch.randn_like(output)
+        return lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True)
 
     def maps(self, channels):
         s = self.size
@@ -103,19 +108,3 @@ class Composition:
 
 def norm_relu(x, weight, bias):
     return F.relu_(F.batch_norm(x, None, None, weight, bias, training=True))
-
-
-def forward_only(inputs, forward):
-    def function():
-        with torch.no_grad():
-            forward(*inputs)
-
-    return function
-
-
-def backward_only(inputs, forward):
-    """Autograd's backward alone; its graph is made once."""
-    inputs = [x.requires_grad_() for x in inputs]
-    output = forward(*inputs)
-    gradient = torch.randn_like(output)
-    return lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True)

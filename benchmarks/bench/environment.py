@@ -35,9 +35,8 @@ def restart_with(variables):
 
 
 def add_device(parser):
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the one there is"
-    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="default: the one there is")
 
 
 def add_threads(parser):
@@ -54,19 +53,22 @@ def begin(threads, device="cpu", **more):
 
 def describe(device):
     """Processor, instruction set, device, versions, threads, date, commit and command line: a flat dict of strings."""
+    facts, script = info.collect(), Path(sys.argv[0]).resolve()
+    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     description = {
-        "cpu": _cpu_model(),
-        "cores": str(_cores()),
+        "cpu": facts["CPU"],
+        "cores": str(cores),  # those that this process may run on
         "threads": str(torch.get_num_threads()),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "kernels": info.collect().get("instruction set", "not loaded").split(" (")[0],
+        "kernels": facts.get("instruction set", "not loaded").split(" (")[0],
         "device": device,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "torch": torch.__version__,
         "densenet_ext": densenet_ext.__version__,
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
-        "command": _command(),
+        "command": f"python {shlex.join([str(script), *sys.argv[1:]])}",
     }
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
@@ -74,22 +76,9 @@ def describe(device):
         description["cuda"] = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     if "MALLOC_MMAP_MAX_" in os.environ:
         description["malloc"] = "pages are kept between steps"
-    if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
+    if HUGE_PAGES.items() <= os.environ.items():
         description["malloc"] = "large tensors ask for pages of 2 MB"
     return description
-
-
-def _cores():
-    """The number of those that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _cpu_model():
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _commit():
@@ -99,19 +88,13 @@ def _commit():
     """
     if "DENSENET_EXT_COMMIT" in os.environ:
         return os.environ["DENSENET_EXT_COMMIT"]
-    git = ["git", "-C", str(ROOT)]
+
+    def git(*words):
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         # results are what a run writes: they do not make the sources differ
-        changes = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"]
-        changed = subprocess.run(changes, capture_output=True, text=True, check=True)
+        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "no commit"
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def _command():
-    script = Path(sys.argv[0]).resolve()
-    if script.is_relative_to(ROOT):
-        script = script.relative_to(ROOT)
-    return f"python {shlex.join([str(script), *sys.argv[1:]])}"

@@ -1,4 +1,4 @@
-"""Random arguments of every kernel op, as a stage would have them.
+"""Random arguments of every kernel op, as a stage would have them, by their names in the op's schema.
 
 Maps are channels last, the layer's channels being the first of a wider feature buffer.
 """
@@ -8,150 +8,85 @@ import torch
 from densenet_ext._layout import arithmetic_dtype, gradient_dtype, new_features, new_maps, padded_width
 
 EPS = 1e-5
+CONSTANTS = {"eps": EPS, "training": True, "has_statistics": False, "allow_tf32": True, "dropout_scale": 1.0}
+ABSENT = ("pre_mask", "post_mask", "dropout_mask", "previous_scale", "previous_shift", "previous_weight")
 
 
 def bind(op, size, dtype, device):
     """A call of the op without arguments."""
-    function = getattr(torch.ops.densenet_ext, op).default
-    arguments = getattr(Arguments(size, dtype, device), op)()
+    function, arguments = getattr(torch.ops.densenet_ext, op).default, new_arguments(op, size, dtype, device)
     return lambda: function(*arguments)
 
 
-class Arguments:
-    """Random tensors for one size and storage type, on one device; one method an op, its arguments in the op's order."""
+def new_arguments(op, size, dtype, device):
+    """The arguments of one op in its order: random tensors for one size and storage type, on one device."""
+    names = [argument.name for argument in getattr(torch.ops.densenet_ext, op).default._schema.arguments]
+    shapes = _shapes(op, size)
+    numbers = CONSTANTS | dict.fromkeys(ABSENT) | {"pixels": size.height * size.width}
+    numbers["offset"] = 0 if op in ("append", "finish_gradient") else size.channels
 
-    def __init__(self, size, dtype, device):
-        self.size, self.device = size, device
-        self.dtype, self.arithmetic = dtype, arithmetic_dtype(dtype)
-        self.like = torch.empty(size.samples, 1, size.height, size.width, dtype=dtype, device=device)
+    def new(name):
+        if name in numbers:
+            return numbers[name]
+        if name not in shapes:
+            return _new_maps(op, name, size, dtype, device)
+        values = torch.randn(shapes[name], device=device, dtype=arithmetic_dtype(dtype))
+        if name.endswith("weight") and values.dim() == 4:
+            return values.mul_(0.1)
+        return values.square_().add_(0.1) if name in ("batch_var", "m2") else values
 
-    def normal(self, *shape, scale=1.0, dtype=None):
-        return torch.randn(shape, device=self.device, dtype=dtype or self.arithmetic).mul_(scale)
+    arguments = {name: new(name) for name in names if name != "grad_in"}
+    return [arguments["grad" if name == "grad_in" else name] for name in names]
 
-    def buffer(self, dtype=None):
-        return new_features(self.like, self.size.total, dtype).normal_()
 
-    def gradient(self):
-        return self.buffer(gradient_dtype(self.like))
+def _shapes(op, s):
+    """Shapes of tensors in the type of arithmetic, by name: parameters, statistics, tables, and what belongs to samples."""
+    layer = op.removesuffix("_forward").removesuffix("_backward")
+    channels = s.bottleneck if layer == "conv3x3" else s.channels
+    hidden = max(1, s.growth // 16)
+    weight = {
+        "fold_norm": (channels,),
+        "bottleneck": (s.bottleneck, channels, 1, 1),
+        "conv3x3": (s.growth, channels, 3, 3),
+        "transition": (s.outputs, channels, 1, 1),
+    }
+    parameters = {
+        "weight": weight.get(layer),
+        "bias": (channels,),
+        "norm_weight": (channels,),
+        "norm_bias": (channels,),
+        "fc1_weight": (hidden, s.growth),
+        "fc1_bias": (hidden,),
+        "fc2_weight": (s.growth, hidden),
+        "fc2_bias": (s.growth,),
+    }
+    moments = (1, s.bottleneck) if op == "bottleneck_forward" else (s.samples, s.total)
+    return {
+        **parameters,
+        **{f"d{name}": shape for name, shape in parameters.items()},
+        **dict.fromkeys(("scale", "shift"), (1, channels)),
+        **dict.fromkeys(("mean", "m2"), moments),
+        **dict.fromkeys(("batch_mean", "batch_var"), (channels,)),
+        **dict.fromkeys(("pooled", "gate"), (s.samples, s.growth)),
+        "hidden": (s.samples, hidden),
+        "coef": (3, s.samples, s.total),
+        "db_affine": (3, s.bottleneck),
+    }
 
-    def rows(self):
-        return self.normal(self.size.rows, padded_width(self.size.bottleneck), dtype=self.dtype)
 
-    def table(self, channels):
-        return self.normal(1, channels), self.normal(1, channels)
-
-    def norm(self, channels):
-        return self.normal(channels), self.normal(channels), self.normal(channels).square_().add_(0.1), EPS, True
-
-    def coefficients(self):
-        return self.normal(3, self.size.samples, self.size.total)
-
-    def moments(self):
-        shape = (self.size.samples, self.size.total)
-        return self.normal(*shape), self.normal(*shape).square_()
-
-    def append(self):
-        s = self.size
-        x = new_maps(self.like, s.channels, (s.height, s.width)).normal_()
-        return x, self.buffer(), 0, *self.moments()
-
-    def fold_norm(self):
-        s, c = self.size, self.size.channels
-        weight, mean, var, eps, _ = self.norm(c)
-        norm = (s.height * s.width, None, None, weight, self.normal(c), eps, False)
-        return *self.moments(), *norm, mean, var, *self.table(c)
-
-    def bottleneck_forward(self):
-        s = self.size
-        weight = self.normal(s.bottleneck, s.channels, 1, 1, scale=0.1)
-        moments = self.normal(1, s.bottleneck), self.normal(1, s.bottleneck)
-        return self.buffer(), *self.table(s.channels), weight, self.rows(), *moments, True
-
-    def bottleneck_backward(self):
-        s = self.size
-        weight, grad = self.normal(s.bottleneck, s.channels, 1, 1, scale=0.1), self.gradient()
-        dv = self.rows().to(gradient_dtype(self.like))
-        inputs = (self.buffer(), *self.table(s.channels), None, None, weight, dv, self.rows())
-        outputs = (self.coefficients(), torch.empty_like(weight), self.normal(s.channels), self.normal(s.channels))
-        earlier = (None, None, None)
-        return *inputs, self.normal(3, s.bottleneck), *self.norm(s.channels), grad, grad, *outputs, *earlier, True
-
-    def conv3x3_forward(self):
-        s = self.size
-        weight = self.normal(s.growth, s.bottleneck, 3, 3, scale=0.1)
-        inputs = (self.rows(), *self.table(s.bottleneck), weight, None, 1.0)
-        return *inputs, self.buffer(), s.channels, *self.moments(), True
-
-    def conv3x3_backward(self):
-        s, k2 = self.size, self.size.bottleneck
-        weight = self.normal(s.growth, k2, 3, 3, scale=0.1)
-        inputs = (self.rows(), *self.table(k2), None, weight, None, 1.0)
-        maps = (self.buffer(), self.gradient(), self.coefficients(), s.channels)
-        dv = self.rows().to(gradient_dtype(self.like))
-        outputs = (dv, torch.empty_like(weight), self.normal(k2), self.normal(k2), self.normal(3, k2))
-        return *inputs, *maps, *self.norm(k2), *outputs, True
-
-    def excite_parameters(self):
-        k, hidden = self.size.growth, max(1, self.size.growth // 16)
-        return self.normal(hidden, k), self.normal(hidden), self.normal(k, hidden), self.normal(k)
-
-    def squeeze_excite_forward(self):
-        s, parameters = self.size, self.excite_parameters()
-        rest = (self.normal(s.samples, w) for w in (s.growth, len(parameters[0]), s.growth))
-        return self.buffer(), s.channels, *self.moments(), *parameters, *rest
-
-    def squeeze_excite_backward(self):
-        s, parameters = self.size, self.excite_parameters()
-        fc1, _, fc2, _ = parameters
-        rest = (self.normal(s.samples, s.growth), self.normal(s.samples, len(fc1)).relu_())
-        gate, gradients = self.normal(s.samples, s.growth).sigmoid_(), [torch.empty_like(p) for p in parameters]
-        return self.buffer(), self.gradient(), s.channels, fc1, fc2, *rest, gate, self.coefficients(), *gradients
-
-    def _transition(self):
-        s = self.size
-        weight = self.normal(s.outputs, s.channels, 1, 1, scale=0.1)
-        pooled = new_maps(self.like, s.outputs, (s.height // 2, s.width // 2)).normal_()
-        return (self.buffer(), *self.table(s.channels), weight), pooled
-
-    def transition_forward(self):
-        inputs, out = self._transition()
-        return *inputs, out
-
-    def transition_backward(self):
-        inputs, grad_out = self._transition()
-        return *inputs, *self.norm(self.size.channels), grad_out, *self._gradients(inputs[3])
-
-    def head_forward(self):
-        c = self.size.channels
-        return self.buffer(), *self.table(c), self.normal(self.size.samples, c, dtype=self.dtype)
-
-    def head_backward(self):
-        c = self.size.channels
-        features, scale, shift, grad_out = self.head_forward()
-        return features, scale, shift, *self.norm(c), grad_out, *self._gradients()
-
-    def _gradients(self, *weights):
-        c = self.size.channels
-        gradients = [torch.empty_like(w) for w in weights]
-        return self.gradient(), self.coefficients(), *gradients, self.normal(c), self.normal(c)
-
-    def _stem(self):
-        s, c = self.size, self.size.channels
-        weight, mean, var, eps, training = self.norm(c)
-        x = new_maps(self.like, c, (s.height, s.width), channels_last=True).normal_()
-        pooled = new_maps(self.like, c, ((s.height + 1) // 2, (s.width + 1) // 2)).normal_()
-        return x, (weight, self.normal(c)), (mean, var), eps, training, pooled
-
-    def stem_forward(self):
-        x, parameters, statistics, eps, training, pooled = self._stem()
-        return x, *parameters, eps, not training, *statistics, pooled
-
-    def stem_backward(self):
-        x, parameters, statistics, *rest = self._stem()
-        c = self.size.channels
-        return x, *parameters, *statistics, *rest, torch.empty_like(x), self.normal(c), self.normal(c)
-
-    def finish_gradient(self):
-        s = self.size
-        out = new_maps(self.like, s.channels, (s.height, s.width))
-        return self.buffer(), self.gradient(), self.coefficients(), 0, out
+def _new_maps(op, name, s, dtype, device):
+    """A tensor with a value for each pixel, or, of the head's output, for each sample."""
+    like = torch.empty(s.samples, 1, s.height, s.width, dtype=dtype, device=device)
+    if name in ("bottleneck", "dv"):
+        stored = gradient_dtype(like) if name == "dv" else dtype
+        return torch.randn(s.rows, padded_width(s.bottleneck), dtype=dtype, device=device).to(stored)
+    if name in ("features", "grad"):
+        return new_features(like, s.total, gradient_dtype(like) if name == "grad" else None).normal_()
+    if op.startswith("head"):
+        return torch.randn(s.samples, s.channels, dtype=dtype, device=device)
+    channels, size = s.channels, (s.height, s.width)
+    if op.startswith("transition"):
+        channels, size = s.outputs, (s.height // 2, s.width // 2)
+    elif op.startswith("stem") and name in ("out", "grad_out"):
+        size = ((s.height + 1) // 2, (s.width + 1) // 2)
+    return new_maps(like, channels, size, channels_last=op.startswith("stem") and name in ("x", "dx")).normal_()

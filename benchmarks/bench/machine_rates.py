@@ -8,6 +8,7 @@ on it is measured too, its best and its median: no floor, but to be compared wit
 """
 
 import statistics
+from functools import partial
 
 import torch
 
@@ -21,62 +22,54 @@ REPEATS = 3  # calls of which one sample is the best
 
 
 class RateSamples:
-    """Samples for timing.interleave; `rates` makes of their times operations and bytes a second."""
+    """`samples` for timing.interleave; `rates` makes of their times operations and bytes a second."""
 
     def __init__(self, dtype="float32", tiny=False):
-        dtype = getattr(torch, dtype)
-        self.size, self.bytes = (128, 1 << 20) if tiny else (2048, 1 << 28)
-        self.a, self.b = (torch.randn(self.size, self.size).to(dtype) for _ in range(2))
-        self.product = torch.empty_like(self.a)
-        self.source, self.target = torch.ones(self.bytes // 4), torch.ones(self.bytes // 4)
-        self.amx = info.collect().get("instruction set", "").startswith("amx")
-        self.halves = [t.to(torch.bfloat16) for t in (self.a, self.b, self.product)] if self.amx else []
-        for sample in self.samples().values():
+        size, self.bytes = (128, 1 << 20) if tiny else (2048, 1 << 28)
+        self.flops = 2 * size**3
+        a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+        source, target = torch.ones(self.bytes // 4), torch.ones(self.bytes // 4)
+        self.samples = {
+            MATRIX: partial(_best, torch.mm, a, b, out=torch.empty_like(a)),
+            COPY: partial(_best, target.copy_, source),
+        }
+        if info.collect().get("instruction set", "").startswith("amx"):
+            a, b = (t.to(torch.bfloat16) for t in (a, b))
+            self.samples[AMX] = partial(_best, torch.mm, a, b, out=torch.empty_like(a))
+        for sample in self.samples.values():
             sample()  # threads started, pages touched
 
-    def samples(self):
-        samples = {
-            MATRIX: lambda: _best(lambda: torch.mm(self.a, self.b, out=self.product)),
-            COPY: lambda: _best(lambda: self.target.copy_(self.source)),
-        }
-        if self.amx:
-            a, b, product = self.halves
-            samples[AMX] = lambda: _best(lambda: torch.mm(a, b, out=product))
-        return samples
-
     def rates(self, times):
-        flops = 2 * self.size**3
-        rates = {"flops": flops / min(times[MATRIX]), "bytes": 2 * self.bytes / min(times[COPY])}
+        rates = {"flops": self.flops / min(times[MATRIX]), "bytes": 2 * self.bytes / min(times[COPY])}
         if AMX in times:
-            rates |= {"amx_flops": flops / min(times[AMX]), "amx_flops_median": flops / statistics.median(times[AMX])}
+            best, median = min(times[AMX]), statistics.median(times[AMX])
+            rates |= {"amx_flops": self.flops / best, "amx_flops_median": self.flops / median}
         return rates
 
 
-def _best(function):
-    return min(wall_seconds(function) for _ in range(REPEATS))
+def _best(function, *arguments, **options):
+    return min(wall_seconds(partial(function, *arguments, **options)) for _ in range(REPEATS))
 
 
 def gpu_ceilings(device):
     """Rates of a GPU, medians: bytes a second of a copy, operations a second of a matrix product in each type."""
-    products = {dtype: _gpu_product(device, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
-    found = {"bandwidth": _gpu_copy(device), "products": products}
+
+    def median(function):
+        for _ in range(3):
+            function()
+        return statistics.median(device.seconds(function) for _ in range(10))
+
+    def copy():
+        source = torch.randn(device.copy_bytes // 4, device=device.name)
+        target = torch.empty_like(source)
+        return 2 * device.copy_bytes / median(lambda: target.copy_(source))
+
+    def product(dtype):
+        n = device.product_size
+        a, b = (torch.randn(n, n, device=device.name, dtype=dtype) for _ in range(2))
+        return 2 * n**3 / median(lambda: a @ b)
+
+    products = {dtype: product(getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
+    found = {"bandwidth": copy(), "products": products}
     device.free()
     return found
-
-
-def _gpu_copy(device):
-    source = torch.randn(device.copy_bytes // 4, device=device.name)
-    target = torch.empty_like(source)
-    return 2 * device.copy_bytes / _gpu_median(device, lambda: target.copy_(source))
-
-
-def _gpu_product(device, dtype):
-    n = device.product_size
-    a, b = (torch.randn(n, n, device=device.name, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / _gpu_median(device, lambda: a @ b)
-
-
-def _gpu_median(device, function, warm_up=3, runs=10):
-    for _ in range(warm_up):
-        function()
-    return statistics.median(device.seconds(function) for _ in range(runs))

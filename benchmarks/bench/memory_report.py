@@ -1,7 +1,7 @@
 """The results of memory.py as a table, whose rows can be printed one by one."""
 
 from bench import MB
-from bench.tables import Column, quantiles_text, table_head, table_row
+from bench.tables import Column, paragraphs, quantiles_column, table_of
 
 TITLE = "Memory and time of a training step"
 
@@ -22,7 +22,7 @@ def columns_of(device):
         Column("kept MB", "kept_bytes", "{:.0f}", 1 / MB),
         *whole,
         Column("s a step", "seconds", "{:.3f}"),
-        Column("20-80 %", lambda row: quantiles_text(row, 3)),
+        quantiles_column(3, 1),
         Column("faster", "time_ratio", "{:.2f}x"),
         Column("paper MB", "paper_mb"),
     ]
@@ -34,26 +34,17 @@ def _paper_name(row):
     return row["variant"] + "+C" if efficient else row["variant"]
 
 
-class Table:
-    """The lines of the table, whose widths are known from the implementations' names before there is a row."""
-
-    def __init__(self, device, implementations):
-        self.columns = columns_of(device)
-        titles = [column.title for column in self.columns]
-        self.widths = [max(len(title), 5) for title in titles]
-        self.widths[1] = max(map(len, ("implementation", *implementations)))
-        self.widths[titles.index("20-80 %")] = len("10.000-10.000")
-        self.head = "\n".join(table_head(titles, self.widths))
-
-    def row(self, row):
-        return table_row([column.cell(row) for column in self.columns], self.widths)
+def table(rows, device, implementations):
+    """The table, or a part of it with the same columns: their widths hang on the implementations' names alone."""
+    columns = columns_of(device)
+    widths = {"implementation": max(map(len, implementations)), "20-80 %": len("10.000-10.000")}
+    return table_of(columns, rows, least=[widths.get(column.title, 5) for column in columns])
 
 
 def body(results):
     rows = results["rows"]
-    table = Table(rows[0]["device"], [row["implementation"] for row in rows])
-    lines = [table.head, *map(table.row, rows)]
-    return "\n\n".join([introduction(rows[0], results["agreement"]), "\n".join(lines), notes(rows)])
+    lines = table(rows, rows[0]["device"], [row["implementation"] for row in rows])
+    return paragraphs(introduction(rows[0], results["agreement"]), lines, notes(rows))
 
 
 def introduction(first, agreement):

@@ -52,12 +52,6 @@ class Spec:
         return torch.channels_last if channels_last else torch.contiguous_format
 
     @property
-    def weights_format(self):
-        # The fused op reads weights in PyTorch's layout whatever the images have: only these, and with them the stem,
-        # have a layout to choose.
-        return torch.contiguous_format if self.traits.fused else self.memory_format
-
-    @property
     def parameter_dtype(self):
         return torch.float64 if self.dtype == "float64" else torch.float32
 
@@ -108,9 +102,7 @@ def _torchvision_network(spec):
     import torchvision
 
     if spec.variant not in ("", "vanilla"):
-        raise ValueError(
-            f"variant is {spec.variant!r}; torchvision has neither Drop-Channel nor squeeze-and-excitation"
-        )
+        raise ValueError(f"variant is {spec.variant!r}; torchvision has no Drop-Channel and no squeeze-and-excitation")
     model = torchvision.models.DenseNet(
         spec.growth_rate,
         spec.layers,
@@ -129,8 +121,9 @@ def _torchvision_network(spec):
 def build_model(spec):
     """The network of `spec`, weights from a fixed seed, in training mode."""
     torch.manual_seed(0)
-    model = spec.new_network()
-    return model.to(device=spec.device, dtype=spec.parameter_dtype, memory_format=spec.weights_format).train()
+    model = spec.new_network().to(device=spec.device, dtype=spec.parameter_dtype)
+    # The fused op reads weights in PyTorch's layout: only images, and with them the stem, have a layout to choose.
+    return (model if spec.traits.fused else model.to(memory_format=spec.memory_format)).train()
 
 
 def build_batch(spec, batch_size=None, size=None):

@@ -5,12 +5,11 @@ import contextlib
 import matplotlib
 
 from bench import MB
-from bench.cpu.speed_report import ALLOCATORS
 from bench.implementations import IMPLEMENTATIONS
+from bench.speed.report import ALLOCATORS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  after the choice of the backend
-from matplotlib.text import Text  # noqa: E402
 from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 COLORS = {
@@ -21,6 +20,7 @@ COLORS = {
     "compile": "#2e8b57",
     "fused": "#1f77b4",
 }
+OTHER = "#b8b8b8"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11}
 
 
@@ -29,8 +29,7 @@ def _label(row):
 
 
 def _color(implementation):
-    family = implementation.split("-")[0]
-    return COLORS.get(family, "#b8b8b8")
+    return COLORS.get(implementation.split("-")[0], OTHER)
 
 
 @contextlib.contextmanager
@@ -101,66 +100,26 @@ def plot_speed(results, path):
     """Time against peak memory, one point an implementation, one panel an allocator: the first workload of the results."""
     first = results["rows"][0]
     rows = [r for r in results["rows"] if "error" not in r and r["workload"] == first["workload"]]
-    groups = {}
-    for row in rows:
-        groups.setdefault(row["allocator"], []).append(row)
-    with _picture(path, len(groups), (7.0 * len(groups), 5.6), sharex=True, sharey=True) as (figure, panels):
-        for axes, (allocator, group) in zip(panels, groups.items(), strict=True):
-            _points(axes, group)
+    allocators = list(dict.fromkeys(row["allocator"] for row in rows))
+    with _picture(path, len(allocators), (8.4 * len(allocators), 5.0), sharex=True, sharey=True) as (figure, panels):
+        for axes, allocator in zip(panels, allocators, strict=True):
+            markers = {color: iter("osD^v<>PX*pHdh8") for color in (*COLORS.values(), OTHER)}
+            for r in (r for r in rows if r["allocator"] == allocator):
+                color, seconds = _color(r["implementation"]), r["seconds"]
+                spread = [[seconds - r.get("seconds_20", seconds)], [r.get("seconds_80", seconds) - seconds]]
+                style = {"color": color, "fmt": next(markers[color]), "markersize": 6, "lw": 1, "label": _label(r)}
+                hollow = {"markerfacecolor": "white"} if r["layout"] == "channels last" else {}
+                axes.errorbar(r["peak_bytes"] / MB, seconds, spread, **style, **hollow)
+            axes.set(xscale="log", yscale="log", xlabel="peak MB of a step")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_minor_locator(NullLocator())
+                axis.set_major_formatter("{x:g}")
+            axes.grid(alpha=0.25)
             axes.set_title(ALLOCATORS[allocator], loc="left")
-        x, y = [r["peak_bytes"] / MB for r in rows], [r["seconds"] for r in rows]
-        axes.set(xlim=(0.8 * min(x), 3 * max(x)), ylim=(0.7 * min(y), 1.4 * max(y)))
+            axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         panels[0].set_ylabel("seconds of a step")
         _lay_out(figure, results, f"{first['title']} (hollow: channels last)")
-        for axes, group in zip(panels, groups.values(), strict=True):
-            _name_points(figure, axes, group)
 
 
 PLOTS = {"memory": plot_memory, "scaling": plot_scaling, "speed": plot_speed}
-
-
-def _points(axes, rows):
-    for r in rows:
-        color, filled = _color(r["implementation"]), r["layout"] == "contiguous"
-        spread = [
-            [r["seconds"] - r.get("seconds_20", r["seconds"])],
-            [r.get("seconds_80", r["seconds"]) - r["seconds"]],
-        ]
-        style = {"color": color, "markersize": 6, "lw": 1, "markerfacecolor": color if filled else "white"}
-        axes.errorbar(r["peak_bytes"] / MB, r["seconds"], spread, fmt="o", **style)
-    axes.set(xscale="log", yscale="log", xlabel="peak MB of a step")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.25)
-
-
-def _name_points(figure, axes, rows):
-    """A name at each point, in the nearest place that no other name and no point is in."""
-    renderer, taken = figure.canvas.get_renderer(), []
-    points = [axes.transData.transform((r["peak_bytes"] / MB, r["seconds"])) for r in rows]
-    places = [(x, y * sign) for y in range(0, 240, 6) for x in (9, -9, 30, -30) for sign in (1, -1)]
-    for row in sorted(rows, key=lambda r: (not r["implementation"].startswith("fused"), r["seconds"])):
-        fused, color = row["implementation"].startswith("fused"), _color(row["implementation"])
-        text = axes.annotate(
-            _label(row).removesuffix(", channels last"),
-            (row["peak_bytes"] / MB, row["seconds"]),
-            xytext=(0, 0),
-            textcoords="offset points",
-            fontsize=8,
-            va="center",
-            color=color,
-            fontweight="bold" if fused else "normal",
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "alpha": 0.6, "shrinkB": 3},
-        )
-        for x, y in places:
-            text.set_ha("left" if x > 0 else "right")
-            text.set_position((x, y))
-            text.update_positions(renderer)
-            box = Text.get_window_extent(text, renderer)  # of an annotation it would contain the line too
-            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
-            clear = not any(box.x0 - 4 < px < box.x1 + 4 and box.y0 - 3 < py < box.y1 + 3 for px, py in points)
-            if inside and clear and not any(box.overlaps(other) for other in taken):
-                break
-        taken.append(box)

@@ -14,11 +14,11 @@ from pathlib import Path
 REPORTS = {
     "memory": "bench.memory_report",
     "scaling": "bench.scaling",
-    "speed": "bench.cpu.speed_report",
-    "batches": "bench.cpu.batches",
-    "kernels": "bench.cpu.kernels",
-    "phases": "bench.cpu.phases",
-    "largest_batch": "bench.largest",
+    "speed": "bench.speed.report",
+    "batches": "bench.speed.batches",
+    "kernels": "kernels",
+    "phases": "phases",
+    "largest_batch": "largest_batch",
     "gpu": "bench.gpu.report",
 }
 

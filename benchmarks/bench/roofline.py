@@ -62,20 +62,26 @@ class Size:
     def rows(self):
         return self.samples * self.height * self.width
 
-    def evaluate(self, op, formula, e=0, a=ARITHMETIC_BYTES):
+    def evaluate(self, op, formula, e=0):
         """The value of a formula for one op; the stem's pooling pads odd maps, a transition's leaves their edges out."""
         padding = op.startswith("stem")
         pooled = self.samples * ((self.height + padding) // 2) * ((self.width + padding) // 2)
-        values = {"M": self.rows, "P": pooled, "N": self.samples, "C": self.channels, "k": self.growth, "e": e, "a": a}
-        values |= {"K": self.bottleneck, "K2": (self.bottleneck + 15) // 16 * 16, "O": self.outputs, "E": self.earlier}
+        values = {"M": self.rows, "P": pooled, "N": self.samples, "C": self.channels, "k": self.growth, "e": e}
+        values |= {
+            "a": ARITHMETIC_BYTES,
+            "K": self.bottleneck,
+            "K2": (self.bottleneck + 15) // 16 * 16,
+            "O": self.outputs,
+            "E": self.earlier,
+        }
         terms = [term.split() for term in formula.split(" + ")]
         return sum(prod(values[word] if word in values else int(word) for word in term) for term in terms)
 
 
-def op_bytes(op, size, e, a=ARITHMETIC_BYTES):
+def op_bytes(op, size, e):
     """Bytes of one kernel op, as FORMULAS says."""
-    recomputed = size.evaluate(op, RECOMPUTED, e, a) if op == "bottleneck_backward" and size.earlier else 0
-    return size.evaluate(op, FORMULAS[op], e, a) + recomputed
+    recomputed = size.evaluate(op, RECOMPUTED, e) if op == "bottleneck_backward" and size.earlier else 0
+    return size.evaluate(op, FORMULAS[op], e) + recomputed
 
 
 def op_flops(op, size):
@@ -83,14 +89,10 @@ def op_flops(op, size):
     return size.evaluate(op, OPERATIONS[op]) if op in OPERATIONS else 0
 
 
-def floor_seconds(moved, flops, rates):
-    """Seconds that no version takes less than: the longer of moving the bytes and doing the operations at these rates."""
-    return max(moved / rates["bytes"], flops / rates["flops"])
-
-
-def bound_by(moved, flops, rates):
-    """The longer of the two by name."""
-    return "bytes" if moved / rates["bytes"] >= flops / rates["flops"] else "operations"
+def floor(moved, flops, rates):
+    """Seconds that no version takes less than, and which of moving the bytes and doing the operations takes them."""
+    moving, computing = moved / rates["bytes"], flops / rates["flops"]
+    return (moving, "bytes") if moving >= computing else (computing, "operations")
 
 
 def rates_text(rates):
@@ -105,9 +107,10 @@ def rates_text(rates):
 def step_ops(spec, keep_bottleneck=False, training=True):
     """(op, Size) of every kernel op in a fused step of a `Spec`, block for block; of inference where not training."""
     samples, size, channels, growth = spec.batch_size, spec.size, spec.stem_channels, spec.growth_rate
+    directions = ("forward", "backward") if training else ("forward",)
     if not spec.small_inputs:
         stem = Size(samples, size // 2, size // 2, channels)
-        yield from ((f"stem_{direction}", stem) for direction in ("forward", "backward")[: 1 + training])
+        yield from ((f"stem_{direction}", stem) for direction in directions)
         size //= 4
     ops = ["bottleneck_forward", "conv3x3_forward"] + ["squeeze_excite_forward"] * spec.squeeze_excite
     if training:
@@ -128,8 +131,7 @@ def step_ops(spec, keep_bottleneck=False, training=True):
             channels += growth
         last = i + 1 == len(spec.layers)
         s = Size(samples, size, size, channels, outputs=0 if last else channels // 2)
-        for direction in ("forward", "backward")[: 1 + training]:
-            yield f"{'head' if last else 'transition'}_{direction}", s
+        yield from ((f"{'head' if last else 'transition'}_{direction}", s) for direction in directions)
         if not last:
             size, channels = size // 2, s.outputs
 
@@ -142,8 +144,12 @@ def step_bytes(spec, keep_bottleneck=False, training=True):
     """
     e = STORAGE_BYTES[spec.dtype]
     total = stem_bytes(spec, training) + sum(op_bytes(op, s, e) for op, s in step_ops(spec, keep_bottleneck, training))
-    # SGD: weight, gradient and momentum read, two of them written
-    return total + (5 * parameters(spec) * ARITHMETIC_BYTES if training else 0)
+    return total + (optimizer_bytes(spec) if training else 0)
+
+
+def optimizer_bytes(spec):
+    """Bytes of SGD: weight, gradient and momentum read, two of them written."""
+    return 5 * parameters(spec) * ARITHMETIC_BYTES
 
 
 def parameters(spec):

@@ -5,6 +5,7 @@ depth. The fused stages keep the feature maps themselves: linear.
 """
 
 from math import log
+from statistics import linear_regression
 
 from tqdm import tqdm
 
@@ -35,19 +36,17 @@ def measure(base, growth_rate, implementations):
     for (against, implementation), specs in sweeps.items():
         values, found = VALUES[against], [peaks[spec] for spec in specs]
         fit = {"against": against, "implementation": implementation, "exponent": exponent(values, found)}
-        fits.append(fit | {"last_step": exponent(values[-2:], found[-2:])})
+        fit["last_step"] = exponent(values[-2:], found[-2:])
+        fits.append(fit)
         for spec, peak in zip(specs, found, strict=True):
-            row = base | {"against": against, "implementation": implementation, "depth": spec.depth}
-            row |= {"growth_rate": spec.growth_rate, "peak_bytes": peak, "exponent": fit["exponent"]}
-            rows.append(row | {"last_step": fits[-1]["last_step"]})
+            sizes = {"depth": spec.depth, "growth_rate": spec.growth_rate, "peak_bytes": peak}
+            rows.append(base | {"against": against, "implementation": implementation} | sizes | fit)
     return rows, fits
 
 
 def exponent(x, y):
     """Slope of the least-squares line through (log x, log y)."""
-    x, y = [log(v) for v in x], [log(v) for v in y]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return linear_regression([log(v) for v in x], [log(v) for v in y]).slope
 
 
 def body(results):

@@ -1,6 +1,7 @@
 """Selective activation checkpointing of dense layers, by torch.utils.checkpoint's own means."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -16,35 +17,32 @@ def checkpoint_selectively(model):
     """
     for layer in model.modules():
         if isinstance(layer, EfficientDenseLayer):
-            layer.forward = _Selective(layer)
+            layer.forward = partial(_forward, layer, layer.forward)
     return model
 
 
-class _Selective:
-    def __init__(self, layer):
-        self.layer, self.plain = layer, layer.forward
+def _forward(layer, plain, inputs):
+    inputs = [inputs] if isinstance(inputs, torch.Tensor) else inputs
+    if not torch.is_grad_enabled():
+        return plain(inputs)
+    # Without a copy for recomputation the running statistics would take in every batch twice.
+    snapshot = Snapshot(layer, [name for name, part in layer._modules.items() if part is not None])
+    call = plain
 
-    def __call__(self, inputs):
-        inputs = [inputs] if isinstance(inputs, torch.Tensor) else inputs
-        if not torch.is_grad_enabled():
-            return self.plain(inputs)
-        # Without a copy for recomputation the running statistics would take in every batch twice.
-        snapshot = Snapshot(self.layer, [name for name, part in self.layer._modules.items() if part is not None])
-        call = self.plain
+    @contextmanager
+    def recomputation(context):
+        nonlocal call
+        call = partial(
+            type(layer).forward, snapshot.module()
+        )  # outside of the context, which knows forward's ops alone
+        with context:
+            yield
 
-        @contextmanager
-        def recomputation(context):
-            nonlocal call
-            twin = snapshot.module()  # outside of the context, which knows the ops of forward alone
-            call = lambda x: type(self.layer).forward(twin, x)  # noqa: E731
-            with context:
-                yield
+    def contexts():
+        forward, again = create_selective_checkpoint_contexts(_keep_convolutions)
+        return forward, recomputation(again)
 
-        def contexts():
-            forward, again = create_selective_checkpoint_contexts(_keep_convolutions)
-            return forward, recomputation(again)
-
-        return checkpoint(lambda *x: call(x), *inputs, use_reentrant=False, context_fn=contexts)
+    return checkpoint(lambda *x: call(x), *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def _keep_convolutions(context, op, *args, **kwargs):

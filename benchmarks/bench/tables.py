@@ -20,40 +20,32 @@ class Column:
         return self.form.format(value if self.scale is None else value * self.scale)
 
 
-def table_of(columns, rows, failure=None):
+def quantiles_column(digits, scale=1e3, alone=None):
+    """The column beside a median; `alone` is the text where a step was timed once, and not in turn with others."""
+
+    def text(row):
+        if alone and not row.get("rounds"):
+            return alone
+        return f"{row['seconds_20'] * scale:.{digits}f}-{row['seconds_80'] * scale:.{digits}f}"
+
+    return Column("20-80 %", text)
+
+
+def table_of(columns, rows, failure=None, least=None):
     """The table of `rows`; the cells of a row for which `failure(row)` is a list are that list and nothing after it."""
-    cells = []
-    for row in rows:
-        line = failure(row) if failure else None
-        if line is None:
-            line = [column.cell(row) for column in columns]
-        cells.append(line + [""] * (len(columns) - len(line)))
-    return table([column.title for column in columns], cells)
+    cells = [failure(row) if failure else None for row in rows]
+    cells = [line or [c.cell(row) for c in columns] for line, row in zip(cells, rows, strict=True)]
+    return table([column.title for column in columns], cells, least)
 
 
-def quantiles_column(digits, scale=1e3):
-    return Column("20-80 %", lambda row: quantiles_text(row, digits, scale))
-
-
-def quantiles_text(row, digits, scale=1.0):
-    return f"{row['seconds_20'] * scale:.{digits}f}-{row['seconds_80'] * scale:.{digits}f}"
-
-
-def table(header, rows):
-    """A table whose cells are text, all but the first two columns to the right."""
-    widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
-    return "\n".join([*table_head(header, widths), *(table_row(row, widths) for row in rows)])
-
-
-def table_head(header, widths):
-    """The first two lines of a table, whose rows may come one by one."""
+def table(header, rows, least=None):
+    """A table of texts, all but the first two columns to the right; `least`: how wide each column is at least."""
+    rows = [header, *(row + [""] * (len(header) - len(row)) for row in rows)]
+    widths = [max(w, *(len(row[i]) for row in rows)) for i, w in enumerate(least or [3] * len(header))]
     rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return [table_row(header, widths), table_row(rule, widths)]
-
-
-def table_row(cells, widths):
-    cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
-    return "| " + " | ".join(cells) + " |"
+    rows.insert(1, rule)
+    form = "| " + " | ".join(f"{{:{'<' if i < 2 else '>'}{w}}}" for i, w in enumerate(widths)) + " |"
+    return "\n".join(form.format(*row) for row in rows)
 
 
 def listed(lines):

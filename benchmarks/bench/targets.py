@@ -1,44 +1,26 @@
 """Targets: the figures that are to be reached, and the verdicts on those that were measured."""
 
-from dataclasses import asdict, dataclass
-
 from bench.tables import Column, table_of
 
 
-@dataclass(frozen=True)
-class Target:
-    name: str
-    wanted: str = ""  # empty: the figure is only shown
-    found: float | None = None  # None: not measured
-    reached: bool | None = None
+def target(name, found, least=None, most=None):
+    """The row of one target. A figure that was not `found` is None; without a limit it is only shown."""
+    wanted, reached = "", None
+    if least is not None or most is not None:
+        wanted = f">= {least:g}" if most is None else f"<= {most:g}"
+        if found is not None:
+            reached = found >= least if most is None else found <= most
+    verdict = {True: "reached", False: "missed", None: "not measured"}[reached]
+    return {"name": name, "wanted": wanted, "found": found, "reached": reached, "verdict": verdict}
 
-    @classmethod
-    def at_least(cls, name, limit, found):
-        """A target; without a limit the figure is only shown."""
-        if limit is None:
-            return cls(name, found=found)
-        return cls(name, f">= {limit:g}", found, None if found is None else found >= limit)
 
-    @classmethod
-    def at_most(cls, name, limit, found):
-        return cls(name, f"<= {limit:g}", found, None if found is None else found <= limit)
-
-    @property
-    def verdict(self):
-        return {True: "reached", False: "missed", None: "not measured"}[self.reached]
-
-    def row(self):
-        return asdict(self) | {"verdict": self.verdict}
+COLUMNS = (
+    Column("target", "name"),
+    Column("wanted", "wanted"),
+    Column("found", "found", "{:.2f}"),
+    Column("", lambda row: row["verdict"] if row["wanted"] else None),
+)
 
 
 def targets_table(rows):
-    """The table of `Target.row`s."""
-    return table_of(
-        [
-            Column("target", "name"),
-            Column("wanted", "wanted"),
-            Column("found", "found", "{:.2f}"),
-            Column("", lambda t: t["verdict"] if t["wanted"] else None),
-        ],
-        rows,
-    )
+    return table_of(COLUMNS, rows)

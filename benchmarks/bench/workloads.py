@@ -19,11 +19,6 @@ class Workload:
     spec: Spec
     training: bool = True
 
-    @property
-    def masked(self):
-        """True if random numbers have a part in it."""
-        return self.training and "A" in self.spec.variant
-
     def spec_of(self, implementation):
         spec = replace(self.spec, implementation=implementation)
         return replace(spec, dtype=spec.traits.dtype or spec.dtype)

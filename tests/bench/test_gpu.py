@@ -48,7 +48,7 @@ def test_parts_left_out_get_no_time(run_of):
 def test_part_without_time_is_a_note(run_of):
     run = run_of()
     run.end = time.monotonic() + 1
-    gpu_run.measure(run, "steps", gpu_run.read_steps)
+    run.measure("steps", gpu_run.read_steps)
     assert run.results["notes"][1:] == ["steps: out of time"]
 
 
@@ -56,7 +56,7 @@ def test_nothing_is_compiled_in_too_little_time(run_of, tmp_path, monkeypatch):
     """The compiler would take what is left and have nothing to show; steps are told that nothing was compiled."""
     monkeypatch.setattr(gpu_run, "Worker", lambda *_: pytest.fail("a compiler was started"))
     run = run_of("--parts", "compile,steps", "--time-limit", "200", simulate=())
-    gpu_run.check(run)
+    run.check()
     assert run.results["notes"] == ["compile: not enough time for anything"]
     assert Findings(tmp_path / "compile.jsonl").rows == {} and (tmp_path / "compile.jsonl").exists()
 

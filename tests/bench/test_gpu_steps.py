@@ -3,12 +3,14 @@
 import json
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from bench import results
-from bench.gpu import gradients, groups, kernels, report, steps, targets
-from bench.gpu.groups import Request
+from bench.agreement import error_limit
+from bench.gpu import kernels, report, steps, targets
+from bench.gpu.groups import GROUPS, choose_groups
 from bench.implementations import ON_GPU
 from bench.kernel_cases import tiny_cases
 from bench.networks import build_batch, build_model
@@ -24,8 +26,8 @@ def measure(device, journal):
     """Measures implementations of one group; returns their rows, and what else was found."""
 
     def measure(*names, variant="A+B", journal=journal):
-        request = Request(device, variant, tiny=True, words=(CIFAR,), implementations=names)
-        steps.measure(request, journal, time.monotonic() + 300)
+        groups = choose_groups("cpu", variant, (CIFAR,), names, tiny=True)
+        steps.measure(device, groups, journal, time.monotonic() + 300)
         found = Findings(journal.path)
         return {row["implementation"]: row for row in found.rows_with("implementation")}, found
 
@@ -43,7 +45,7 @@ def test_ops_take_the_arguments(case, dtype, device):
 
 
 def test_kernels_out_of_time(device, journal):
-    kernels.measure(device, journal, time.monotonic() - 1, tiny=True)
+    kernels.measure(device, journal, time.monotonic() - 1)
     found = Findings(journal.path)
     assert found.rows == {}
     assert found.facts["ceilings"]["bandwidth"] > 0
@@ -57,24 +59,24 @@ def test_op_that_fails_is_a_row(device, journal, monkeypatch):
         return {"seconds": 1.0}
 
     monkeypatch.setattr(kernels, "measure_op", measure_op)
-    kernels.measure(device, journal, time.monotonic() + 60, tiny=True)
+    kernels.measure(device, journal, time.monotonic() + 60)
     rows = [row for row in Findings(journal.path).rows.values() if row["op"] == "append"]
     assert [row["error"] for row in rows] == ["RuntimeError: no such kernel"] * 2
 
 
-def test_shares_add_up(device):
-    assert sum(g.share for g in Request(device).groups()) == pytest.approx(1)
-    chosen = Request(device, words=("densenet121",)).groups()
+def test_shares_add_up():
+    assert sum(g.share for g in choose_groups("cpu")) == pytest.approx(1)
+    chosen = choose_groups("cpu", words=("densenet121",))
     assert [g.net for g in chosen] == ["densenet121"] * 2
     assert sum(g.share for g in chosen) == pytest.approx(1)
-    assert {name for g in groups.GROUPS for name in g.implementations} == set(ON_GPU)
+    assert {name for g in GROUPS for name in g.implementations} == set(ON_GPU)
 
 
 @pytest.mark.parametrize(("net", "variant", "parameters"), [("densenet121", "A+B", 7978856), ("cifar", "", 800032)])
-def test_specs_are_the_published_networks(device, net, variant, parameters):
+def test_specs_are_the_published_networks(net, variant, parameters):
     """DenseNet-121 is torchvision's, whatever the variant of the other."""
-    group = {g.net: g for g in groups.GROUPS}[net]
-    spec = Request(device, variant).spec(group, "plain")
+    group = {g.net: g for g in choose_groups("cpu", variant)}[net]
+    spec = group.spec_of("plain")
     assert sum(p.numel() for p in build_model(spec).parameters()) == parameters
     assert spec.batch_size == group.batch_size
     if net == "cifar":
@@ -82,9 +84,9 @@ def test_specs_are_the_published_networks(device, net, variant, parameters):
 
 
 def test_steps_write_rows_and_agree(device, measure, tmp_path):
-    request = Request(device, tiny=True, words=(CIFAR,))
+    groups = choose_groups("cpu", words=(CIFAR,), tiny=True)
     for random in (True, False):  # else an agreement would be a matter of the instruction set
-        spec = groups.replace(request.spec(request.groups()[0], "plain"), random=random)
+        spec = replace(groups[0].spec_of("plain"), random=random)
         assert clearness(build_model(spec), build_batch(spec)[0]) > CLEAR
     names = ("plain", "fused", "fused-graph", "checkpoint")
     rows, found = measure(*names)
@@ -93,25 +95,24 @@ def test_steps_write_rows_and_agree(device, measure, tmp_path):
     assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 and row["rounds"] > 0 for row in rows.values())
     assert rows["plain"]["first_loss"] == pytest.approx(rows["fused"]["first_loss"], rel=1e-4)
     counted = Journal(tmp_path / "profile.jsonl")
-    steps.count_kernels(request, counted, time.monotonic() + 60)
+    steps.count_kernels(device, groups, counted, time.monotonic() + 60)
     assert Findings(counted.path).rows[f"{CIFAR} fused"]["launches"] > 10
 
 
 def test_wrong_gradients_are_not_timed(measure, monkeypatch):
-    monkeypatch.setattr(steps, "check_gradients", lambda spec_of: {"agrees": False})
+    monkeypatch.setattr(steps, "check_on_gpu", lambda spec_of: {"agrees": False})
     rows, _ = measure("plain", "fused")
     assert "seconds" in rows["plain"]
     assert rows["fused"]["error"] == "gradients disagree: not timed"
 
 
 def test_out_of_memory_is_a_result(measure, monkeypatch):
-    class Step(steps.GpuStep):
-        def run(self):
-            if self.spec.implementation == "checkpoint":
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return super().run()
+    def fail(step, run=steps.GpuStep.run):
+        if step.spec.implementation == "checkpoint":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(step)
 
-    monkeypatch.setattr(steps, "GpuStep", Step)
+    monkeypatch.setattr(steps.GpuStep, "run", fail)
     rows, _ = measure("plain", "checkpoint", variant="")
     assert rows["checkpoint"]["error"] == "out of memory"
     assert rows["plain"]["rounds"] > 0
@@ -138,19 +139,19 @@ def test_out_of_memory_beside_others_leaves_the_others(device, journal):
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    request = Request(device, "", tiny=True, words=(CIFAR,))
-    run = steps.GroupRun(request, journal, request.groups()[0], time.monotonic() + 60)
-    run.time({"plain": steps.Sample(lambda: None, 2), "fused": steps.Sample(fail, 1)})
+    (group,) = choose_groups("cpu", "", (CIFAR,), tiny=True)
+    run = steps.GroupRun(device, journal, group, time.monotonic() + 60)
+    run.time({"plain": (lambda: None, 2), "fused": (fail, 1)})
     rows = Findings(journal.path).rows
     assert rows[f"{CIFAR} plain"]["steps_a_round"] == 2
     assert "out of memory" in rows[f"{CIFAR} fused"]["error"]
 
 
 def test_error_limit():
-    assert gradients.error_limit(1e-6) == pytest.approx(1e-3, rel=0.01)
-    assert gradients.error_limit(0.1) == pytest.approx(0.301)
-    assert gradients.error_limit(0.4) == 0.9
-    assert not float("nan") <= gradients.error_limit(0.4)
+    assert error_limit(1e-6) == pytest.approx(1e-3, rel=0.01)
+    assert error_limit(0.1) == pytest.approx(0.301)
+    assert error_limit(0.4) == 0.9
+    assert not float("nan") <= error_limit(0.4)
 
 
 def made_up_rows():
@@ -177,7 +178,7 @@ def made_up_rows():
 
 
 def test_targets():
-    found = {t.name: (t.found, t.verdict) for t in targets.evaluate(made_up_rows(), 3e12, 45e9)}
+    found = {t["name"]: (t["found"], t["verdict"]) for t in targets.evaluate(made_up_rows(), 3e12, 45e9)}
     assert found == {
         "DenseNet-121 bf16: times faster than plain": (pytest.approx(2.2), "reached"),
         "DenseNet-121 bf16: times faster than torch.compile": (pytest.approx(1.25), "missed"),
@@ -204,7 +205,7 @@ def test_tables_and_files(tmp_path):
         "agreement": {f"{CIFAR} agreement": dict.fromkeys(report.AGREEMENT, errors) | {"agrees": True}},
         "kernels": [kernel | {"of_floor": 0.1, "bound": "bytes"}, failed],
         "ceilings": {"bandwidth": 4.3e12, "products": {"bfloat16": 7e14}},
-        "targets": [target.row() for target in targets.evaluate(made_up_rows())],
+        "targets": targets.evaluate(made_up_rows()),
         "notes": ["steps: out of time before the last"],
     }
     results.write_json(tmp_path / "x.json", found)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from bench.compositions import COMPOSITIONS, Composition
-from bench.cpu.kernels import REASONS
 from bench.kernel_arguments import EPS
 from bench.roofline import FORMULAS, Size, step_ops
 from bench.workloads import find
+from kernels import REASONS
 
 
 def test_every_op_has_a_composition_and_a_reason():

@@ -1,35 +1,28 @@
 """memory.py and largest_batch.py: rows as they come, and the largest step that fits."""
 
-import io
-import sys
 from dataclasses import replace
 
+import largest_batch
 import pytest
-from bench import largest, timing
+from bench import timing
 from bench.networks import Spec
 
 
-def test_memory_prints_rows_as_they_come(monkeypatch, run):
+def test_memory_prints_rows_as_they_come(monkeypatch, run, capsys):
     """The header first, and one variant's rows while the next one is not yet measured."""
-    printed, measured, interleave = [], [], timing.interleave
+    printed, interleave = [], timing.interleave
 
-    class Output(io.StringIO):
-        def write(self, text):
-            printed.append(text)
-            return super().write(text)
-
-    def watched(steps, *rest):
-        measured.append("".join(printed))
-        return interleave(steps, *rest)
+    def watched(samples, *rest):
+        printed.append(capsys.readouterr().out)
+        return interleave(samples, *rest)
 
     monkeypatch.setattr(timing, "interleave", watched)
-    monkeypatch.setattr(sys, "stdout", Output())
     tiny = ["--depth", 10, "--batch-size", 2, "--size", 8, "--growth-rate", 4, "--rounds", 1, "--no-resident"]
-    run("memory.py", *tiny, "--variants", "vanilla,A+B", "--implementations", "plain,fused", "--threads", 1)
-    first, second = measured
+    end, _ = run("memory.py", *tiny, "--variants", "vanilla,A+B", "--implementations", "plain,fused", "--threads", 1)
+    first, second = printed
     assert "| variant | implementation |" in first and "| vanilla |" not in first
     assert second.count("| vanilla |") == 2 and "| A+B" not in second
-    table = [line for line in "".join(printed).splitlines() if line.startswith("|")]
+    table = [line for line in (first + second + end).splitlines() if line.startswith("|")]
     assert len(table) == 2 + 4 and len({len(line) for line in table}) == 1
 
 
@@ -43,7 +36,7 @@ def test_largest_is_found_in_few_measurements(budget, power):
         asked.append(n)
         return 50 + 7 * n**power
 
-    n, found = largest.largest(bytes_of, budget, most=100_000)
+    n, found = largest_batch.largest(bytes_of, budget, most=100_000)
     assert len(asked) == len(set(asked)) == len(found) <= 30
     assert n == 0 or bytes_of(n) <= budget
     assert n == 100_000 or bytes_of(n + 1) > budget
@@ -51,7 +44,7 @@ def test_largest_is_found_in_few_measurements(budget, power):
 
 def test_largest_where_memory_ends():
     """Beyond 777 nothing can be measured at all, as on a GPU."""
-    n, found = largest.largest(lambda n: 1000 * n if n <= 777 else None, 10**9, most=100_000)
+    n, found = largest_batch.largest(lambda n: 1000 * n if n <= 777 else None, 10**9, most=100_000)
     assert n == 777 and found[778] is None
 
 
@@ -64,8 +57,8 @@ def test_largest_batch(run):
     for r in (plain, fused):
         assert 0 < r["bytes"] <= budget * 1e6 < r["next_bytes"]
     spec = Spec("plain", "", depth=10, size=32, batch_size=plain["largest"])
-    assert largest.step_bytes(spec) == pytest.approx(plain["bytes"], rel=0.01)
-    assert largest.step_bytes(replace(spec, batch_size=spec.batch_size + 1)) > budget * 1e6
+    assert largest_batch.step_bytes(spec) == pytest.approx(plain["bytes"], rel=0.01)
+    assert largest_batch.step_bytes(replace(spec, batch_size=spec.batch_size + 1)) > budget * 1e6
     assert fused["times_plain"] == fused["largest"] / plain["largest"] > 1
 
 
@@ -74,7 +67,7 @@ def test_deepest_network(run):
     _, results = run("largest_batch.py", "--search", "depth", "--size", 8, "--batch-size", 2, "--budget-mb", 1, "--device",
                      "cpu", "--threads", 1, "--implementations", "plain")  # fmt: skip
     (found,) = results["rows"]
-    assert largest.spec_function(results["settings"], "depth", "plain")(3).depth == 22
+    assert largest_batch.spec_function(results["settings"], "depth", "plain")(3).depth == 22
     assert found["bytes"] <= 1e6 < found["next_bytes"]
     spec = Spec("plain", "", depth=found["largest"], size=8, batch_size=2)
-    assert largest.step_bytes(spec) == pytest.approx(found["bytes"], rel=0.01)
+    assert largest_batch.step_bytes(spec) == pytest.approx(found["bytes"], rel=0.01)

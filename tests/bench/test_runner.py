@@ -2,6 +2,7 @@
 
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from bench import BENCHMARKS
@@ -88,22 +89,11 @@ def test_worker_that_fails_is_followed_by_one_that_goes_on(tmp_path, script):
 
 
 def test_follow_says_each_minute_how_far_it_is(journal, capsys):
-    class Ending:
-        part, polls = "default", 0
-
-        def __init__(self):
-            self.journal = journal.path
-
-        def poll(self):
-            self.polls += 1
-            return self.polls == 2
-
-        def kill(self):
-            pass
-
     journal.fact("cells", 7)
     journal.begin("cifar fused", 60)
-    worker.follow(Ending(), seconds_a_line=0)
-    assert capsys.readouterr().err.splitlines()[0] == "default: 1 of 7 cells, 0 min, now cifar fused"
-    worker.follow(Ending())
-    assert capsys.readouterr().err == ""
+    for seconds_a_line, said in ((0, "default: 1 of 7 cells, 0 min, now cifar fused\n"), (60, "")):
+        ending = SimpleNamespace(part="default", journal=journal.path, kill=lambda: None)
+        ending.poll = iter((False, True)).__next__
+        worker.follow(ending, seconds_a_line=seconds_a_line)
+        printed = capsys.readouterr().err
+        assert printed.startswith(said) and bool(printed) == bool(said)

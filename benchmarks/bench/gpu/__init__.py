@@ -1,1 +1,1 @@
-"""The benchmark of GPUs."""
+"""gpu.py: its parts, the devices that they run on, and its tables."""

@@ -1,4 +1,4 @@
-"""The checks that have to pass before a time means anything: the build, the tests, and the kernels under compute-sanitizer.
+"""The checks that have to pass before a time means anything: the tests, and the kernels under compute-sanitizer.
 
 Each is a process of its own with a time limit; whatever becomes of it, its summary is a dict for the results.
 """
@@ -17,17 +17,6 @@ SANITIZED = {
 }
 KERNEL_TESTS = "tests/ops/test_kernels.py"
 REHEARSED = "test_kernel_equals_twin and growth-1 and float32"
-
-
-def build_command():
-    return [sys.executable, "setup.py", "build_ext", "--inplace"]
-
-
-def build_summary(process):
-    found = process.summary()
-    if found["status"] != 0:
-        found["output"] = process.tail()
-    return found
 
 
 # ---- the test suite ----------------------------------------------------------------------------------------------------

@@ -3,14 +3,18 @@
 Everything that differs between the two is in these two classes, so that a rehearsal proves all the rest.
 """
 
+import contextlib
 import gc
 import shutil
 import subprocess
 import time
 from collections import Counter, defaultdict
+from functools import cached_property
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from bench.tables import first_line
 
 NOT_KERNELS = ("Memcpy", "Memset", "Context Sync", "Event Sync", "Stream Sync", "Stream Wait")
 
@@ -20,7 +24,7 @@ def open_device(simulated):
 
 
 class CudaDevice:
-    name = "cuda"
+    name, tiny, compiler, activity = "cuda", False, "inductor", ProfilerActivity.CUDA
     # matrix products and copies that measure the ceilings; the flush between runs is several times the L2 cache
     product_size = 8192
     copy_bytes = 2 << 30
@@ -35,15 +39,13 @@ class CudaDevice:
         total = self.properties.total_memory
         self.copy_bytes = min(self.copy_bytes, total // 8 // 4 * 4)
         self.flush_bytes = min(self.flush_bytes, total // 16)
-        self._flushed = None
 
     def search_algorithms(self, on):
         torch.backends.cudnn.benchmark = on
 
     def describe(self):
         """Facts that environment.describe leaves out, and the settings that the figures depend on."""
-        p, smi = self.properties, shutil.which("nvidia-smi")
-        driver = ""
+        p, smi, driver = self.properties, shutil.which("nvidia-smi"), ""
         if smi:
             query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
             driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]
@@ -69,6 +71,16 @@ class CudaDevice:
             return True
         return False
 
+    @contextlib.contextmanager
+    def errors_to(self, write):
+        """Give the first line of an error to `write` and go on, unless the device is lost: another process takes over."""
+        try:
+            yield
+        except (RuntimeError, TypeError, ValueError) as error:
+            write(first_line(error))
+            if self.lost():
+                raise
+
     def seconds(self, function):
         """Device time of one call, from an idle device: what the host takes to queue it counts where the device waits."""
         self.synchronize()
@@ -80,19 +92,18 @@ class CudaDevice:
         First the device reads a large buffer, for at least as long as the host takes to queue the call. Reads, because
         what a flush had written would still be on its way to memory while the call is timed.
         """
-        flush = self._flush_buffer()
-        if self._flushed is None:
-            flush()
-            self._flushed = self.seconds(flush)
+        flush, flush_seconds = self._flush
         torch.cuda.synchronize()
-        for _ in range(1 + int(2 * host_seconds / self._flushed)):
+        for _ in range(1 + int(2 * host_seconds / flush_seconds)):
             flush()
         return self._between_events(function)
 
-    def _flush_buffer(self):
-        if not hasattr(self, "_buffer"):
-            self._buffer = torch.zeros(self.flush_bytes // 4, device="cuda")
-        return self._buffer.sum
+    @cached_property
+    def _flush(self):
+        """The function that reads a large buffer, and how long it takes."""
+        flush = torch.zeros(self.flush_bytes // 4, device="cuda").sum
+        flush()
+        return flush, self.seconds(flush)
 
     def _between_events(self, function):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -138,37 +149,31 @@ class CudaDevice:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             function()
-
-        def replay():
-            graph.replay()
-
-        replay.captured = function  # whose tensors the graph reads and writes: they must live as long
-        return replay
+        graph.captured = function  # whose tensors the graph reads and writes: they must live as long
+        return graph.replay
 
     def compile(self, model):
-        return torch.compile(model, dynamic=False)
+        return torch.compile(model, dynamic=False, backend=self.compiler)
 
     def kernels(self, function):
         """Launches in one call, seconds that they ran in all, and the kernels that took longest."""
-        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        with profile(activities=[self.activity]) as recorded:
             function()
-            torch.cuda.synchronize()
-        cuda = torch.autograd.DeviceType.CUDA
-        events = [
-            (e.name(), e.start_ns(), e.start_ns() + e.duration_ns())
-            for e in recorded.profiler.kineto_results.events()
-            if e.device_type() == cuda and not e.is_user_annotation() and not e.name().startswith(NOT_KERNELS)
-        ]
-        return summarize_kernels(events)
+            self.synchronize()
+        events = [e for e in recorded.profiler.kineto_results.events() if self.is_kernel(e)]
+        return summarize_kernels([(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in events])
+
+    def is_kernel(self, event):
+        on_device = event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation()
+        return on_device and not event.name().startswith(NOT_KERNELS)
 
 
 class SimulatedDevice(CudaDevice):
     """The CPU in a GPU's place: what is measured means nothing, but every line that measures is run."""
 
-    name = "cpu"
+    name, tiny, compiler, activity = "cpu", True, "aot_eager", ProfilerActivity.CPU
     product_size = 64
-    copy_bytes = 1 << 16
-    flush_bytes = 1 << 16
+    copy_bytes = flush_bytes = 1 << 16
 
     def __init__(self):
         torch.set_num_threads(1)  # sizes are tiny, and others may be at work
@@ -213,15 +218,8 @@ class SimulatedDevice(CudaDevice):
         function()
         return function
 
-    def compile(self, model):
-        return torch.compile(model, dynamic=False, backend="aot_eager")
-
-    def kernels(self, function):
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            function()
-        events = recorded.profiler.kineto_results.events()
-        ours = [e for e in events if e.name().startswith("densenet_ext::")]
-        return summarize_kernels([(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in ours])
+    def is_kernel(self, event):
+        return event.name().startswith("densenet_ext::")
 
 
 def summarize_kernels(events, longest=40):

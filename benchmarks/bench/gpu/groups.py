@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from bench.networks import Spec
 from bench.workloads import spec_of_network
 
 
@@ -12,34 +13,24 @@ class Group:
     batch_size: int
     share: float  # of the time for all groups
     implementations: tuple
+    spec: Spec | None = None
 
     @property
     def key(self):
         return f"{self.net} {self.dtype} {self.batch_size}"
 
+    def spec_of(self, implementation):
+        return replace(self.spec, implementation=implementation)
+
 
 # Groups and implementations stand in the order of their importance: time may run out.
 DENSENET121 = (
-    "plain-channels-last",
-    "fused-channels-last",
-    "compile-channels-last",
-    "plain",
-    "fused",
-    "checkpoint",
-    "fused-graph",
-    "fused-kept-channels-last",
-    "checkpoint-channels-last",
+    *("plain-channels-last", "fused-channels-last", "compile-channels-last", "plain", "fused", "checkpoint"),
+    *("fused-graph", "fused-kept-channels-last", "checkpoint-channels-last"),
 )
 CIFAR = (
-    "plain",
-    "fused",
-    "plain-channels-last",
-    "checkpoint",
-    "fused-channels-last",
-    "fused-graph",
-    "fused-kept-channels-last",
-    "compile-channels-last",
-    "plain-graph",
+    *("plain", "fused", "plain-channels-last", "checkpoint", "fused-channels-last", "fused-graph"),
+    *("fused-kept-channels-last", "compile-channels-last", "plain-graph"),
 )
 GROUPS = (
     Group("densenet121", "bfloat16", 256, 0.40, DENSENET121),
@@ -55,31 +46,20 @@ TINY = {"growth_rate": 4, "batch_size": 2}
 TINY_SIZE = {"cifar": 8, "densenet121": 64}
 
 
-@dataclass(frozen=True)
-class Request:
-    """The groups that a command line asks for, and how they are computed."""
+def choose_groups(device, variant="A+B", words=(), implementations=(), tiny=False):
+    """The groups whose key has one of the `words` (all without any), with shares that add up to 1.
 
-    device: object
-    variant: str = "A+B"  # of the CIFAR network
-    tiny: bool = False
-    words: tuple = ()  # groups whose key has one of them; empty: all
-    implementations: tuple = ()  # empty: all
-
-    def groups(self):
-        """The groups with shares that add up to 1. A rehearsal takes the first three."""
-        chosen = [g for g in GROUPS if not self.words or any(word in g.key for word in self.words)]
-        chosen = chosen[: 3 if self.tiny else None]
-        whole = sum(g.share for g in chosen)
-        return [replace(g, share=g.share / whole, implementations=self._chosen(g)) for g in chosen]
-
-    def _chosen(self, group):
-        names = group.implementations
-        return tuple(name for name in names if name in self.implementations) if self.implementations else names
-
-    def spec(self, group, implementation):
-        """The `Spec` of one implementation of a group; of the same kind but tiny for a rehearsal."""
-        sizes = {"batch_size": group.batch_size} | ({"variant": self.variant} if group.net == "cifar" else {})
-        if self.tiny:
-            sizes |= TINY | {"size": TINY_SIZE[group.net]}
-        spec = replace(spec_of_network(group.net, self.tiny), **sizes)
-        return replace(spec, implementation=implementation, dtype=group.dtype, device=self.device.name)
+    variant: of the CIFAR network; implementations: only these, if there are any. A rehearsal takes the first three, tiny.
+    """
+    chosen = [g for g in GROUPS if not words or any(word in g.key for word in words)][: 3 if tiny else None]
+    whole = sum(g.share for g in chosen)
+    groups = []
+    for g in chosen:
+        names = tuple(name for name in g.implementations if name in (implementations or g.implementations))
+        spec = replace(spec_of_network(g.net, tiny), dtype=g.dtype, batch_size=g.batch_size, device=device)
+        if g.net == "cifar":
+            spec = replace(spec, variant=variant)
+        if tiny:
+            spec = replace(spec, **TINY, size=TINY_SIZE[g.net])
+        groups.append(replace(g, share=g.share / whole, implementations=names, spec=spec))
+    return groups

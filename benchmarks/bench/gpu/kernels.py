@@ -12,16 +12,15 @@ import torch
 from bench.kernel_arguments import bind
 from bench.kernel_cases import gpu_cases, tiny_cases
 from bench.machine_rates import gpu_ceilings
-from bench.roofline import STORAGE_BYTES, bound_by, floor_seconds, op_bytes, op_flops
-from bench.tables import first_line
+from bench.roofline import STORAGE_BYTES, floor, op_bytes, op_flops
 from bench.timing import quantile_row, wall_seconds
 
 
-def measure(device, journal, deadline, tiny):
+def measure(device, journal, deadline):
     """Write a row for every op of every case; none is begun after `deadline`."""
     ceilings = gpu_ceilings(device)
     journal.fact("ceilings", ceilings)
-    cases = tiny_cases() if tiny else gpu_cases()
+    cases = tiny_cases() if device.tiny else gpu_cases()
     cells = [(dtype, case, op) for dtype in ("bfloat16", "float32") for case in cases for op in case.ops]
     journal.fact("cells", len(cells))
     for dtype, case, op in cells:
@@ -32,14 +31,9 @@ def measure(device, journal, deadline, tiny):
         cell = {"op": op, "case": case.name, "net": case.net, "dtype": dtype}
         if not journal.begin(key, allow=30, **cell):
             continue
-        try:
-            row = measure_op(device, op, case.size, dtype, ceilings, runs=2 if tiny else 20)
-        except (RuntimeError, TypeError) as error:
-            journal.row(key, **cell, error=first_line(error))
-            if device.lost():
-                raise  # another process takes over
-            continue
-        journal.row(key, **cell, **row)
+        with device.errors_to(lambda error, key=key, cell=cell: journal.row(key, **cell, error=error)):
+            row = measure_op(device, op, case.size, dtype, ceilings, runs=2 if device.tiny else 20)
+            journal.row(key, **cell, **row)
 
 
 def measure_op(device, op, size, dtype, ceilings, runs=20):
@@ -47,27 +41,14 @@ def measure_op(device, op, size, dtype, ceilings, runs=20):
     call = bind(op, size, getattr(torch, dtype), device.name)
     for _ in range(3 if runs > 2 else 1):
         call()
-    device.synchronize()
-    host = _host_seconds(device, call, runs)
-    row = quantile_row([device.seconds_after_flush(call, host) for _ in range(runs)])
-    moved, flops = op_bytes(op, size, STORAGE_BYTES[dtype]), op_flops(op, size)
-    rates = {"bytes": ceilings["bandwidth"], "flops": ceilings["products"][dtype]}
-    floor = floor_seconds(moved, flops, rates)
-    return row | {
-        "host_seconds": host,
-        "bytes": moved,
-        "flops": flops,
-        "floor_seconds": floor,
-        "of_floor": floor / row["seconds"],
-        "bound": bound_by(moved, flops, rates),
-    }
-
-
-def _host_seconds(device, call, runs):
-    """Seconds that the host takes to queue the call; the device's queue is empty each time, so that it never waits."""
-    times = []
+    host = []  # seconds to queue the call; the device's queue is empty each time, so that it never waits
     for _ in range(min(runs, 10)):
         device.synchronize()
-        times.append(wall_seconds(call))
-    device.synchronize()
-    return statistics.median(times)
+        host.append(wall_seconds(call))
+    host = statistics.median(host)
+    row = quantile_row([device.seconds_after_flush(call, host) for _ in range(runs)]) | {"host_seconds": host}
+    moved, flops = op_bytes(op, size, STORAGE_BYTES[dtype]), op_flops(op, size)
+    rates = {"bytes": ceilings["bandwidth"], "flops": ceilings["products"][dtype]}
+    least, bound = floor(moved, flops, rates)
+    row |= {"bytes": moved, "flops": flops, "floor_seconds": least, "of_floor": least / row["seconds"]}
+    return row | {"bound": bound}

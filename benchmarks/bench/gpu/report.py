@@ -6,7 +6,7 @@ Where the build failed there still are results to write, so nothing here needs t
 from bench import MB, TITLES, results
 from bench.implementations import IMPLEMENTATIONS
 from bench.roofline import FORMULAS
-from bench.tables import Column, listed, paragraphs, quantiles_column, quantiles_text, table_of
+from bench.tables import Column, listed, paragraphs, quantiles_column, table_of
 from bench.targets import targets_table
 
 TITLE = "Training on {name}"
@@ -95,7 +95,7 @@ def steps_table(rows):
     columns = [
         Column("implementation", label),
         Column("ms", "seconds", "{:.2f}", 1e3),
-        Column("20-80 %", lambda row: quantiles_text(row, 2, 1e3) if row["rounds"] else "alone"),
+        quantiles_column(2, alone="alone"),
         Column("faster", against("plain", "seconds"), "{:.2f}x"),
         Column("than ckpt", against("checkpoint", "seconds"), "{:.2f}x"),
         Column("peak MB", "peak_bytes", "{:.0f}", 1 / MB),
@@ -123,10 +123,6 @@ def kernels_text(rows, ceilings):
     if ceilings:
         products = ", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in ceilings["products"].items())
         text = f"Ceilings measured here: copy {ceilings['bandwidth'] / 1e9:.0f} GB/s; matrix product {products}."
-    return paragraphs(text, kernels_table(rows), KERNEL_NOTES)
-
-
-def kernels_table(rows):
     columns = [
         Column("op", "op"),
         Column("layer", "case"),
@@ -145,7 +141,7 @@ def kernels_table(rows):
     def failure(row):
         return None if "seconds" in row else [row["op"], row["case"], row["dtype"], row.get("error", "")[:60]]
 
-    return table_of(columns, rows, failure)
+    return paragraphs(text, table_of(columns, rows, failure), KERNEL_NOTES)
 
 
 def checks_text(found):
@@ -158,10 +154,9 @@ def checks_text(found):
         lines += [f"  - {name}" for name in tests.get("failures", [])[:20]]
     for tool, summary in (found.get("sanitizer") or {}).items():
         if isinstance(summary, dict):
-            said = (
-                f"{summary.get('said') or outcome(summary, 'no summary')} ({summary.get('tests') or 'no test ended'})"
-            )
-            lines.append(f"- compute-sanitizer {tool}: {summary.get('skipped') or said}")
+            said = summary.get("said") or outcome(summary, "no summary")
+            ended = f"{said} ({summary.get('tests') or 'no test ended'})"
+            lines.append(f"- compute-sanitizer {tool}: {summary.get('skipped') or ended}")
     for key, compiled in (found.get("compile") or {}).items():
         seconds = f"{compiled.get('seconds', 0):.0f} s"
         lines.append(f"- {key}: {compiled.get('error', seconds)}")

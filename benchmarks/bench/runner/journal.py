@@ -10,9 +10,11 @@ from pathlib import Path
 
 
 class Journal:
+    """What a process writes. `previous` are the findings of one that died, `begun` the cells of both."""
+
     def __init__(self, path):
         self.path = Path(path)
-        self.previous = Findings(path)  # of a process that died
+        self.previous = Findings(path)
         self.begun = set(self.previous.begun)
 
     def begin(self, key, allow=60, **cell):
@@ -56,30 +58,24 @@ class Findings:
     def __init__(self, path):
         self.begun, self.rows, self.notes, self.facts = [], {}, [], {}
         self.current, self.allow, self.cell = None, 60, {}
-        for entry in _entries(Path(path)):
-            if "begin" in entry:
-                self.current, self.allow, self.cell = entry["begin"], entry["allow"], entry["cell"]
-                self.begun.append(entry["begin"])
-            elif "row" in entry:
-                self.rows.setdefault(entry["row"], {}).update(entry["values"])
-                self.current = None if self.current == entry["row"] else self.current
-            elif "fact" in entry:
-                self.facts[entry["fact"]] = entry["value"]
-            else:
-                self.notes.append(entry["note"])
+        for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
+            try:
+                self._add(json.loads(line))
+            except json.JSONDecodeError:
+                break  # the last line of a process that was killed while it wrote
+
+    def _add(self, entry):
+        if "begin" in entry:
+            self.current, self.allow, self.cell = entry["begin"], entry["allow"], entry["cell"]
+            self.begun.append(entry["begin"])
+        elif "row" in entry:
+            self.rows.setdefault(entry["row"], {}).update(entry["values"])
+            self.current = None if self.current == entry["row"] else self.current
+        elif "fact" in entry:
+            self.facts[entry["fact"]] = entry["value"]
+        else:
+            self.notes.append(entry["note"])
 
     def rows_with(self, key):
         """The rows of cells, without those that only end a part."""
         return [row for row in self.rows.values() if key in row]
-
-
-def _entries(path):
-    if not path.exists():
-        return []
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the last line of a process that was killed while it wrote
-    return entries

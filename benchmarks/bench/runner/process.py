@@ -15,11 +15,11 @@ class Process:
     """A command whose output goes to a file; it is ended when its time is over."""
 
     def __init__(self, command, log, limit, environment=None):
-        self.command, self.log, self.limit = [str(word) for word in command], Path(log), limit
-        self.started, self.interrupted, self.seconds = time.monotonic(), None, None
+        self.log, self.started, self.limit = Path(log), time.monotonic(), limit
+        self.interrupted = None
         with open(self.log, "w") as output:
             self.process = subprocess.Popen(
-                self.command,
+                [str(word) for word in command],
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -37,16 +37,12 @@ class Process:
             return True
         instant = time.monotonic()
         if self.interrupted is None and instant > self.started + self.limit:
-            self.interrupt()
+            self.interrupted = instant
+            self.process.send_signal(signal.SIGINT)  # as Ctrl-C does, so that pytest still writes its summary
         elif self.interrupted is not None and instant > self.interrupted + GRACE:
             self.kill()
             return True
         return False
-
-    def interrupt(self):
-        """Interrupt it as Ctrl-C does, so that pytest still writes its summary."""
-        self.interrupted = time.monotonic()
-        self.process.send_signal(signal.SIGINT)
 
     def kill(self):
         """End it and what it started, if it has not ended."""
@@ -55,18 +51,18 @@ class Process:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def wait(self, pause=0.2):
+    def wait(self):
         try:
             while not self.poll():
-                time.sleep(pause)
+                time.sleep(0.2)
         finally:
             self.kill()
         return self
 
     def summary(self):
-        """Exit status, seconds until the first summary, and whether the time was over."""
-        self.seconds = self.seconds or round(time.monotonic() - self.started, 1)
-        return {"status": self.status, "seconds": self.seconds, "out_of_time": self.interrupted is not None}
+        """Exit status, seconds until this call, and whether the time was over."""
+        seconds = round(time.monotonic() - self.started, 1)
+        return {"status": self.status, "seconds": seconds, "out_of_time": self.interrupted is not None}
 
     def text(self):
         return self.log.read_text(errors="replace")

@@ -22,10 +22,10 @@ STARTING = 60  # seconds until the first line of a journal, beside those that a 
 
 def add_options(parser, parts):
     """The option for what processes leave, and those that only a worker gets."""
-    add = parser.add_argument
-    add("--logs", metavar="FOLDER", type=Path, help="keep what the processes print, and their journals")
-    for name, kind in (("--worker", str), ("--folder", Path), ("--seconds", float)):
-        add(name, type=kind, choices=parts if name == "--worker" else None, help=argparse.SUPPRESS)
+    parser.add_argument("--logs", metavar="FOLDER", type=Path, help="keep what the processes print, and their journals")
+    parser.add_argument("--worker", choices=parts, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
 
 
 @contextlib.contextmanager
@@ -48,40 +48,34 @@ class Worker:
     def __init__(self, part, folder, seconds, environment, late):
         self.part, self.folder, self.environment, self.late = part, folder, environment, late
         self.journal = folder / f"{part}.jsonl"
-        self.deadline, self.starts, self.process = time.monotonic() + seconds, 0, None
-        self.size, self.changed, self.allow, self.begun = -1, 0.0, 60, 0
+        self.deadline, self.starts, self.begun = time.monotonic() + seconds, 0, 0
+        self.size, self.allow = 0, 60  # bytes of the journal; seconds that its cell may take
         self.start()
 
     def start(self):
         self.starts += 1
-        seconds = self.deadline - time.monotonic()
+        seconds, self.changed = self.deadline - time.monotonic(), time.monotonic()
         log = self.folder / f"{self.part}.{self.starts}.log"
         self.process = Process(self.command(seconds), log, seconds + self.late, self.environment)
-        self.changed = time.monotonic()
 
     def command(self, seconds):
-        script = Path(sys.argv[0]).resolve()
         worker = ["--worker", self.part, "--folder", self.folder, "--seconds", f"{seconds:.0f}"]
-        return [sys.executable, script, *sys.argv[1:], *worker]
+        return [sys.executable, Path(sys.argv[0]).resolve(), *sys.argv[1:], *worker]
 
     def poll(self):
         """True if there is nothing left to wait for."""
         if self.process.poll():
             return self.process.status == 0 or not self.take_over("stopped")
-        if self.grown():
-            self.changed, self.allow = time.monotonic(), Findings(self.journal).allow
-        elif time.monotonic() > self.changed + self.allow + STARTING * (self.size <= 0):
-            self.process.kill()
+        size = self.journal.stat().st_size if self.journal.exists() else 0
+        if size != self.size:
+            self.size, self.changed, self.allow = size, time.monotonic(), Findings(self.journal).allow
+        elif time.monotonic() > self.changed + self.allow + STARTING * (size == 0):
+            self.kill()
             return not self.take_over(f"stood still for {self.allow} s")
         return False
 
     def kill(self):
         self.process.kill()
-
-    def grown(self):
-        size = self.journal.stat().st_size if self.journal.exists() else 0
-        grown, self.size = size != self.size, size
-        return grown
 
     def take_over(self, what):
         """Note what happened; True if another process goes on."""
@@ -89,12 +83,11 @@ class Worker:
         cell = journal.died(f"the process {what}")
         journal.note(f"{self.part}: a process {what} in '{cell}': {said[0][:300] if said else 'no output'}")
         begun, self.begun = self.begun, len(journal.begun)
-        if self.begun == begun:  # it died before it measured anything, as the next one would
-            return False
-        if self.starts > RESTARTS or time.monotonic() > self.deadline - 15:
-            return False
-        self.start()
-        return True
+        # One that died before it measured anything is as the next one would be.
+        goes_on = self.begun > begun and self.starts <= RESTARTS and time.monotonic() <= self.deadline - 15
+        if goes_on:
+            self.start()
+        return goes_on
 
 
 def follow(worker, read=lambda found: None, seconds_a_line=60):

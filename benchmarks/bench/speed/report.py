@@ -3,8 +3,8 @@
 from bench import MB
 from bench.implementations import IMPLEMENTATIONS
 from bench.roofline import rates_text
-from bench.tables import Column, listed, paragraphs, quantiles_text, table_of
-from bench.targets import Target, targets_table
+from bench.tables import Column, listed, paragraphs, quantiles_column, table_of
+from bench.targets import target, targets_table
 
 TITLE = "Speed of training and inference"
 ALLOCATORS = {"default": "default malloc", "keep-pages": "malloc that keeps its pages"}
@@ -35,7 +35,7 @@ def results_of(found, description, capability=None, dtype="float32"):
         "machine": description,
         "facts": {allocator: findings.facts for allocator, findings in found.items()},
         "notes": {allocator: findings.notes for allocator, findings in found.items()},
-        "targets": [target.row() for target in targets(rows, capability, dtype)],
+        "targets": targets(rows, capability, dtype),
         "rows": rows,
     }
 
@@ -46,10 +46,11 @@ def rows_of(found):
     for allocator, findings in found.items():
         names = list(dict.fromkeys(row.get("workload") for row in findings.rows.values()))
         chosen = [{"allocator": allocator} | row for row in findings.rows_with("implementation")]
-        for row in chosen:
-            if fastest := fastest_other(chosen, allocator, row["workload"]):
-                row["faster"] = fastest["seconds"] / row["seconds"] if row.get("seconds") else None
         rows += sorted(chosen, key=lambda row: (names.index(row["workload"]), order.index(row["implementation"])))
+    for table in tables_of(rows).values():
+        if fastest := fastest_other(table):
+            for row in table:
+                row["faster"] = fastest["seconds"] / row["seconds"] if row.get("seconds") else None
     return rows
 
 
@@ -61,52 +62,42 @@ def tables_of(rows):
     return found
 
 
-def fastest_other(rows, allocator, workload):
-    others = [
-        row
-        for row in tables_of(rows)[allocator, workload]
-        if not row["implementation"].startswith("fused") and row.get("rounds")
-    ]
+def fastest_other(rows):
+    """The row of a table that is the fastest right implementation of others, or None."""
+    others = [row for row in rows if not row["implementation"].startswith("fused") and row.get("rounds")]
     return min(others, key=lambda row: row["seconds"], default=None)
 
 
 def targets(rows, capability=None, dtype="float32"):
     """All targets. Another type and a lesser processor have fewer than AVX-512 with float32."""
-    lesser = capability not in (None, "avx512")
+    lesser, half = capability not in (None, "avx512"), dtype != "float32"
     return [
-        target
-        for (allocator, workload), chosen in tables_of(rows).items()
-        for target in _targets_of_table(allocator, workload, chosen, lesser, dtype)
+        target(f"{workload}, {ALLOCATORS[allocator]}: {name}", *limits)
+        for (allocator, workload), table in tables_of(rows).items()
+        for name, *limits in _targets_of_table(allocator, workload, table, lesser, half)
     ]
 
 
-def _targets_of_table(allocator, workload, rows, lesser, dtype):
+def _targets_of_table(allocator, workload, rows, lesser, half):
+    """(name, found figure, least, most) of each."""
     found = {row["implementation"]: row for row in rows if row.get("rounds")}
+    fused, kept = found.get("fused", {}), found.get("fused-kept", {})
     training = not workload.endswith("-inference")
-
-    def figure(name, key):
-        return found.get(name, {}).get(key)
-
-    title = f"{workload}, {ALLOCATORS[allocator]}"
-    fastest = fastest_other(rows, allocator, workload)
-    other = f"the fastest peer, {fastest['implementation']}" if fastest else "the fastest peer"
     least = FASTER[allocator].get(workload, (INFERENCE[allocator], None))
-    if dtype != "float32" or lesser:
-        least = ((1.0 if dtype != "float32" else RESTRICTED) if training else None, None)
-    for name, wanted in zip(("fused", "fused-kept"), least, strict=True):
-        if name == "fused" or figure(name, "faster"):
-            yield Target.at_least(f"{title}: {name} against {other}", wanted, figure(name, "faster"))
-    if not training:
-        return
-    if dtype != "float32":
-        pair = [figure(name, "seconds") for name in ("fused-float32", "fused")]
-        yield Target.at_least(f"{title}: fused against fused float32", 1.0, pair[0] / pair[1] if all(pair) else None)
-    elif not lesser:
-        name = f"{title}: fused over the arithmetic's time"
-        yield Target.at_most(name, OF_ARITHMETIC, figure("fused", "of_arithmetic"))
+    if half or lesser:
+        least = ((1.0 if half else RESTRICTED) if training else None, None)
+    fastest = fastest_other(rows)
+    other = f"the fastest peer, {fastest['implementation']}" if fastest else "the fastest peer"
+    yield f"fused against {other}", fused.get("faster"), least[0], None
+    if kept.get("faster"):
+        yield f"fused-kept against {other}", kept["faster"], least[1], None
+    if training and half:
+        seconds = [found.get(name, {}).get("seconds") for name in ("fused-float32", "fused")]
+        yield "fused against fused float32", seconds[0] / seconds[1] if all(seconds) else None, 1.0, None
+    elif training and not lesser:
+        yield "fused over the arithmetic's time", fused.get("of_arithmetic"), None, OF_ARITHMETIC
         if workload in PEAK_MB:
-            peak = figure("fused", "peak_bytes")
-            yield Target.at_most(f"{title}: fused peak MB", PEAK_MB[workload], peak and peak / MB)
+            yield "fused peak MB", fused["peak_bytes"] / MB if fused else None, None, PEAK_MB[workload]
 
 
 def body(results):
@@ -130,7 +121,7 @@ def _table(rows):
         Column("implementation", "implementation"),
         Column("layout", "layout"),
         Column("ms", "seconds", "{:.1f}", 1e3),
-        Column("20-80 %", lambda row: quantiles_text(row, 1, 1e3) if row.get("rounds") else "not interleaved"),
+        quantiles_column(1, alone="not interleaved"),
     ]
     if rows[0]["training"]:
         columns += [Column(p, f"{p}_seconds", "{:.1f}", 1e3) for p in ("forward", "backward", "optimizer")]
@@ -154,9 +145,8 @@ def _remarks(rows, left_out):
     for row in rows:
         error = max(row.get(kind, {}).get("running statistics", 0.0) for kind in ("errors", "float64_errors"))
         if error > 1e-3:
-            remarks.append(
-                f"{row['implementation']}: running statistics differ from the plain network's by {error:.0e}"
-            )
+            name = row["implementation"]
+            remarks.append(f"{name}: running statistics differ from the plain network's by {error:.0e}")
     reasons = {}
     for name, reason in left_out.items():
         reasons.setdefault(reason, []).append(name)

@@ -4,12 +4,14 @@ Small batches have less for each kernel to do, large ones more than the caches h
 half the time with twice the threads. All sizes and numbers of threads are timed in turn, in interleaved rounds.
 """
 
+from functools import partial
+
 import torch
 from tqdm import tqdm
 
 from bench.steps import new_step
 from bench.tables import Column, paragraphs, quantiles_column, table_of
-from bench.timing import interleave, quantile_row, self_timed
+from bench.timing import interleave, quantile_row
 
 TITLE = "Cost of an image by batch size and threads"
 SIZES = (1, 8, 16, 32, 64, 128, 256)
@@ -18,26 +20,29 @@ FLAT_FROM, FLAT, SPEEDUP = 8, 1.15, 1.8  # from this batch on, cost over the lea
 
 def measure(workload_of, implementations, sizes, threads, rounds, deadline):
     """A row for each implementation, batch size and number of threads; `workload_of` is a function of the size."""
-    samples = {}
+    samples, cells = {}, {}
+    progress = tqdm(desc="batches", unit="step", disable=None)
     for name in implementations:
         for size in sizes:
-            step = new_step(workload_of(size), name)
+            workload = workload_of(size)
+            step = new_step(workload, name)
             step.first = None
             for count in dict.fromkeys(threads):
-                samples[name, size, count] = lambda step=step, count=count: _seconds(step, count)
-    with tqdm(total=rounds * len(samples), desc="batches", unit="step", disable=None) as progress:
-        times = interleave(samples, rounds, deadline, progress, seconds=self_timed)
-    rows = []
-    for (name, size, count), found in times.items():
-        workload = workload_of(size)
-        row = {"workload": workload.name, "implementation": name, "dtype": workload.spec.dtype, "batch_size": size}
-        row |= {"threads": count} | quantile_row(found) | {"rounds": len(found)}
-        rows.append(row | {"seconds_an_image": row["seconds"] / size})
+                row = {"workload": workload.name, "implementation": name, "dtype": workload.spec.dtype}
+                cells[name, size, count] = row | {"batch_size": size, "threads": count}
+                samples[name, size, count] = partial(_seconds, step, count, progress)
+    progress.reset(rounds * len(samples))
+    times = interleave(samples, rounds, deadline)
+    progress.close()
+    rows = [cell | quantile_row(times[key]) | {"rounds": len(times[key])} for key, cell in cells.items()]
+    for row in rows:
+        row["seconds_an_image"] = row["seconds"] / row["batch_size"]
     return [row | _ratios(row, rows) for row in rows]
 
 
-def _seconds(step, threads):
+def _seconds(step, threads, progress):
     torch.set_num_threads(threads)
+    progress.update()
     return sum(step.timed())
 
 

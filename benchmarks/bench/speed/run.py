@@ -8,6 +8,7 @@ implementation that fails is a row that says how.
 import gc
 import time
 from dataclasses import replace
+from statistics import median
 
 import torch
 
@@ -19,11 +20,12 @@ from bench.networks import build_model
 from bench.runner.journal import Journal
 from bench.steps import new_step
 from bench.tables import first_line
-from bench.timing import interleave, quantile_row, quantiles, self_timed
+from bench.timing import interleave, quantile_row
 
 PREPARING = 0.6  # of a workload's time: no implementation is begun later
 COMPILING, RUNNING = 1500, 300  # seconds that a cell may take before its process is taken for hanging
 COMPARED = ("outputs", "gradients")
+PARTS = ("forward_seconds", "backward_seconds", "optimizer_seconds")
 RECOMPUTING = ("checkpoint", "selective", "torchvision-efficient", "compile-budget", "fused-kept")
 
 
@@ -37,7 +39,7 @@ def left_out(name, workload):
         return "makes weights constant, for inference only"
     if name.startswith("torchvision") and workload.spec.variant:
         return "has neither Drop-Channel nor squeeze-and-excitation"
-    if workload.masked and name.startswith("compile-budget"):
+    if workload.training and "A" in workload.spec.variant and name.startswith("compile-budget"):
         return "recomputes masks wrongly (pytorch#190758): the others are what is left to compare with"
     return None
 
@@ -57,8 +59,7 @@ def choose_implementations(names, workload, dtype):
     """The names that have a place in `workload`, and the reasons why others have none."""
     chosen = [*names, *(["fused-float32"] if dtype != "float32" and "fused" in names else [])]
     # where time runs out, it is for compilers
-    compiled = {name: IMPLEMENTATIONS[name].runner == "compile" for name in chosen}
-    chosen.sort(key=lambda name: (compiled[name], not name.startswith(("fused", "plain"))))
+    chosen.sort(key=lambda name: (IMPLEMENTATIONS[name].runner == "compile", not name.startswith(("fused", "plain"))))
     reasons = {name: left_out(name, workload) for name in chosen}
     return [name for name in chosen if not reasons[name]], {n: r for n, r in reasons.items() if r}
 
@@ -92,13 +93,9 @@ class WorkloadRun:
         state = build_model(self.workload.spec_of("plain")).state_dict()
         dtypes = {self.workload.spec_of(implementation).dtype for implementation in self.chosen}
         expected = {dtype: self.plain(dtype, state) for dtype in dtypes}
-        wrong = self.examine()
+        exact = self.examine()
         self.row("reference")
-        ready = {}
-        for implementation in self.chosen:
-            step = self.prepare(implementation, state, expected, wrong.get(implementation))
-            if step is not None:
-                ready[implementation] = step
+        ready = {i: step for i in self.chosen if (step := self.prepare(i, state, expected, exact.get(i, {})))}
         if ready and self.journal.begin(f"{name} timing", allow=10 * RUNNING):
             self.time(ready)
             self.row("timing")
@@ -108,31 +105,38 @@ class WorkloadRun:
         return new_step(replace(self.workload, spec=replace(self.workload.spec, dtype=dtype)), "plain", state).first
 
     def examine(self):
-        """The errors of eager implementations in float64, by name: on two images, to the last digits."""
-        self.float64_errors, wrong, reference = {}, {}, agreement.Reference(COMPARED)
+        """The errors of eager implementations in float64, by name, on two images, to the last digits.
+
+        {"error": why} is that of one which is wrong, or fails: whatever it raises is its result.
+        """
+        found, expected = {}, None
         for name in self.chosen if self.workload.training else ():
             traits = IMPLEMENTATIONS[name]
             if traits.runner != "eager" or traits.dtype is not None or name == "plain":
                 continue
+            specs = [replace(self.workload.spec_of(i), dtype="float64") for i in ("plain", name)]
+            expected = expected or agreement.train_once(specs[0])
             try:
-                spec = replace(self.workload.spec_of(name), dtype="float64")
-                self.float64_errors[name] = reference.errors(spec)
-            except agreement.DisagreementError as error:
-                wrong[name] = f"wrong: {error}"
-            except Exception as error:  # whatever an implementation raises is its result
-                wrong[name] = first_line(error)
-        return wrong
+                numbers = agreement.train_once(specs[1], expected["state"])
+                found[name] = agreement.compare(specs[1], numbers, expected, COMPARED)
+            except Exception as error:
+                found[name] = {"error": failure_text(error)}
+        return found
 
-    def prepare(self, name, state, expected, wrong):
+    def prepare(self, name, state, expected, exact):
         """A step, warm, its numbers compared and its memory measured; None where there is nothing to be timed."""
-        key = f"{self.workload.name} {name}"
+        key, spec = f"{self.workload.name} {name}", self.workload.spec_of(name)
+        compiled = spec.traits.runner == "compile"
         if self.journal.previous.rows.get(key, {}).get("error"):
             return None
-        cell, compiled = self.cell(name), IMPLEMENTATIONS[name].runner == "compile"
-        if wrong is None and time.monotonic() > self.begun + PREPARING * (self.end - self.begun):
-            wrong = "out of time"
+        layout = "channels last" if spec.memory_format == torch.channels_last else "contiguous"
+        cell = {"workload": self.workload.name, "title": self.workload.title, "training": self.workload.training}
+        cell |= {"implementation": name, "variant": spec.variant or "BC", "dtype": spec.dtype}
+        cell |= {"batch_size": spec.batch_size, "size": spec.size, "layout": layout}
+        late = time.monotonic() > self.begun + PREPARING * (self.end - self.begun)
+        wrong = exact.get("error") or ("out of time" if late else None)
         self.journal.begin(key, allow=COMPILING if compiled else RUNNING, **cell)
-        if wrong is not None:
+        if wrong:
             return self.row(name, **cell, error=wrong)
         try:
             step = new_step(self.workload, name, state)
@@ -140,13 +144,11 @@ class WorkloadRun:
             step.first = step.state = None
             memory = measure_memory(step)
             quick = step.timed()
-        except agreement.DisagreementError as error:
-            return self.row(name, **cell, error=f"wrong: {error}")
         except Exception as error:  # an implementation that fails is a result, and compilers raise anything
-            return self.row(name, **cell, error=first_line(error))
+            return self.row(name, **cell, error=failure_text(error))
         found = {
             "errors": errors,
-            "float64_errors": self.float64_errors.get(name, {}),
+            "float64_errors": exact,
             "warm_up_seconds": step.warm_up_seconds,
             "compiled": compiled,
         }
@@ -154,45 +156,21 @@ class WorkloadRun:
         self.row(name, **cell, **found, **figures, workspace_bytes=memory.workspace_bytes)
         return step
 
-    def cell(self, name):
-        workload, spec = self.workload, self.workload.spec_of(name)
-        return {
-            "workload": workload.name,
-            "title": workload.title,
-            "training": workload.training,
-            "implementation": name,
-            "variant": spec.variant or "BC",
-            "dtype": spec.dtype,
-            "batch_size": spec.batch_size,
-            "size": spec.size,
-            "layout": "channels last" if spec.memory_format == torch.channels_last else "contiguous",
-        }
-
     def time(self, ready):
-        limits = RateSamples(self.workload.spec.dtype, self.tiny)
-        samples = {name: step.timed for name, step in ready.items()} | limits.samples()
-        times = interleave(samples, self.rounds, self.end, seconds=self_timed)
-        rates = limits.rates(times)
+        """Time all that is ready, and hold it against operations and bytes of the step at the machine's rates."""
+        machine, training = RateSamples(self.workload.spec.dtype, self.tiny), self.workload.training
+        samples = {name: step.timed for name, step in ready.items()} | machine.samples
+        times = interleave(samples, self.rounds, self.end)
+        rates = machine.rates(times)
         self.journal.fact(f"rates {self.workload.name}", rates)
         for name, step in ready.items():
-            row = time_row(times[name])
-            self.row(name, **row, **self.against_rates(step.spec, row["seconds"], rates))
-
-    def against_rates(self, spec, seconds, rates):
-        """Operations and bytes of the step, and how many times its time is what the machine needs for them."""
-        flops = roofline.step_flops(spec, self.workload.training)
-        moved = roofline.step_bytes(spec, training=self.workload.training)
-        return {
-            "flops": flops,
-            "bytes": moved,
-            "of_arithmetic": seconds * rates["flops"] / flops,
-            "of_bytes": seconds * rates["bytes"] / moved,
-        }
+            row = quantile_row([sum(parts) for parts in times[name]]) | {"rounds": len(times[name])}
+            row |= zip(PARTS, map(median, zip(*times[name], strict=True)), strict=False)  # inference has one part
+            row |= {"flops": roofline.step_flops(step.spec, training)}
+            row |= {"bytes": roofline.step_bytes(step.spec, training=training)}
+            row |= {"of_arithmetic": row["seconds"] * rates["flops"] / row["flops"]}
+            self.row(name, **row, of_bytes=row["seconds"] * rates["bytes"] / row["bytes"])
 
 
-def time_row(times):
-    """Columns of the parts of each step: medians, and quantiles of the whole."""
-    row = quantile_row([sum(parts) for parts in times]) | {"rounds": len(times)}
-    parts = ("forward_seconds", "backward_seconds", "optimizer_seconds")
-    medians = [quantiles(part)[0] for part in zip(*times, strict=True)]
-    return row | dict(zip(parts, medians, strict=False))
+def failure_text(error):
+    return f"wrong: {error}" if isinstance(error, agreement.DisagreementError) else first_line(error)

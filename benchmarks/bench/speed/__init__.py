@@ -1,0 +1,1 @@
+"""speed.py: its measurements, its tables and targets, and its sweep of batch sizes."""
