@@ -58,7 +58,7 @@ def describe(device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     description = {
         "cpu": facts["CPU"],
-        "cores": str(cores),  # those that this process may run on
+        "cores": str(cores),  # cores that this process may run on
         "threads": str(torch.get_num_threads()),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "kernels": facts.get("instruction set", "not loaded").split(" (")[0],

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Implementation:
     label: str  # in tables and pictures
-    network: str  # as networks.py builds it
+    network: str  # networks.py builds it
     channels_last: bool = False
     runner: str = "eager"  # or compile, graph
     budget: float = 1.0  # the share of activations that the compiler may keep for backward
     freeze: bool = False  # the compiler makes weights constant, for inference
-    dtype: str | None = None  # where it is not the benchmark's
+    dtype: str | None = None  # only if it is not the benchmark's
 
     @property
     def fused(self):

@@ -1,10 +1,10 @@
 """README.md and docs/: links lead somewhere, Python blocks run, and the README's table is that of the results."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from bench import readme
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,7 +65,4 @@ def test_python_block_runs_as_printed(page, block):
 
 
 def test_table_of_the_readme_has_the_figures_of_the_results():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
     assert readme.table() in (ROOT / "README.md").read_text()

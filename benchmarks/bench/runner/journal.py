@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class Journal:
-    """What a process writes. `previous` are the findings of one that died, `begun` the cells of both."""
+    """The journal of a process. `previous` are the findings of one that died, `begun` the cells of both."""
 
     def __init__(self, path):
         self.path = Path(path)

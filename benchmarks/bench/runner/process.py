@@ -38,7 +38,7 @@ class Process:
         instant = time.monotonic()
         if self.interrupted is None and instant > self.started + self.limit:
             self.interrupted = instant
-            self.process.send_signal(signal.SIGINT)  # as Ctrl-C does, so that pytest still writes its summary
+            self.process.send_signal(signal.SIGINT)  # the signal of Ctrl-C, so that pytest still writes its summary
         elif self.interrupted is not None and instant > self.interrupted + GRACE:
             self.kill()
             return True

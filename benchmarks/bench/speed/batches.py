@@ -15,7 +15,7 @@ from bench.timing import interleave, quantile_row
 
 TITLE = "Cost of an image by batch size and threads"
 SIZES = (1, 8, 16, 32, 64, 128, 256)
-FLAT_FROM, FLAT, SPEEDUP = 8, 1.15, 1.8  # from this batch on, cost over the least one; two threads against one
+FLAT_FROM, FLAT, SPEEDUP = 8, 1.15, 1.8  # this batch and larger ones: cost over the least one; two threads against one
 
 
 def measure(workload_of, implementations, sizes, threads, rounds, deadline):

@@ -58,7 +58,7 @@ def work(args):
 def choose_implementations(names, workload, dtype):
     """The names that have a place in `workload`, and the reasons why others have none."""
     chosen = [*names, *(["fused-float32"] if dtype != "float32" and "fused" in names else [])]
-    # where time runs out, it is for compilers
+    # time usually runs out for compilers
     chosen.sort(key=lambda name: (IMPLEMENTATIONS[name].runner == "compile", not name.startswith(("fused", "plain"))))
     reasons = {name: left_out(name, workload) for name in chosen}
     return [name for name in chosen if not reasons[name]], {n: r for n, r in reasons.items() if r}

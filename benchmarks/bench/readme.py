@@ -1,6 +1,4 @@
-"""Draw the chart and print the table at the top of README.md, from results that were measured earlier.
-
-    python benchmarks/readme.py
+"""The chart and the table at the top of README.md, from results that were measured earlier.
 
 The chart goes to benchmarks/results/training-step.png. The other implementations stand in the faster of the memory formats
 that were measured of them. The fused one stands on a CPU as it is without further settings.
@@ -10,7 +8,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 CHART = RESULTS / "training-step.png"
 COLORS = {"plain": "#8c8c8c", "checkpoint": "#e0a030", "torch.compile": "#2e8b57", "fused": "#1f77b4"}
 
@@ -97,8 +95,3 @@ def _draw_group(panel, group: int, values: list[float | None]) -> None:
         panel.barh(height, percent, 0.18, color=color)
         fused = color == COLORS["fused"]
         panel.text(percent + 1, height, f"{percent:.0f} %", va="center", fontweight="bold" if fused else "normal")
-
-
-if __name__ == "__main__":
-    draw(CHART)
-    print(table(), end="")
