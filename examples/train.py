@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from training import run_folder
-from training.checkpoint import Checkpoint, replace_file
+from training.checkpoint import replace_file
 from training.cli import run_script
 from training.data.dataset import DataSet
 from training.data.loader import statistics
@@ -25,7 +25,7 @@ from training.data.sets import load
 from training.engine import Trainer
 from training.errors import REQUIRED, library
 from training.options import parse
-from training.processes import Processes, start
+from training.processes import start
 from training.records import draw_run, summarize, summary_line
 
 
@@ -43,8 +43,11 @@ def run(options: argparse.Namespace) -> dict:
     set_up(options)
     processes = start(options)
     found = run_folder.open_run(options, processes)
-    processes.barrier()  # nobody writes before all have looked
-    dataset = load_data(options, processes)
+    if processes.main:
+        dataset = load(options)
+    processes.barrier()  # all have looked into the folder, which the main process writes to, and the data set is here
+    if not processes.main:
+        dataset = load(options)
     data = describe(dataset, options, found)
     trainer = Trainer(options, processes, dataset, data)
     if processes.main:
@@ -77,15 +80,7 @@ def set_up(options: argparse.Namespace) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def load_data(options: argparse.Namespace, processes: Processes) -> DataSet:
-    """Read the data set; the main process downloads it while the others wait."""
-    if processes.main:
-        dataset = load(options)
-    processes.barrier()
-    return dataset if processes.main else load(options)
-
-
-def describe(dataset: DataSet, options: argparse.Namespace, found: Checkpoint | None) -> run_folder.DataDescription:
+def describe(dataset: DataSet, options: argparse.Namespace, found: dict | None) -> run_folder.DataDescription:
     """Measure mean and deviation of the training images, or read those that the resumed run began with.
 
     Raises:
@@ -93,8 +88,8 @@ def describe(dataset: DataSet, options: argparse.Namespace, found: Checkpoint | 
     """
     if found is not None:
         run_folder.check_splits(options.output, dataset, options)
-        return run_folder.read_data_description(options.output)
-    mean, std = statistics(dataset, options.data_in, options.workers)
+        return run_folder.read_description(options.output)
+    mean, std = (values.tolist() for values in statistics(dataset, options.data_in, options.workers))
     images = dataset.images
     return run_folder.DataDescription(dataset.name, dataset.classes, images.channels, images.size, mean, std)
 

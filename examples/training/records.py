@@ -35,9 +35,9 @@ class Records:
     """
 
     def __init__(self, folder: Path, first_step: int, total_steps: int, enabled: bool):
-        self.folder, self.enabled = folder, enabled
         disable = None if enabled else True  # None: unless there is a terminal
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=disable, dynamic_ncols=True)
+        self._writer = None
         if enabled:
             tensorboard = library("torch.utils.tensorboard")
             self._writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -48,56 +48,48 @@ class Records:
 
     def steps(self, first: int, losses: list[float], learning_rate: float, postfix: dict[str, str]) -> None:
         """Write losses of the steps from number `first` on (the first of all is 1); `postfix` is shown beside the bar."""
-        if not self.enabled:
-            return
-        with hold_signals():  # else the writer's queue could be left locked, and closing it would never end
-            for step, loss in enumerate(losses, first):
-                self._writer.add_scalar("train/loss", loss, step)
-                self._writer.add_scalar("train/learning_rate", learning_rate, step)
+        for step, loss in enumerate(losses, first):
+            self._write({"train/loss": loss, "train/learning_rate": learning_rate}, step)
         self._bar.set_postfix(postfix, refresh=False)
 
-    def epoch(self, row: dict[str, float]) -> None:
-        """Write the scalars of an epoch, and wait until all events are on the disk."""
-        if not self.enabled:
-            return
-        for name in COLUMNS[3:]:
-            with hold_signals():
-                self._writer.add_scalar(f"epoch/{name}", row[name], row["steps"])
+    def epoch(self, row: dict[str, float], epochs: int) -> None:
+        """Write the scalars of an epoch, wait until all events are on the disk, and print a line, above the bar if any."""
+        self._write({f"epoch/{name}": row[name] for name in COLUMNS[3:]}, row["steps"])
         self.flush()
+        if self._writer is not None:
+            tqdm.write(
+                f"epoch {row['epoch']}/{epochs}: "
+                f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2f} %; "
+                f"validation loss {row['validation_loss']:.4f}, accuracy {row['validation_accuracy']:.2f} %; "
+                f"{row['images_per_second']:.0f} images/s, peak {row['peak_memory_mb']:.0f} MB"
+            )
+
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        if self._writer is not None:
+            with hold_signals():  # else the writer's queue could be left locked, and closing it would never end
+                for name, value in scalars.items():
+                    self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Wait until TensorBoard's events are on the disk."""
-        if self.enabled:
+        if self._writer is not None:
             with hold_signals():
                 self._writer.flush()
 
-    def table(self, rows: Rows) -> None:
-        """Write metrics.csv."""
-        if self.enabled:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            replace_file(self.folder / "metrics.csv", text.getvalue())
-
-    def say(self, line: str) -> None:
-        """Print a line, above the bar where there is one."""
-        if self.enabled:
-            tqdm.write(line)
-
     def close(self) -> None:
         self._bar.close()
-        if self.enabled:
+        if self._writer is not None:
             with hold_signals():
                 self._writer.close()
 
 
-def epoch_line(row: dict[str, float], epochs: int) -> str:
-    return (
-        f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2f} %; "
-        f"validation loss {row['validation_loss']:.4f}, accuracy {row['validation_accuracy']:.2f} %; "
-        f"{row['images_per_second']:.0f} images/s, peak {row['peak_memory_mb']:.0f} MB"
-    )
+def write_table(path: Path, rows: Rows) -> None:
+    """Write metrics.csv."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue())
 
 
 def summarize(trainer, test: dict[str, float]) -> dict:
