@@ -19,9 +19,8 @@ import torch
 from training import run_folder
 from training.checkpoint import replace_file
 from training.cli import run_script
-from training.data.dataset import DataSet
 from training.data.loader import statistics
-from training.data.sets import load
+from training.data.sets import DataSet, load
 from training.engine import Trainer
 from training.errors import REQUIRED, library
 from training.options import parse

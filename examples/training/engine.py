@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from training import checkpoint, run_folder
-from training.data.dataset import DataSet
 from training.data.loader import Loader
+from training.data.sets import DataSet
 from training.errors import UserError
 from training.memory import PeakMemory
 from training.model import build, distribute, prepare
@@ -135,7 +135,7 @@ class Trainer:
         self.model.train()
         self.memory.reset()
         batches = self.loader.epoch(state.epoch, state.epoch_step * options.accumulate)
-        self._start_clock()
+        self.clock = time.perf_counter()
         while state.epoch_step < self.steps and state.step < self.last_step:
             self._step(batches)
             state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
@@ -146,7 +146,7 @@ class Trainer:
             if due and state.epoch_step < self.steps:
                 self._stop_clock()
                 self._save()
-                self._start_clock()
+                self.clock = time.perf_counter()
         self._stop_clock()
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -155,7 +155,9 @@ class Trainer:
         self.gradients.clear()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for part in range(options.accumulate):
+            start = time.perf_counter()
             images, labels = next(batches)
+            self.state.waited += time.perf_counter() - start
             last = part == options.accumulate - 1
             with nullcontext() if last or self.processes.world_size == 1 else self.network.no_sync():
                 sums += self.gradients(images, labels)
@@ -194,15 +196,10 @@ class Trainer:
         }
         self.records.steps(first, losses, learning_rate(self.options, state.epoch), shown)
 
-    def _start_clock(self) -> None:
-        self.loader.waited = 0.0
-        self.clock = time.perf_counter()
-
     def _stop_clock(self) -> None:
         state = self.state
         self._read_losses()
         state.seconds += time.perf_counter() - self.clock
-        state.waited += self.loader.waited
         state.peak_memory = max(state.peak_memory, self.memory.read())
 
     def _end_epoch(self, complete: bool) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from densenet_ext import DenseNetBC, info
 from training import checkpoint
 from training.checkpoint import explain_writing, replace_file
-from training.data.dataset import DataSet
+from training.data.sets import DataSet
 from training.errors import UserError, explain, library
 from training.model import build, prepare
 from training.options import FIXED, default_device, parse, to_yaml

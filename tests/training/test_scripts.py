@@ -1,5 +1,6 @@
 """train.py, evaluate.py and predict.py: what they learn, what they write, what they refuse."""
 
+import csv
 import json
 import re
 
@@ -110,6 +111,8 @@ def test_run_folder(run):
 def test_records_agree(run):
     """metrics.csv agrees with TensorBoard and with the summary."""
     rows, found = cases.rows(run), cases.summary(run)
+    with open(run / "metrics.csv", newline="") as file:
+        assert all(0 < float(row["data_wait_percent"]) < 100 for row in csv.DictReader(file))
     assert [(row["epoch"], row["steps"]) for row in rows] == [("1", "39"), ("2", "60")]
     best = min(rows, key=lambda row: float(row["validation_loss"]))
     assert found["best_epoch"] == int(best["epoch"]) and found["validation_loss"] == float(best["validation_loss"])
