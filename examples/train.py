@@ -25,7 +25,7 @@ from training.engine import Trainer
 from training.errors import REQUIRED, library
 from training.options import parse
 from training.processes import start
-from training.records import draw_run, summarize, summary_line
+from training.records import draw_run, summarize
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +60,12 @@ def run(options: argparse.Namespace) -> dict:
     if processes.main:
         replace_file(options.output / run_folder.SUMMARY, json.dumps(result, indent=1))
         draw_run(options.output, trainer.state.rows, f"{data.name}, {options.variant}")
-        print(summary_line(result, options.output))
+        print(
+            f"{options.output}: test accuracy {result['test_accuracy']:.2f} %, loss {result['test_loss']:.4f} (weights of "
+            f"epoch {result['best_epoch']}, validation loss {result['validation_loss']:.4f}); {result['epochs']} epochs in "
+            f"{result['train_seconds']:.0f} s, {result['images_per_second']:.0f} images/s, "
+            f"peak memory {result['peak_memory_mb']:.0f} MB"
+        )
     processes.close()
     return result
 

@@ -102,37 +102,24 @@ def summarize(trainer, test: dict[str, float]) -> dict:
     options, state = trainer.options, trainer.state
     seconds = state.rows[-1]["train_seconds"]
     return {
-        "dataset": options.dataset,
-        "variant": options.variant,
+        **{
+            name: getattr(options, name)
+            for name in ("dataset", "variant", "depth", "growth_rate", "seed", "batch_size")
+        },
         "efficient": implementation(trainer.model),
-        "depth": options.depth,
-        "growth_rate": options.growth_rate,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "seed": options.seed,
-        "batch_size": options.batch_size,
         "processes": trainer.processes.world_size,
         "epochs": len(state.rows),
         "steps": state.step,
         "best_epoch": state.best["epoch"],
-        "validation_loss": state.best["validation_loss"],
-        "validation_accuracy": state.best["validation_accuracy"],
-        "test_loss": test["loss"],
-        "test_accuracy": test["accuracy"],
+        **{f"validation_{name}": state.best[f"validation_{name}"] for name in QUANTITIES},
+        **{f"test_{name}": test[name] for name in QUANTITIES},
         "peak_memory_mb": max(row["peak_memory_mb"] for row in state.rows),
         "train_seconds": seconds,
         "images_per_second": trainer.count_images(state.step) / seconds,
         "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-
-
-def summary_line(summary: dict, folder: Path) -> str:
-    return (
-        f"{folder}: test accuracy {summary['test_accuracy']:.2f} %, loss {summary['test_loss']:.4f} "
-        f"(weights of epoch {summary['best_epoch']}, validation loss {summary['validation_loss']:.4f}); "
-        f"{summary['epochs']} epochs in {summary['train_seconds']:.0f} s, {summary['images_per_second']:.0f} images/s, "
-        f"peak memory {summary['peak_memory_mb']:.0f} MB"
-    )
 
 
 def draw_run(folder: Path, rows: Rows, title: str) -> None:

@@ -84,10 +84,8 @@ def write_splits(folder: Path, dataset: DataSet, options: argparse.Namespace) ->
 def check_splits(folder: Path, dataset: DataSet, options: argparse.Namespace) -> None:
     """Raise UserError unless the splits of `dataset` are those that `write_splits` wrote when the run began."""
     path, remedy = folder / SPLITS, "the run cannot be resumed"
-    with explain(OSError, what=f"{path} cannot be read", remedy=remedy):
-        content = path.read_text()
-    with explain(ValueError, what=f"{path} is damaged", remedy=remedy):
-        written = json.loads(content)
+    with explain(OSError, ValueError, what=f"{path} cannot be read", remedy=remedy):
+        written = json.loads(path.read_text())
     for key, value in _describe_splits(dataset, options).items():
         old = written.get(key) if isinstance(written, dict) else None
         if old != value:

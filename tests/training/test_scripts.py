@@ -79,8 +79,7 @@ def run(tmp_path_factory):
     """A short run with an end within the second epoch, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     arguments = [*cases.SMALL, "--lr", "0.05", "--epochs", "2", "--limit-steps", "60", "--output", folder]
-    done = cases.start(*cases.command("train.py", *arguments))
-    assert done.returncode == 0, done.stderr
+    done = cases.run("train.py", *arguments)
     (folder / "stdout.txt").write_text(done.stdout)
     (folder / "stderr.txt").write_text(done.stderr)
     return folder
@@ -135,8 +134,7 @@ def test_config_of_a_run_repeats_it(run, tmp_path):
 def test_evaluate(run, tmp_path):
     """The script, started as by a user, finds the figures that the training found."""
     output = tmp_path / "test.json"
-    done = cases.start(*cases.command("evaluate.py", run, "--output", output, "--device", "cpu"))
-    assert done.returncode == 0, done.stderr
+    done = cases.run("evaluate.py", run, "--output", output, "--device", "cpu")
     found, figures = cases.summary(run), json.loads(output.read_text())
     assert figures["accuracy"] == found["test_accuracy"]
     assert figures["loss"] == pytest.approx(found["test_loss"], rel=1e-6)
