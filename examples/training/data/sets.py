@@ -232,8 +232,8 @@ def load_folder(options: argparse.Namespace) -> DataSet:
             more_files, more_labels, names = _image_folder(folder, allow_empty=True)
             unknown = sorted(set(names) - set(classes))
             if unknown:
-                known = f"the training images have no class '{unknown[0]}' ({root / 'train'})"
-                raise UserError(f"{folder / unknown[0]}: {known}")
+                message = f"the training images have no class '{unknown[0]}' ({root / 'train'})"
+                raise UserError(f"{folder / unknown[0]}: {message}")
             splits[part] = torch.arange(len(files), len(files) + len(more_files))
             files, labels = files + more_files, labels + [classes.index(names[label]) for label in more_labels]
     missing = {part: 0.1 for part in FOLDERS if part not in splits}
