@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from training import run_folder
@@ -29,39 +30,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", type=Path, metavar="FOLDER", help="where the data set lies, if not where it was")
     add("--batch-size", type=Number(int, at_least=1), help="that of the training by default")
     add("--output", type=Path, metavar="FILE.json", help="also write the figures there")
-    return run_script(lambda: run(parser.parse_args(argv)))
+    return run_script(lambda: print_figures(parser.parse_args(argv)))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def print_figures(arguments: argparse.Namespace) -> None:
     """Print the figures.
 
     Raises:
         UserError: anything that the user can mend.
     """
-    options = run_folder.read_options(arguments.run, arguments.device)
+    run, weights, split = arguments.run, arguments.weights, arguments.split
+    options, data, model = run_folder.read_run(run, weights, arguments.device)
     options.data = arguments.data or options.data
     options.batch_size = arguments.batch_size or options.batch_size
     processes = Processes.alone(options.device)
-    data = run_folder.read_data_description(arguments.run)
-    model = run_folder.read_model(arguments.run, arguments.weights, options, data, processes)
     dataset = load(options)
-    run_folder.check_splits(arguments.run, dataset, options)
-    loader = Loader(dataset, arguments.split, options, processes, data.mean, data.std, augment=False)
-    result = evaluate(model, loader, processes, options.amp, TOP)
-    loader.close()
-    figures = {
-        "run": str(arguments.run),
-        "weights": arguments.weights,
-        "split": arguments.split,
-        "images": len(dataset.splits[arguments.split]),
-        "loss": result["loss"],
-        "accuracy": result["accuracy"],
-    }
-    print(
-        f"{figures['run']}, {figures['weights']} weights, {figures['images']} images of the split {figures['split']}:"
-    )
-    print(f"loss      {figures['loss']:8.4f}")
-    print(f"accuracy  {figures['accuracy']:8.2f} %")
+    run_folder.check_splits(run, dataset, options)
+    with closing(Loader(dataset, split, options, processes, data.mean, data.std, augment=False)) as loader:
+        result = evaluate(model, loader, processes, options.amp, TOP)
+    figures = {"run": str(run), "weights": weights, "split": split, "images": len(dataset.splits[split])}
+    figures |= {"loss": result["loss"], "accuracy": result["accuracy"]}
+    print(f"{run}, {weights} weights, {figures['images']} images of the split {split}:")
+    print(f"loss      {result['loss']:8.4f}")
+    print(f"accuracy  {result['accuracy']:8.2f} %")
     if len(data.classes) > TOP:
         figures[f"top{TOP}_accuracy"] = result["top_accuracy"]
         print(f"top {TOP}     {result['top_accuracy']:8.2f} %")

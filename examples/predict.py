@@ -15,7 +15,6 @@ from training.cli import Number, make_run_parser, run_script
 from training.data.augment import Normalize
 from training.data.images import read_image
 from training.errors import UserError
-from training.processes import Processes
 from training.step import autocast
 
 
@@ -34,11 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: anything that the user can mend; images that can be read are served first.
     """
-    options = run_folder.read_options(arguments.run, arguments.device)
-    processes = Processes.alone(options.device)
-    data = run_folder.read_data_description(arguments.run)
-    model = run_folder.read_model(arguments.run, arguments.weights, options, data, processes).eval()
-    normalize = Normalize(data.mean, data.std, processes.device)
+    options, data, model = run_folder.read_run(arguments.run, arguments.weights, arguments.device)
+    model.eval()
+    normalize = Normalize(data.mean, data.std, options.device)
     width = max(len(str(path)) for path in arguments.images)
     failed = []
     for path in arguments.images:
@@ -47,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         except UserError as error:
             failed.append(str(error))
             continue
-        probabilities = predict(model, normalize(image[None].to(processes.device)), options.amp)
+        probabilities = predict(model, normalize(image[None].to(options.device)), options.amp)
         best = probabilities.topk(min(arguments.top, len(data.classes)))
         for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             print(f"{path!s:<{width}}  {data.classes[label]:<20} {100 * probability:6.2f} %")

@@ -17,16 +17,15 @@ from collections.abc import Sequence
 
 import torch
 from training import run_folder
-from training.checkpoint import Checkpoint, replace_file
+from training.checkpoint import replace_file
 from training.cli import run_script
-from training.data.dataset import DataSet
 from training.data.loader import statistics
-from training.data.sets import load
+from training.data.sets import DataSet, load
 from training.engine import Trainer
 from training.errors import REQUIRED, library
 from training.options import parse
-from training.processes import Processes, start
-from training.records import draw_run, summarize, summary_line
+from training.processes import start
+from training.records import draw_run, summarize
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,8 +42,11 @@ def run(options: argparse.Namespace) -> dict:
     set_up(options)
     processes = start(options)
     found = run_folder.open_run(options, processes)
-    processes.barrier()  # nobody writes before all have looked
-    dataset = load_data(options, processes)
+    if processes.main:
+        dataset = load(options)
+    processes.barrier()  # all have looked into the folder, which the main process writes to, and the data set is here
+    if not processes.main:
+        dataset = load(options)
     data = describe(dataset, options, found)
     trainer = Trainer(options, processes, dataset, data)
     if processes.main:
@@ -58,7 +60,12 @@ def run(options: argparse.Namespace) -> dict:
     if processes.main:
         replace_file(options.output / run_folder.SUMMARY, json.dumps(result, indent=1))
         draw_run(options.output, trainer.state.rows, f"{data.name}, {options.variant}")
-        print(summary_line(result, options.output))
+        print(
+            f"{options.output}: test accuracy {result['test_accuracy']:.2f} %, loss {result['test_loss']:.4f} (weights of "
+            f"epoch {result['best_epoch']}, validation loss {result['validation_loss']:.4f}); {result['epochs']} epochs in "
+            f"{result['train_seconds']:.0f} s, {result['images_per_second']:.0f} images/s, "
+            f"peak memory {result['peak_memory_mb']:.0f} MB"
+        )
     processes.close()
     return result
 
@@ -77,15 +84,7 @@ def set_up(options: argparse.Namespace) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def load_data(options: argparse.Namespace, processes: Processes) -> DataSet:
-    """Read the data set; the main process downloads it while the others wait."""
-    if processes.main:
-        dataset = load(options)
-    processes.barrier()
-    return dataset if processes.main else load(options)
-
-
-def describe(dataset: DataSet, options: argparse.Namespace, found: Checkpoint | None) -> run_folder.DataDescription:
+def describe(dataset: DataSet, options: argparse.Namespace, found: dict | None) -> run_folder.DataDescription:
     """Measure mean and deviation of the training images, or read those that the resumed run began with.
 
     Raises:
@@ -93,8 +92,8 @@ def describe(dataset: DataSet, options: argparse.Namespace, found: Checkpoint | 
     """
     if found is not None:
         run_folder.check_splits(options.output, dataset, options)
-        return run_folder.read_data_description(options.output)
-    mean, std = statistics(dataset, options.data_in, options.workers)
+        return run_folder.read_description(options.output)
+    mean, std = (values.tolist() for values in statistics(dataset, options.data_in, options.workers))
     images = dataset.images
     return run_folder.DataDescription(dataset.name, dataset.classes, images.channels, images.size, mean, std)
 

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,12 +38,14 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     with explain_writing(path):
         try:
-            _remove(temporary)
             yield temporary
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            _sync(path.parent)
         finally:
-            _remove(temporary)
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
@@ -53,17 +54,14 @@ def replace_file(path: Path, content: bytes | str) -> None:
         _write_synced(temporary, content.encode() if isinstance(content, str) else content)
 
 
-@dataclass
-class Checkpoint:
-    """The content of a checkpoint: weights by the names of the plain model, tensors and plain values for the rest."""
-
-    path: Path
-    weights: dict[str, Tensor]
-    state: dict
-
-
 def save(folder: Path, step: int, weights: Mapping[str, Tensor], state: dict) -> None:
     """Write folder/step-XXXXXXXX, and delete all checkpoints but the two newest ones.
+
+    Args:
+        folder: of the checkpoints of a run.
+        step: its number.
+        weights: by the names of the plain model.
+        state: tensors and plain values.
 
     Raises:
         UserError: it could not be written; see `replacing`. The earlier checkpoints are untouched.
@@ -71,9 +69,16 @@ def save(folder: Path, step: int, weights: Mapping[str, Tensor], state: dict) ->
     path = folder / f"step-{step:08}"
     if path.exists():  # no step has been taken since
         return
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    contents = {WEIGHTS: format_weights(weights), STATE: buffer.getvalue()}
+    files = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in contents.items()}
+    contents[MANIFEST] = json.dumps({"files": files, "sha256": _sha256_of_files(files)}).encode()
     with replacing(path) as temporary:
         temporary.mkdir(parents=True)
-        _fill(temporary, weights, state)
+        for name, content in contents.items():
+            _write_synced(temporary / name, content)
+        _sync(temporary)
     for old in paths(folder)[:-COUNT]:
         with explain_writing(old):  # under the temporary name no reader sees a part of its files
             os.rename(old, old.with_name(f".{old.name}.tmp"))
@@ -85,8 +90,8 @@ def paths(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def load(folder: Path) -> Checkpoint | None:
-    """Read the newest checkpoint in a folder, if there is one.
+def load(folder: Path) -> dict | None:
+    """Return the state and the 'weights' of the newest checkpoint in a folder, if there is one.
 
     Raises:
         UserError: a file of it is damaged or missing; the message names it and the way out.
@@ -96,7 +101,7 @@ def load(folder: Path) -> Checkpoint | None:
         return None
     contents = _read_verified(found[-1])
     state = torch.load(io.BytesIO(contents[STATE]), map_location="cpu", weights_only=True)
-    return Checkpoint(found[-1], parse_weights(contents[WEIGHTS]), state)
+    return {**state, "weights": parse_weights(contents[WEIGHTS])}
 
 
 def remove_temporary(folder: Path) -> None:
@@ -116,33 +121,13 @@ def parse_weights(content: bytes) -> dict[str, Tensor]:
     return library("safetensors.torch").load(content)
 
 
-def _fill(folder: Path, weights: Mapping[str, Tensor], state: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    contents = {WEIGHTS: format_weights(weights), STATE: buffer.getvalue()}
-    files = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in contents.items()}
-    manifest = json.dumps({"files": files, "sha256": _sha256(_canonical(files))})
-    for name, content in {**contents, MANIFEST: manifest.encode()}.items():
-        _write_synced(folder / name, content)
-    _sync_folder(folder)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(content)
+    _sync(path)
 
 
-def _sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system can."""
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk, where the system can."""
     if os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -158,15 +143,13 @@ def _read_verified(folder: Path) -> dict[str, bytes]:
     try:
         parsed = json.loads(manifest)
         files = parsed["files"]
-        intact = parsed["sha256"] == _sha256(_canonical(files)) and set(files) == {WEIGHTS, STATE}
+        intact = parsed["sha256"] == _sha256_of_files(files) and set(files) == {WEIGHTS, STATE}
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
         raise _damaged(folder / MANIFEST, "its content is not what was written")
     contents = {name: _read(folder / name) for name in files}
     for name, content in contents.items():
-        if len(content) != files[name]["bytes"]:
-            raise _damaged(folder / name, f"it has {len(content)} bytes of {files[name]['bytes']}")
         if _sha256(content) != files[name]["sha256"]:
             raise _damaged(folder / name, "its content is not what was written (its SHA-256 differs)")
     return contents
@@ -186,9 +169,9 @@ def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"the checkpoint {path} is damaged: {what}; delete the folder {folder} to {remedy}")
 
 
-def _canonical(files: dict) -> bytes:
-    return json.dumps(files, sort_keys=True).encode()
-
-
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _sha256_of_files(files: dict) -> str:
+    return _sha256(json.dumps(files, sort_keys=True).encode())

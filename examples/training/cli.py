@@ -6,7 +6,6 @@ import operator
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,10 +71,6 @@ def depth(text: str) -> int:
     return value
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived."""
-
-
 def run_script(main: Callable[[], object], interrupted: str = "") -> int:
     """Call `main` and return the exit code of the script.
 
@@ -83,37 +78,30 @@ def run_script(main: Callable[[], object], interrupted: str = "") -> int:
         main: raises UserError for what the user can mend; an OSError comes from a library that writes files itself.
         interrupted: added to the message after Ctrl-C or SIGTERM, which end the script with code 130 and 143.
     """
-    try:
-        with _termination():
-            main()
-    except (UserError, OSError) as error:
-        _tell(f"error: {error}")
-        return MISTAKE
-    except KeyboardInterrupt as error:
-        by_signal = isinstance(error, Terminated)
-        if os.environ.get("RANK", "0") == "0":
-            _tell(f"{'terminated' if by_signal else 'interrupted'}{interrupted}")
-        return 128 + (signal.SIGTERM if by_signal else signal.SIGINT)
-    return 0
-
-
-def _tell(message: str) -> None:
     rank = os.environ.get("RANK", "0")
+    try:
+        with _interrupted_by_signals():
+            main()
+        return 0
+    except (UserError, OSError) as error:
+        message, code = f"error: {error}", MISTAKE
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        message, code = ("terminated" if number == signal.SIGTERM else "interrupted") + interrupted, 128 + number
+        if rank != "0":
+            return code
     print(message if rank == "0" else f"process {rank}: {message}", file=sys.stderr, flush=True)
+    return code
 
 
 @contextmanager
-def _termination() -> Iterator[None]:
-    """Raise Terminated on SIGTERM, so that files are closed and temporary ones deleted; hold_signals delays it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
+def _interrupted_by_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM, too, so that files are closed and temporary ones deleted; hold_signals delays it."""
 
     def end(number, frame):
-        if _delayed is not None:
-            _delayed.append(number)
-        else:
-            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        if _delayed is None:
+            raise KeyboardInterrupt(number)
+        _delayed.append(number)
 
     handlers = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -127,9 +115,6 @@ def _termination() -> Iterator[None]:
 def hold_signals() -> Iterator[None]:
     """Delay SIGTERM and Ctrl-C inside: for code that must not be left in the middle, such as while it holds a lock."""
     global _delayed
-    if _delayed is not None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
     _delayed = []
     try:
         yield

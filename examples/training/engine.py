@@ -4,20 +4,20 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from training import checkpoint, run_folder
-from training.data.dataset import DataSet
 from training.data.loader import Loader
+from training.data.sets import DataSet
 from training.errors import UserError
 from training.memory import PeakMemory
 from training.model import build, distribute, prepare
 from training.processes import Processes
-from training.records import Records, epoch_line
+from training.records import Records, write_table
 from training.step import Gradients, GraphedGradients, evaluate, learning_rate, make_optimizer
 
 
@@ -82,14 +82,13 @@ class Trainer:
         """Return the images of so many steps, in all processes."""
         return steps * self.options.accumulate * self.options.batch_size * self.processes.world_size
 
-    def restore(self, found: checkpoint.Checkpoint) -> None:
+    def restore(self, found: dict) -> None:
         """Go on from a checkpoint: the rest of the run is equal to an uninterrupted one, bit by bit on one machine."""
-        saved = found.state
-        self.model.load_state_dict(found.weights)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.state = State(**saved["state"])
-        generators = saved["generators"][self.processes.rank]
+        self.model.load_state_dict(found["weights"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.scaler.load_state_dict(found["scaler"])
+        self.state = State(**found["state"])
+        generators = found["generators"][self.processes.rank]
         torch.set_rng_state(generators["cpu"])
         if self.device.type == "cuda" and "cuda" in generators:
             torch.cuda.set_rng_state(generators["cuda"], self.device)
@@ -102,7 +101,7 @@ class Trainer:
         """
         state = self.state
         self.records = Records(self.options.output, state.step, self.last_step, self.processes.main)
-        try:
+        with closing(self.records), closing(self.loader), closing(self.validation):
             self._write_results()
             self.gradients, self.memory = self._make_gradients(), PeakMemory(self.device)
             while state.epoch < self.options.epochs:
@@ -112,19 +111,12 @@ class Trainer:
                     self._end_epoch(complete)
                 if not complete:
                     break
-        finally:
-            self.records.close()
-            self.loader.close()
-            self.validation.close()
 
     def test(self) -> dict[str, float]:
         """Load the best weights into the model, and return their loss and accuracy on the test split."""
         self.model.load_state_dict(self.state.best["weights"])
-        loader = self._make_loader("test")
-        try:
+        with closing(self._make_loader("test")) as loader:
             return evaluate(self.model, loader, self.processes, self.options.amp)
-        finally:
-            loader.close()
 
     def _make_gradients(self) -> Gradients | GraphedGradients:
         options = self.options
@@ -133,11 +125,7 @@ class Trainer:
         if not options.cuda_graph:
             return gradients
         self.model.train()
-        size = self.data.image_size
-        images = torch.zeros(options.batch_size, self.data.channels, size, size, device=self.device)
-        if options.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return GraphedGradients(gradients, images, images.new_zeros(options.batch_size, dtype=torch.int64))
+        return GraphedGradients(gradients, *next(self.loader.epoch(0)))
 
     def _train_epoch(self) -> None:
         """Take the steps from state.epoch_step to the end of the epoch, or to the last one of the run."""
@@ -147,7 +135,7 @@ class Trainer:
         self.model.train()
         self.memory.reset()
         batches = self.loader.epoch(state.epoch, state.epoch_step * options.accumulate)
-        self._start_clock()
+        self.clock = time.perf_counter()
         while state.epoch_step < self.steps and state.step < self.last_step:
             self._step(batches)
             state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
@@ -158,7 +146,7 @@ class Trainer:
             if due and state.epoch_step < self.steps:
                 self._stop_clock()
                 self._save()
-                self._start_clock()
+                self.clock = time.perf_counter()
         self._stop_clock()
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -167,7 +155,9 @@ class Trainer:
         self.gradients.clear()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for part in range(options.accumulate):
+            start = time.perf_counter()
             images, labels = next(batches)
+            self.state.waited += time.perf_counter() - start
             last = part == options.accumulate - 1
             with nullcontext() if last or self.processes.world_size == 1 else self.network.no_sync():
                 sums += self.gradients(images, labels)
@@ -206,15 +196,10 @@ class Trainer:
         }
         self.records.steps(first, losses, learning_rate(self.options, state.epoch), shown)
 
-    def _start_clock(self) -> None:
-        self.loader.waited = 0.0
-        self.clock = time.perf_counter()
-
     def _stop_clock(self) -> None:
         state = self.state
         self._read_losses()
         state.seconds += time.perf_counter() - self.clock
-        state.waited += self.loader.waited
         state.peak_memory = max(state.peak_memory, self.memory.read())
 
     def _end_epoch(self, complete: bool) -> None:
@@ -223,19 +208,17 @@ class Trainer:
         if not complete:
             self._save()  # before the row, which belongs to this end and not to what follows with a higher limit
         row = self._validate()
-        self.records.epoch(row)
+        self.records.epoch(row, self.options.epochs)
         if complete:
             state.next_epoch()
             self._save()
         self._write_results()
-        self.records.say(epoch_line(row, self.options.epochs))
 
     def _validate(self) -> dict[str, float]:
         """Return the row of the epoch, which is put into the state with the weights, if they are the best."""
         state, options = self.state, self.options
-        self.processes.broadcast(
-            list(self.model.buffers())
-        )  # running statistics belong to each process alone until here
+        # Running statistics belong to each process alone until here.
+        self.processes.broadcast(list(self.model.buffers()))
         result = evaluate(self.model, self.validation, self.processes, options.amp)
         if not math.isfinite(result["loss"]):
             raise self._diverged(f"the validation loss after step {state.step} is {result['loss']}")
@@ -284,11 +267,13 @@ class Trainer:
 
     def _write_results(self) -> None:
         """Write metrics.csv and the best weights, from the state: after a resumption they are those of the checkpoint."""
-        self.records.table(self.state.rows)
-        best = self.state.best
-        if best is not None and self.processes.main:
+        if not self.processes.main:
+            return
+        folder, best = self.options.output, self.state.best
+        write_table(folder / run_folder.METRICS, self.state.rows)
+        if best is not None:
             content = checkpoint.format_weights(best["weights"], {"epoch": str(best["epoch"])})
-            checkpoint.replace_file(self.options.output / run_folder.BEST, content)
+            checkpoint.replace_file(folder / run_folder.BEST, content)
 
     def _diverged(self, what: str) -> UserError:
         good = checkpoint.paths(self.options.output / run_folder.CHECKPOINTS)

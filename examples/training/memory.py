@@ -1,6 +1,8 @@
 """Peak memory of training steps."""
 
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -22,11 +24,8 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
-        try:
-            with open("/proc/self/clear_refs", "w") as clear:
-                clear.write("5")  # resets VmHWM
-        except OSError:
-            pass
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
     def read(self) -> float:
         """Return the peak in MB."""
@@ -38,8 +37,8 @@ class PeakMemory:
 def _resident(field: str) -> float:
     """Return VmRSS or VmHWM in MB, or ru_maxrss where there is no /proc: a child inherits ru_maxrss from its parent."""
     try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":")) / 1e6
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")) / 1e6
     except OSError:
         import resource
 

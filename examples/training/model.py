@@ -10,9 +10,11 @@ from densenet_ext import DenseNetBC
 from training.errors import UserError, explain
 from training.processes import Processes
 
-EFFICIENT = {"plain": False, "checkpoint": "checkpoint", "fused": "fused"}
-_AS_IT_IS = "depth growth_rate compression bn_size drop_channel_position keep_bottleneck small_inputs".split()
-_OF_VARIANT = "drop_rate drop_channel se_reduction".split()  # None leaves them to the variant
+# Arguments of the network; None leaves them to the variant.
+ARGUMENTS = (
+    "depth growth_rate compression bn_size drop_rate drop_channel drop_channel_position se_reduction efficient "
+    "keep_bottleneck small_inputs"
+).split()
 
 
 def build(options: argparse.Namespace, num_classes: int, channels: int) -> DenseNetBC:
@@ -21,17 +23,16 @@ def build(options: argparse.Namespace, num_classes: int, channels: int) -> Dense
     Raises:
         UserError: the network cannot be built so.
     """
-    arguments = {name: getattr(options, name) for name in _AS_IT_IS}
-    arguments |= {name: getattr(options, name) for name in _OF_VARIANT if getattr(options, name) is not None}
-    if options.efficient is not None:
-        arguments["efficient"] = EFFICIENT[options.efficient]
+    arguments = {name: getattr(options, name) for name in ARGUMENTS if getattr(options, name) is not None}
+    if options.efficient == "plain":
+        arguments["efficient"] = False
     with explain(ValueError, what="there is no such network"):
         return DenseNetBC.variant(options.variant, num_classes=num_classes, in_channels=channels, **arguments)
 
 
 def implementation(model: DenseNetBC) -> str:
     """Return 'plain', 'checkpoint' or 'fused'."""
-    return next(name for name, value in EFFICIENT.items() if value == model.efficient)
+    return model.efficient or "plain"
 
 
 def prepare(model: DenseNetBC, options: argparse.Namespace, processes: Processes) -> DenseNetBC:

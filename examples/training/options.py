@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,10 +39,10 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
         SystemExit: anything else on the command line is wrong; code 2, after argparse's own message.
     """
     parser = build_parser(description)
+    argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     if options.config is not None:
-        parser.set_defaults(**_read_config(options.config, parser))
-        options = parser.parse_args(argv)
+        options = parser.parse_args([*_read_config(options.config, parser), *argv])
     if options.epochs is None:
         options.epochs = EPOCHS.get(options.dataset, 300)
     if options.device is None:
@@ -137,60 +139,53 @@ def _add_run(add) -> None:
     add("--log-steps", type=Number(int, at_least=1), default=10, help="steps between readings of the loss")
 
 
-def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict:
+def _read_config(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """Return the content of a file as a command line that `parser` takes."""
     yaml = library("yaml")
     with explain(OSError, UnicodeDecodeError, yaml.YAMLError, what=f"--config {path} cannot be read"):
-        content = yaml.safe_load(path.read_text())
-    if content is None:
-        return {}
+        content = yaml.safe_load(path.read_text()) or {}
     if not isinstance(content, dict):
         raise UserError(
             f"--config {path} holds a {type(content).__name__}; it must hold lines of the form 'option: value'"
         )
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    values = {}
+    parser.exit_on_error = False
+    arguments = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in actions:
             near = difflib.get_close_matches(name, actions, 1, 0)[0]
             raise UserError(f"{path}: {key} is no option; the nearest one is {near}")
         try:
-            values[name] = _convert(value, actions[name])
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            raise UserError(f"{path}: {key} is {value!r}; {error}") from error
-    return values
+            words = _command_line(value, actions[name])
+            parser.parse_args(words)
+        except argparse.ArgumentError as error:
+            raise UserError(f"{path}: {key} is {value!r}; {error.message}") from error
+        arguments += words
+    parser.exit_on_error = True
+    return arguments
 
 
-def _convert(value, action: argparse.Action):
-    """Return a value of the file as argparse would have got it from the command line."""
-    if value is None:
-        if action.default is not None:
-            raise ValueError("it may not be left empty")
-        return None
+def _command_line(value, action: argparse.Action) -> list[str]:
+    """Return the words that give an option the value that stands in a file."""
+    option = action.option_strings[0]
+    if value is None and action.default is None:
+        return []
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise ValueError("it must be true or false")
-        return value
+            raise argparse.ArgumentError(None, "it must be true or false")
+        return [option] if value else action.option_strings[1:]  # --no-...
     if action.nargs == "*":
         if not isinstance(value, list):
-            raise ValueError("it must be a list, such as [0.5, 0.75]")
-        return [action.type(str(item)) for item in value]
-    if isinstance(action.type, Number) or action.type is depth:
-        return action.type(str(value))  # YAML takes 1e-4 for a string
-    if not isinstance(value, str):
-        raise ValueError("it must be a string")
-    if action.choices is not None and value not in action.choices:
-        raise ValueError(f"it may be {', '.join(action.choices)}")
-    return value if action.type is None else action.type(value)
+            raise argparse.ArgumentError(None, "it must be a list, such as [0.5, 0.75]")
+        return [option, *map(str, value)]
+    return [f"{option}={value}"]
 
 
 def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
         raise UserError(f"--device is {name!r}; it may be cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device is {name!r}; PyTorch sees {torch.cuda.device_count()} GPUs here; cpu always works")
 

@@ -35,9 +35,9 @@ class Records:
     """
 
     def __init__(self, folder: Path, first_step: int, total_steps: int, enabled: bool):
-        self.folder, self.enabled = folder, enabled
         disable = None if enabled else True  # None: unless there is a terminal
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=disable, dynamic_ncols=True)
+        self._writer = None
         if enabled:
             tensorboard = library("torch.utils.tensorboard")
             self._writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -48,56 +48,48 @@ class Records:
 
     def steps(self, first: int, losses: list[float], learning_rate: float, postfix: dict[str, str]) -> None:
         """Write losses of the steps from number `first` on (the first of all is 1); `postfix` is shown beside the bar."""
-        if not self.enabled:
-            return
-        with hold_signals():  # else the writer's queue could be left locked, and closing it would never end
-            for step, loss in enumerate(losses, first):
-                self._writer.add_scalar("train/loss", loss, step)
-                self._writer.add_scalar("train/learning_rate", learning_rate, step)
+        for step, loss in enumerate(losses, first):
+            self._write({"train/loss": loss, "train/learning_rate": learning_rate}, step)
         self._bar.set_postfix(postfix, refresh=False)
 
-    def epoch(self, row: dict[str, float]) -> None:
-        """Write the scalars of an epoch, and wait until all events are on the disk."""
-        if not self.enabled:
-            return
-        for name in COLUMNS[3:]:
-            with hold_signals():
-                self._writer.add_scalar(f"epoch/{name}", row[name], row["steps"])
+    def epoch(self, row: dict[str, float], epochs: int) -> None:
+        """Write the scalars of an epoch, wait until all events are on the disk, and print a line, above the bar if any."""
+        self._write({f"epoch/{name}": row[name] for name in COLUMNS[3:]}, row["steps"])
         self.flush()
+        if self._writer is not None:
+            tqdm.write(
+                f"epoch {row['epoch']}/{epochs}: "
+                f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2f} %; "
+                f"validation loss {row['validation_loss']:.4f}, accuracy {row['validation_accuracy']:.2f} %; "
+                f"{row['images_per_second']:.0f} images/s, peak {row['peak_memory_mb']:.0f} MB"
+            )
+
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        if self._writer is not None:
+            with hold_signals():  # else the writer's queue could be left locked, and closing it would never end
+                for name, value in scalars.items():
+                    self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Wait until TensorBoard's events are on the disk."""
-        if self.enabled:
+        if self._writer is not None:
             with hold_signals():
                 self._writer.flush()
 
-    def table(self, rows: Rows) -> None:
-        """Write metrics.csv."""
-        if self.enabled:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            replace_file(self.folder / "metrics.csv", text.getvalue())
-
-    def say(self, line: str) -> None:
-        """Print a line, above the bar where there is one."""
-        if self.enabled:
-            tqdm.write(line)
-
     def close(self) -> None:
         self._bar.close()
-        if self.enabled:
+        if self._writer is not None:
             with hold_signals():
                 self._writer.close()
 
 
-def epoch_line(row: dict[str, float], epochs: int) -> str:
-    return (
-        f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2f} %; "
-        f"validation loss {row['validation_loss']:.4f}, accuracy {row['validation_accuracy']:.2f} %; "
-        f"{row['images_per_second']:.0f} images/s, peak {row['peak_memory_mb']:.0f} MB"
-    )
+def write_table(path: Path, rows: Rows) -> None:
+    """Write metrics.csv."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue())
 
 
 def summarize(trainer, test: dict[str, float]) -> dict:
@@ -110,37 +102,24 @@ def summarize(trainer, test: dict[str, float]) -> dict:
     options, state = trainer.options, trainer.state
     seconds = state.rows[-1]["train_seconds"]
     return {
-        "dataset": options.dataset,
-        "variant": options.variant,
+        **{
+            name: getattr(options, name)
+            for name in ("dataset", "variant", "depth", "growth_rate", "seed", "batch_size")
+        },
         "efficient": implementation(trainer.model),
-        "depth": options.depth,
-        "growth_rate": options.growth_rate,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "seed": options.seed,
-        "batch_size": options.batch_size,
         "processes": trainer.processes.world_size,
         "epochs": len(state.rows),
         "steps": state.step,
         "best_epoch": state.best["epoch"],
-        "validation_loss": state.best["validation_loss"],
-        "validation_accuracy": state.best["validation_accuracy"],
-        "test_loss": test["loss"],
-        "test_accuracy": test["accuracy"],
+        **{f"validation_{name}": state.best[f"validation_{name}"] for name in QUANTITIES},
+        **{f"test_{name}": test[name] for name in QUANTITIES},
         "peak_memory_mb": max(row["peak_memory_mb"] for row in state.rows),
         "train_seconds": seconds,
         "images_per_second": trainer.count_images(state.step) / seconds,
         "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-
-
-def summary_line(summary: dict, folder: Path) -> str:
-    return (
-        f"{folder}: test accuracy {summary['test_accuracy']:.2f} %, loss {summary['test_loss']:.4f} "
-        f"(weights of epoch {summary['best_epoch']}, validation loss {summary['validation_loss']:.4f}); "
-        f"{summary['epochs']} epochs in {summary['train_seconds']:.0f} s, {summary['images_per_second']:.0f} images/s, "
-        f"peak memory {summary['peak_memory_mb']:.0f} MB"
-    )
 
 
 def draw_run(folder: Path, rows: Rows, title: str) -> None:

@@ -14,29 +14,29 @@ from torch import Tensor
 from densenet_ext import DenseNetBC, info
 from training import checkpoint
 from training.checkpoint import explain_writing, replace_file
-from training.data.dataset import DataSet
+from training.data.sets import DataSet
 from training.errors import UserError, explain, library
 from training.model import build, prepare
 from training.options import FIXED, default_device, parse, to_yaml
 from training.processes import Processes
 
 CONFIG, DATA, ENVIRONMENT, SPLITS = "config.yaml", "data.json", "environment.json", "splits.json"
-BEST, CHECKPOINTS, SUMMARY = "best.safetensors", "checkpoints", "summary.json"
+BEST, CHECKPOINTS, METRICS, SUMMARY = "best.safetensors", "checkpoints", "metrics.csv", "summary.json"
 
 
 @dataclass
 class DataDescription:
-    """A description of the data for the users of a trained network. mean, std: float64 [channels] of pixels in 0..1."""
+    """A description of the data for the users of a trained network, as data.json holds it."""
 
     name: str
     classes: list[str]
     channels: int
     image_size: int
-    mean: Tensor
-    std: Tensor
+    mean: list[float]  # of each channel, of pixels in 0..1, as is std
+    std: list[float]
 
 
-def open_run(options: argparse.Namespace, processes: Processes) -> checkpoint.Checkpoint | None:
+def open_run(options: argparse.Namespace, processes: Processes) -> dict | None:
     """Return the checkpoint from which the run goes on; None where it starts.
 
     Raises:
@@ -50,7 +50,7 @@ def open_run(options: argparse.Namespace, processes: Processes) -> checkpoint.Ch
         return None
     found = checkpoint.load(folder / CHECKPOINTS)
     for name, value in fixed_options(options, processes).items() if found is not None else ():
-        started_with = found.state["options"][name]
+        started_with = found["options"][name]
         if started_with != value:
             option = f"--{name.replace('_', '-')}" if name != "processes" else "the number of processes"
             raise UserError(
@@ -73,8 +73,7 @@ def write_description(options: argparse.Namespace, processes: Processes, data: D
     checkpoint.remove_temporary(folder / CHECKPOINTS)
     replace_file(folder / CONFIG, to_yaml(options))
     replace_file(folder / ENVIRONMENT, json.dumps(_environment(processes), indent=1))
-    plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(data).items()}
-    replace_file(folder / DATA, json.dumps(plain, indent=1))
+    replace_file(folder / DATA, json.dumps(vars(data), indent=1))
 
 
 def write_splits(folder: Path, dataset: DataSet, options: argparse.Namespace) -> None:
@@ -85,10 +84,8 @@ def write_splits(folder: Path, dataset: DataSet, options: argparse.Namespace) ->
 def check_splits(folder: Path, dataset: DataSet, options: argparse.Namespace) -> None:
     """Raise UserError unless the splits of `dataset` are those that `write_splits` wrote when the run began."""
     path, remedy = folder / SPLITS, "the run cannot be resumed"
-    with explain(OSError, what=f"{path} cannot be read", remedy=remedy):
-        content = path.read_text()
-    with explain(ValueError, what=f"{path} is damaged", remedy=remedy):
-        written = json.loads(content)
+    with explain(OSError, ValueError, what=f"{path} cannot be read", remedy=remedy):
+        written = json.loads(path.read_text())
     for key, value in _describe_splits(dataset, options).items():
         old = written.get(key) if isinstance(written, dict) else None
         if old != value:
@@ -110,35 +107,35 @@ def _describe_splits(dataset: DataSet, options: argparse.Namespace) -> dict:
     }
 
 
-def read_options(folder: Path, device: str | None = None) -> argparse.Namespace:
-    """Return the options of a finished or running run, for another device if one is given."""
+def read_description(folder: Path) -> DataDescription:
+    """Return what write_description wrote of the data."""
+    path, remedy = folder / DATA, "restore it, or start a run in another --output"
+    with explain(OSError, ValueError, TypeError, what=f"{path} cannot be read", remedy=remedy):
+        return DataDescription(**json.loads(path.read_text()))
+
+
+def read_run(folder: Path, weights: str, device: str | None) -> tuple[argparse.Namespace, DataDescription, DenseNetBC]:
+    """Return options, data and network of a finished or running run, on `device` or, if it is None, the best one here.
+
+    Args:
+        folder: of the run.
+        weights: 'best', 'last', or a file.
+        device: cpu, cuda, cuda:N.
+
+    Raises:
+        UserError: something in the folder is missing or damaged, or the weights are those of another network.
+    """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not the folder of a run: it has no {CONFIG}")
     device = device or default_device()
-    return parse(["--config", str(folder / CONFIG), "--device", device, "--no-cuda-graph", "--no-compile"])
-
-
-def read_data_description(folder: Path) -> DataDescription:
-    """Return what write_description wrote."""
-    path = folder / DATA
-    remedy = "`train.py --resume` writes it anew"
-    with explain(OSError, ValueError, TypeError, what=f"{path} cannot be read", remedy=remedy):
-        data = DataDescription(**json.loads(path.read_text()))
-        data.mean, data.std = (torch.tensor(values, dtype=torch.float64) for values in (data.mean, data.std))
-    return data
-
-
-def read_model(
-    folder: Path, which: str, options: argparse.Namespace, data: DataDescription, processes: Processes
-) -> DenseNetBC:
-    """Return the network of a run on its device, with the weights 'best' or 'last', or those in the file `which`."""
-    weights = _read_weights(folder, which)
+    options = parse(["--config", str(folder / CONFIG), "--device", device, "--no-cuda-graph", "--no-compile"])
+    data = read_description(folder)
     model = build(options, len(data.classes), data.channels)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(_read_weights(folder, weights))
     except RuntimeError as error:
         raise UserError(f"the weights are those of another network: {str(error).splitlines()[1].strip()}") from error
-    return prepare(model, options, processes)
+    return options, data, prepare(model, options, Processes.alone(options.device))
 
 
 def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
@@ -146,7 +143,7 @@ def _read_weights(folder: Path, which: str) -> dict[str, Tensor]:
         found = checkpoint.load(folder / CHECKPOINTS)
         if found is None:
             raise UserError(f"{folder} has no checkpoint yet: --weights last needs one")
-        return found.weights
+        return found["weights"]
     path = folder / BEST if which == "best" else Path(which)
     kinds = (OSError, library("safetensors").SafetensorError)
     with explain(*kinds, what=f"the weights {path} cannot be read", remedy="--weights may be best, last or a file"):

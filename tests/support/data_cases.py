@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from training.data.dataset import DataSet
 from training.data.images import Images
-from training.data.sets import load
+from training.data.sets import DataSet, load
 from training.errors import UserError
 
 

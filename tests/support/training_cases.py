@@ -31,6 +31,13 @@ def start(*command, **environment):
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
+def run(script, *arguments):
+    """Run a script of the examples as a user would, which must end well."""
+    done = start(*command(script, *arguments))
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def rows(folder):
     """Return metrics.csv without the columns that depend on the clock."""
     with open(folder / "metrics.csv", newline="") as file:

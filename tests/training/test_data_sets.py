@@ -7,8 +7,7 @@ import data_cases as data
 import numpy
 import pytest
 import torch
-from training.data.dataset import DataSet, stratified
-from training.data.images import Images
+from training.data.sets import stratified
 from training.errors import UserError
 from training.run_folder import check_splits, write_splits
 
@@ -52,7 +51,7 @@ def test_splits_are_written_and_checked(tmp_path):
 
 
 def test_damaged_or_unwritable_splits(tmp_path):
-    for message, content in [("splits.json cannot be read", None), ("splits.json is damaged", '{"dataset": ')]:
+    for message, content in [("read .No such file", None), ("splits.json cannot be read .Expecting", '{"dataset": ')]:
         if content is not None:
             (tmp_path / "splits.json").write_text(content)
         with pytest.raises(UserError, match=message):
@@ -149,16 +148,3 @@ def test_cifar_is_fetched_only_when_asked(cifar, monkeypatch, tmp_path):
     assert asked == [(kind.url, kind.tgz_md5)]
     data.read(name, folder.parent, download=True)  # complete already
     assert len(asked) == 1
-
-
-# All data sets
-
-
-@pytest.mark.parametrize(
-    ["labels", "message"],
-    [([0, 1, 0], "'x' has 4 images but 3 labels"), ([0, 1, 2, 0], "'x' has labels 0 to 2 for 2 classes")],
-)
-def test_wrong_labels(labels, message):
-    images = Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
-    with pytest.raises(UserError, match=message):
-        DataSet("x", ["a", "b"], images, torch.tensor(labels), {})

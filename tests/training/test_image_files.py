@@ -152,7 +152,7 @@ def test_folders_that_are_wrong(tmp_path):
     data.refuses("--dataset folder needs --data", "folder")
     data.refuses("there is no folder .*images", "folder", folder)
     folder.mkdir()
-    data.refuses("images: .*subfolder for each class", "folder", folder)
+    data.refuses("images cannot be read .*subfolder for each class", "folder", folder)
     (folder / "empty").mkdir()
     data.refuses("no valid file for the classes empty", "folder", folder)
     data.write_folder(tmp_path / "few", per_class=2)

@@ -302,13 +302,6 @@ def test_worker_process_that_is_killed():
         batches(dataset, data_in="workers")
 
 
-def test_time_waited():
-    loader = make(data.memory_set())
-    assert loader.waited == 0
-    take(loader)
-    assert 0 < loader.waited < 5
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @WAYS
 def test_batches_on_a_gpu(data_in):

@@ -25,11 +25,11 @@ def assert_same_run(folder, other):
     assert cases.weights(folder) == cases.weights(other)
     assert cases.rows(folder) == cases.rows(other)
     assert cases.scalars(folder, "train/loss") == cases.scalars(other, "train/loss")
-    one, two = (checkpoint.load(run / "checkpoints").state for run in (folder, other))
+    one, two = (checkpoint.load(run / "checkpoints") for run in (folder, other))
     for saved in (one, two):
         for key in ("seconds", "waited", "peak_memory", "train_seconds", "rows", "best"):
             del saved["state"][key]
-    for key in ("optimizer", "generators"):
+    for key in ("weights", "optimizer", "generators"):
         torch.testing.assert_close(one.pop(key), two.pop(key), rtol=0, atol=0)
     assert one == two
 
@@ -303,8 +303,8 @@ def test_checkpoints_hold_plain_values_and_the_names_of_the_model(complete):
 
     found = checkpoint.load(complete / "checkpoints")
     model = DenseNetBC.variant("A+B", depth=10, growth_rate=4, num_classes=10, in_channels=1)
-    model.load_state_dict(found.weights)
-    state = torch.load(found.path / "state.pt", weights_only=True)
+    model.load_state_dict(found["weights"])
+    state = torch.load(checkpoint.paths(complete / "checkpoints")[-1] / "state.pt", weights_only=True)
     assert state["options"]["lr"] == 0.05 and state["state"]["step"] == 78
     with pytest.raises(UserError, match="not the folder of a run"):
-        run_folder.read_options(complete / "checkpoints")
+        run_folder.read_run(complete / "checkpoints", "best", "cpu")

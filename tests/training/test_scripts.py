@@ -1,5 +1,6 @@
 """train.py, evaluate.py and predict.py: what they learn, what they write, what they refuse."""
 
+import csv
 import json
 import re
 
@@ -78,8 +79,7 @@ def run(tmp_path_factory):
     """A short run with an end within the second epoch, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     arguments = [*cases.SMALL, "--lr", "0.05", "--epochs", "2", "--limit-steps", "60", "--output", folder]
-    done = cases.start(*cases.command("train.py", *arguments))
-    assert done.returncode == 0, done.stderr
+    done = cases.run("train.py", *arguments)
     (folder / "stdout.txt").write_text(done.stdout)
     (folder / "stderr.txt").write_text(done.stderr)
     return folder
@@ -110,6 +110,8 @@ def test_run_folder(run):
 def test_records_agree(run):
     """metrics.csv agrees with TensorBoard and with the summary."""
     rows, found = cases.rows(run), cases.summary(run)
+    with open(run / "metrics.csv", newline="") as file:
+        assert all(0 < float(row["data_wait_percent"]) < 100 for row in csv.DictReader(file))
     assert [(row["epoch"], row["steps"]) for row in rows] == [("1", "39"), ("2", "60")]
     best = min(rows, key=lambda row: float(row["validation_loss"]))
     assert found["best_epoch"] == int(best["epoch"]) and found["validation_loss"] == float(best["validation_loss"])
@@ -132,8 +134,7 @@ def test_config_of_a_run_repeats_it(run, tmp_path):
 def test_evaluate(run, tmp_path):
     """The script, started as by a user, finds the figures that the training found."""
     output = tmp_path / "test.json"
-    done = cases.start(*cases.command("evaluate.py", run, "--output", output, "--device", "cpu"))
-    assert done.returncode == 0, done.stderr
+    done = cases.run("evaluate.py", run, "--output", output, "--device", "cpu")
     found, figures = cases.summary(run), json.loads(output.read_text())
     assert figures["accuracy"] == found["test_accuracy"]
     assert figures["loss"] == pytest.approx(found["test_loss"], rel=1e-6)

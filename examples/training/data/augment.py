@@ -5,6 +5,7 @@ equal on every device, in every process, however many there are, and wherever in
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def draw_plan(count: int, seed: int, epoch: int, pad: int, flip: bool) -> Tensor
 class Normalize:
     """(x / 255 - mean) / std of uint8 images [B, C, S, S], with mean and std [C] of the pixels scaled to 0..1."""
 
-    def __init__(self, mean: Tensor, std: Tensor, device: torch.device | str):
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str):
         mean, std = (torch.as_tensor(x, dtype=torch.float64).cpu().view(-1, 1, 1) for x in (mean, std))
         self.scale = (1 / (255 * std)).float().to(device)
         self.shift = (-mean / std).float().to(device)
@@ -47,12 +48,8 @@ def shift_and_flip(images: Tensor, plan: Tensor, pad: int, normalize: Normalize)
     line = torch.arange(size, device=images.device)
     rows = line + plan[:, 1:2] - pad  # [B, S]: the row of the image that each row of the result shows
     columns = torch.where(plan[:, 3:] == 1, line.flip(0), line) + plan[:, 2:3] - pad
-    inside = _within(rows, size)[:, None, :, None] & _within(columns, size)[:, None, None, :]
+    row_inside, column_inside = ((0 <= positions) & (positions < size) for positions in (rows, columns))  # [B, S]
     pixels = rows.clamp(0, size - 1)[:, :, None] * size + columns.clamp(0, size - 1)[:, None, :]  # [B, S, S]
     pixels = pixels.view(count, 1, size * size).expand(-1, channels, -1)
     moved = images.flatten(2).gather(2, pixels).view_as(images)
-    return normalize(moved) * inside
-
-
-def _within(positions: Tensor, size: int) -> Tensor:
-    return (positions >= 0) & (positions < size)
+    return normalize(moved) * (row_inside[:, None, :, None] & column_inside[:, None, None, :])

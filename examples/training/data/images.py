@@ -105,7 +105,8 @@ class Reader:
     """
 
     def __init__(self, images: Images, workers: int = 0, pin_memory: bool = False):
-        workers = min(workers, usable_cores())
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(workers, cores)
         self._batches: list[list[int]] = []
         self._loader = DataLoader(
             images,
@@ -122,9 +123,8 @@ class Reader:
         """Yield images uint8 [B, C, S, S] for each tensor of indices [B]. It ends an earlier iterator of this reader."""
         self._batches[:] = [indices.tolist() for indices in batches]
         remedy = "try --workers 0, which reads them in the training process, or --data-in memory"
-        with explain(
-            RuntimeError, what="a worker process that reads images failed", remedy=remedy
-        ):  # killed, no memory
+        what = "a worker process that reads images failed"
+        with explain(RuntimeError, what=what, remedy=remedy):  # it was killed, or there is no memory
             for images in self._loader:
                 if isinstance(images, UserError):
                     raise images
@@ -148,7 +148,3 @@ def read_all(images: Images, indices: Tensor, workers: int = 0) -> Iterator[tupl
                 progress.update(len(chunk))
     finally:
         reader.close()
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

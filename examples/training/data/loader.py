@@ -2,16 +2,15 @@
 
 import argparse
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from training.data.augment import Normalize, draw_plan, shift_and_flip
-from training.data.dataset import DataSet
 from training.data.images import Images, Reader, read_all
+from training.data.sets import DataSet
 from training.errors import UserError, explain
 from training.processes import Processes
 
@@ -86,8 +85,8 @@ class Loader:
         split: str,
         options: argparse.Namespace,
         processes: Processes,
-        mean: Tensor,
-        std: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
         augment: bool = True,
     ):
         self.device, self.rank, self.world_size = processes.device, processes.rank, processes.world_size
@@ -100,7 +99,6 @@ class Loader:
         self.steps = self._count_steps(split)
         self.labels = dataset.labels[self.split].to(self.device)
         self.in_memory = fits(dataset.images, self.device, options.data_in, self.world_size)
-        self.waited = 0.0  # seconds that the consumer has spent in here
         self._reader = None
         if self.in_memory:
             self._hold(dataset.images, options.workers)
@@ -133,16 +131,6 @@ class Loader:
 
         A later start gives the very batches that a whole epoch gives from there.
         """
-        batches = self._batches(epoch, start)
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - began
-            if batch is None:
-                return
-            yield batch
-
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         steps = torch.arange(start, self.steps)
         if self.train:
             plan = draw_plan(len(self.split), self.seed, epoch, self.pad, self.flip)

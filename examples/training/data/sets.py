@@ -1,4 +1,4 @@
-"""The data sets by name: digits, CIFAR, Tiny ImageNet, a folder of images."""
+"""The data sets by name: digits, CIFAR, Tiny ImageNet, a folder of images. Splits are fixed by a seed."""
 
 import argparse
 import os
@@ -6,13 +6,13 @@ import shutil
 import tarfile
 import zipfile
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.data.dataset import DataSet, stratified
 from training.data.images import ImageFiles, Images
 from training.errors import UserError, explain, library
 
@@ -20,9 +20,50 @@ TINY = "tiny-imagenet-200"
 TINY_URL = f"http://cs231n.stanford.edu/{TINY}.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 ANEW = f"fetch the archive anew: delete {TINY} and use --download"
-FOLDERS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+FOLDERS = {"validation": ("val", "validation", "valid"), "test": ("test",)}
 
 Labelled = tuple[list[str], list[int]]  # files and their labels
+
+
+@dataclass
+class DataSet:
+    """Images with labels, cut into splits."""
+
+    name: str
+    classes: list[str]
+    images: Images  # of all splits, in one numbering
+    labels: Tensor  # int64 [N]
+    splits: dict[str, Tensor]  # 'train', 'validation', 'test': int64 indices into images and labels
+    flip: bool = True  # a mirrored image is still of its class
+
+
+def stratified(labels: Tensor, classes: list[str], fractions: dict[str, float], seed: int) -> dict[str, Tensor]:
+    """Cut parts out of each class at random.
+
+    Args:
+        labels: int64 [N].
+        fractions: of the images of each class by name of the part: rounded, and at least one image.
+
+    Returns ascending int64 indices into `labels` for each part, and for 'train', which is what remains.
+
+    Raises:
+        UserError: a class has too few images to give one to each part.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("train", *fractions)}
+    for label, name in enumerate(classes):
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        counts = [max(1, round(fraction * len(members))) for fraction in fractions.values()]
+        remaining = len(members) - sum(counts)
+        if remaining < 1:
+            raise UserError(
+                f"class '{name}' has {len(members)} images, too few for {' and '.join(parts)}, which need one each: "
+                "add images of it or remove the class"
+            )
+        for part, indices in zip(parts, members.split([remaining, *counts]), strict=True):
+            parts[part].append(indices)
+    return {part: torch.cat(indices).sort().values for part, indices in parts.items()}
 
 
 def load(options: argparse.Namespace) -> DataSet:
@@ -50,7 +91,7 @@ def load_cifar(options: argparse.Namespace) -> DataSet:
     if options.image_size not in (None, 32):
         raise UserError(f"--image-size is 32 for {options.dataset}, it was {options.image_size}: leave it out")
     datasets = library("torchvision.datasets", f"--dataset {options.dataset}")
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[options.dataset]
+    kind = getattr(datasets, options.dataset.upper())
     folder = _data_folder(options, kind.base_folder).parent
     if options.download:
         with explain_fetching(kind.url, folder):
@@ -102,7 +143,8 @@ def load_tiny_imagenet(options: argparse.Namespace) -> DataSet:
     classes = _tiny_names(root / "words.txt", wnids)
     splits = stratified(torch.tensor(labels), classes, {"test": 0.1}, options.split_seed)
     splits["validation"] = torch.arange(len(files), len(files) + len(more_files))
-    return _of_files(options, classes, (files + more_files, labels + more_labels), splits)
+    images = ImageFiles(files + more_files, options.image_size or 32)
+    return DataSet("tiny-imagenet", classes, images, torch.tensor(labels + more_labels), splits)
 
 
 def _fetch_tiny(root: Path) -> None:
@@ -179,49 +221,34 @@ def load_folder(options: argparse.Namespace) -> DataSet:
     root = Path(options.data)
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: --data names the folder of images")
-    folders = {part: _one_of(part, root, names) for part, names in FOLDERS.items()} if (root / "train").is_dir() else {}
-    files, labels, classes = _image_folder(folders.pop("train", root))
+    one_tree = not (root / "train").is_dir()
+    files, labels, classes = _image_folder(root if one_tree else root / "train")
     splits = {"train": torch.arange(len(files))}
-    for part, folder in folders.items():
-        if folder is None:
-            continue
-        more_files, more_labels, names = _image_folder(folder, allow_empty=True)
-        unknown = sorted(set(names) - set(classes))
-        if unknown:
-            raise UserError(
-                f"{folder / unknown[0]}: the training images have no class '{unknown[0]}' ({root / 'train'})"
-            )
-        splits[part] = torch.arange(len(files), len(files) + len(more_files))
-        files, labels = files + more_files, labels + [classes.index(names[label]) for label in more_labels]
-    missing = {part: 0.1 for part in ("validation", "test") if part not in splits}
+    for part, names in () if one_tree else FOLDERS.items():
+        folders = [root / name for name in names if (root / name).is_dir()]
+        if len(folders) > 1:
+            raise UserError(f"{folders[0]} and {folders[1]} both give the {part} images: keep one of them")
+        for folder in folders:
+            more_files, more_labels, names = _image_folder(folder, allow_empty=True)
+            unknown = sorted(set(names) - set(classes))
+            if unknown:
+                message = f"the training images have no class '{unknown[0]}' ({root / 'train'})"
+                raise UserError(f"{folder / unknown[0]}: {message}")
+            splits[part] = torch.arange(len(files), len(files) + len(more_files))
+            files, labels = files + more_files, labels + [classes.index(names[label]) for label in more_labels]
+    missing = {part: 0.1 for part in FOLDERS if part not in splits}
     splits |= stratified(torch.tensor(labels)[splits["train"]], classes, missing, options.split_seed)
-    return _of_files(options, classes, (files, labels), splits)
-
-
-def _one_of(part: str, root: Path, names: tuple[str, ...]) -> Path | None:
-    folders = [root / name for name in names if (root / name).is_dir()]
-    if len(folders) > 1:
-        raise UserError(f"{folders[0]} and {folders[1]} both give the {part} images: keep one of them")
-    return folders[0] if folders else None
+    return DataSet("folder", classes, ImageFiles(files, options.image_size or 32), torch.tensor(labels), splits)
 
 
 def _image_folder(folder: Path, allow_empty: bool = False) -> tuple[list[str], list[int], list[str]]:
     datasets = library("torchvision.datasets", "--dataset folder")
-    try:
+    remedy = "images belong into a subfolder for each class"
+    with explain(OSError, what=f"{folder} cannot be read", remedy=remedy):  # no class, or a class without images
         data = datasets.ImageFolder(folder, allow_empty=allow_empty)
-    except OSError as error:  # no class, or a class without images
-        raise UserError(f"{folder}: {error}; images belong into a subfolder for each class") from error
     if not data.samples:
-        raise UserError(f"{folder} has no images; they belong into a subfolder for each class")
+        raise UserError(f"{folder} has no images: {remedy}")
     return [file for file, _ in data.samples], data.targets, data.classes
-
-
-def _of_files(
-    options: argparse.Namespace, classes: list[str], labelled: Labelled, splits: dict[str, Tensor]
-) -> DataSet:
-    files, labels = labelled
-    images = ImageFiles(files, options.image_size or 32)
-    return DataSet(options.dataset, classes, images, torch.tensor(labels), splits)
 
 
 def _data_folder(options: argparse.Namespace, name: str) -> Path:
