@@ -171,7 +171,7 @@ def test_recording_a_graph_changes_nothing(monkeypatch):
     images, labels = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
     graphed(images, labels)
     assert torch.equal(graphed.images, images) and torch.equal(graphed.labels, labels)
-    eager(graphed.images, graphed.labels)  # as a replay does
+    eager(graphed.images, graphed.labels)  # like a replay
     assert not are_zero()
     graphed.clear()
     assert are_zero()
