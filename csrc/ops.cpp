@@ -17,6 +17,14 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
     Tensor(c!)? m2
   ) -> ())");
 
+  m.def(R"(finish_gradient(
+    Tensor features,
+    Tensor grad,
+    Tensor coef,
+    int offset,
+    Tensor(a!) out
+  ) -> ())");
+
   m.def(R"(fold_norm(
     Tensor mean,
     Tensor m2,
@@ -32,7 +40,10 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
     Tensor(c!) scale,
     Tensor(d!) shift
   ) -> ())");
+}
 
+// The kernels of a dense layer.
+STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
   m.def(R"(bottleneck_forward(
     Tensor features,
     Tensor scale,
@@ -70,7 +81,9 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
     Tensor? previous_weight,
     bool allow_tf32=False
   ) -> ())");
+}
 
+STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
   m.def(R"(conv3x3_forward(
     Tensor bottleneck,
     Tensor scale,
@@ -109,7 +122,9 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
     Tensor(e!) db_affine,
     bool allow_tf32=False
   ) -> ())");
+}
 
+STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
   m.def(R"(squeeze_excite_forward(
     Tensor(a!) features,
     int offset,
@@ -139,7 +154,10 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
     Tensor(d!) dfc2_weight,
     Tensor(e!) dfc2_bias
   ) -> ())");
+}
 
+// The kernels of the tails: a transition and a head.
+STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
   m.def(R"(transition_forward(
     Tensor features,
     Tensor scale,
@@ -190,7 +208,10 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
     Tensor(c!) dnorm_weight,
     Tensor(d!) dnorm_bias
   ) -> ())");
+}
 
+// The kernels of the stem.
+STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
   m.def(R"(stem_forward(
     Tensor x,
     Tensor norm_weight,
@@ -215,16 +236,10 @@ STABLE_TORCH_LIBRARY(densenet_ext, m) {
     Tensor(b!) dnorm_weight,
     Tensor(c!) dnorm_bias
   ) -> ())");
+}
 
-  m.def(R"(finish_gradient(
-    Tensor features,
-    Tensor grad,
-    Tensor coef,
-    int offset,
-    Tensor(a!) out
-  ) -> ())");
-
-  // These two talk to other processes, so they are implemented in Python, with torch.distributed.
+// These two talk to other processes, so they are implemented in Python, with torch.distributed.
+STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
   m.def(R"(synchronize_statistics(
     Tensor(a!) mean,
     Tensor(b!) var,
@@ -284,11 +299,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
     int in_channels,
     int dx_layout
   ) -> (Tensor dx, Tensor[] dparams))");
+}
 
-  // These three are dense_stage_backward of a stage with a tail, in two parts: dense_tail_backward
-  // starts the gradient buffer, and dense_block_backward finishes it. The latter writes the
-  // gradients of the parameters into tensors that new_gradients has allocated, because
-  // torch.compile refuses ops that write into their arguments and also return a list of tensors.
+// These three are dense_stage_backward of a stage with a tail, in two parts: dense_tail_backward
+// starts the gradient buffer, and dense_block_backward finishes it. The latter writes the
+// gradients of the parameters into tensors that new_gradients has allocated, because
+// torch.compile refuses ops that write into their arguments and also return a list of tensors.
+STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
   m.def(R"(dense_tail_backward(
     Tensor grad,
     Tensor? grad_skip,
@@ -321,7 +338,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
     int in_channels,
     int dx_layout
   ) -> Tensor dx)");
+}
 
+// A dense layer and a stem, each alone.
+STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
   m.def(R"(dense_layer(
     Tensor[] inputs,
     Tensor[] params,
