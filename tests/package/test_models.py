@@ -9,11 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from installed import needs_compiler
-from small_networks import EFFICIENT, SMALL, assert_equal_plain, images, network
+from small_networks import EFFICIENT, EVERYTHING, SMALL, assert_equal_plain, images, network
 
 from densenet_ext import DenseNetBC, EfficientDenseBlock, EfficientDenseLayer
-
-EVERYTHING = {"drop_rate": 0.2, "drop_channel": 0.3, "se_reduction": 2}
 
 
 def test_autocast_keeps_float64():

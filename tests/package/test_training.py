@@ -6,13 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from decisions import clear_input
-from small_networks import EFFICIENT, SMALL, images, network, norms
+from small_networks import EFFICIENT, EVERYTHING, SMALL, images, network, norms
 from torch import nn
 
 from densenet_ext import DenseNetBC, EfficientDenseBlock
 from densenet_ext.models import VARIANTS
-
-EVERYTHING = {"drop_rate": 0.2, "drop_channel": 0.3, "se_reduction": 2}
 
 
 def train(model, efficient, steps, batch=lambda step: images() + 0.1 * step):

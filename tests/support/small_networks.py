@@ -7,6 +7,7 @@ from densenet_ext import DenseNetBC
 
 EFFICIENT = ("checkpoint", "fused")
 SMALL = {"growth_rate": 3, "block_config": (2, 3, 2), "num_classes": 5, "bn_size": 2}
+EVERYTHING = {"drop_rate": 0.2, "drop_channel": 0.3, "se_reduction": 2}
 LAYER = "features.denseblock1.denselayer2"
 
 
