@@ -1,12 +1,10 @@
 """`python -m densenet_ext` lists its commands, and the demo measures."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from installed import PACKAGE, run_python
 
 import densenet_ext
 from densenet_ext import __main__, info
@@ -15,9 +13,7 @@ ROW = re.compile(r"(\w+) +([\d.]+) MB +(\d+) % +([\d.]+) s +(\d+) %")
 
 
 def run(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(Path(densenet_ext.__file__).parents[1])}
-    command = [sys.executable, "-m", "densenet_ext", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    return run_python("-m", "densenet_ext", *arguments, PYTHONPATH=str(PACKAGE.parent))
 
 
 def test_without_a_command_the_commands_are_listed():

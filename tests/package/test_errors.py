@@ -53,6 +53,11 @@ CONSTRUCTORS = [
     (lambda: DenseNetBC(block_config=(2, 0)), "block_config[1] is 0"),
     (lambda: DenseNetBC(compression=0), "compression is 0; it must be more than 0 and at most 1"),
     (lambda: DenseNetBC(compression=1.1), "compression is 1.1"),
+    (lambda: DenseNetBC(drop_rate=None), "drop_rate is None"),
+    (lambda: DenseNetBC(drop_channel="0.1"), "drop_channel is '0.1'"),
+    (lambda: DenseNetBC(compression=None), "compression is None"),
+    (lambda: DenseNetBC(block_config=6), "block_config is 6"),
+    (lambda: DenseNetBC(efficient=torch.tensor([1, 2])), "efficient is tensor([1, 2])"),
     (lambda: DenseNetBC(num_classes=0), "num_classes is 0"),
     (lambda: DenseNetBC(num_init_features=0), "num_init_features is 0"),
     (lambda: DenseNetBC.variant("C"), "name is 'C'; it may be 'vanilla', 'A', 'B', 'A+B', 'A+B+C'"),
@@ -224,14 +229,10 @@ def types(x, weights, norms, autocast=None):
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
-def test_one_type_for_everything(dtype):
-    assert types(dtype, dtype, dtype) is None
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        *[((dtype, dtype, dtype), None) for dtype in (F16, BF16, F32, F64)],
         ((BF16, BF16, F32), None),
         ((F16, F16, F32), None),
         ((F32, F32, F32, BF16), None),
@@ -276,6 +277,7 @@ def test_integers_of_numpy_and_torch():
     assert model(torch.randn(2, 2, 8, 8)).shape == (2, 4)
     assert model.features.conv0.out_channels == 5 and type(model.features.conv0.out_channels) is int
     assert len(DenseNetBC(depth=np.int64(16)).features.denseblock1) == 2
+    assert len(DenseNetBC(block_config=(n for n in (1, 2))).features.denseblock2) == 2
     with pytest.raises(ValueError, match="growth_rate is .*3.0.*; it must be a positive integer"):
         DenseNetBC(growth_rate=np.float64(3.0))
 

@@ -5,11 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from small_networks import EFFICIENT, assert_equal_plain, step, watch
 
 from densenet_ext import DropChannel, EfficientDenseBlock, EfficientDenseLayer, SqueezeExcitation, Transition
 
-EFFICIENT = (False, "checkpoint", "fused")
 DROPS = {
     "nothing": {},
     "dropout": {"drop_rate": 0.3},
@@ -19,23 +18,16 @@ DROPS = {
 }
 
 
-def run(module, efficient, x, backward=True):
-    """Output, all gradients and all buffers of one step; the same random masks for every implementation."""
-    module = copy.deepcopy(module)
-    module.efficient = efficient
-    inputs = [part.clone().requires_grad_() for part in x] if isinstance(x, list) else x.clone().requires_grad_()
-    torch.manual_seed(1)
-    y = module(inputs)
-    if not backward:
-        return [y], list(module.buffers())
-    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
-    leaves = inputs if isinstance(inputs, list) else [inputs]
-    return [y, *[t.grad for t in (*leaves, *module.parameters())]], list(module.buffers())
+def assert_module_equals_plain(module, x, implementations=EFFICIENT):
+    """One step has the same outputs, gradients and buffers; random masks are the same for every implementation."""
 
+    def run(efficient):
+        copied = copy.deepcopy(module)
+        copied.efficient = efficient
+        torch.manual_seed(1)
+        return step(copied, [part.clone() for part in x] if isinstance(x, list) else x.clone())
 
-def assert_same(got, want, tolerance=1e-10):
-    for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert_equal_plain(run, implementations, tolerance=1e-10)
 
 
 def test_drop_channel_drops_channels_and_keeps_the_mean():
@@ -81,37 +73,32 @@ def test_transition_is_its_formula():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("drop", DROPS)
-@pytest.mark.parametrize("efficient", EFFICIENT[1:])
+@pytest.mark.parametrize("efficient", EFFICIENT)
 def test_layer_equals_plain(efficient, drop, training):
     layer = EfficientDenseLayer(6, 4, 3, **DROPS[drop]).double().train(training)
     x = [torch.randn(3, c, 5, 4, dtype=torch.double) for c in (1, 3, 2)]
-    assert_same(run(layer, efficient, x), run(layer, False, x))
-    assert_same(run(layer, efficient, torch.cat(x, 1)), run(layer, False, torch.cat(x, 1)))
+    assert_module_equals_plain(layer, x, [efficient])
+    assert_module_equals_plain(layer, torch.cat(x, 1), [efficient])
 
 
 @pytest.mark.parametrize("keep_bottleneck", [False, True])
 @pytest.mark.parametrize("drop", DROPS)
-@pytest.mark.parametrize("efficient", EFFICIENT[1:])
+@pytest.mark.parametrize("efficient", EFFICIENT)
 def test_block_equals_plain(efficient, drop, keep_bottleneck):
     block = EfficientDenseBlock(3, 5, 4, 2, keep_bottleneck=keep_bottleneck, **DROPS[drop]).double()
-    x = torch.randn(3, 5, 6, 5, dtype=torch.double)
-    assert_same(run(block, efficient, x), run(block, False, x))
+    assert_module_equals_plain(block, torch.randn(3, 5, 6, 5, dtype=torch.double), [efficient])
 
 
 def test_block_of_single_fused_layers_equals_fused_block():
     block = EfficientDenseBlock(3, 5, 4, 2, drop_channel=0.3, efficient="fused").double()
     x = torch.randn(3, 5, 6, 5, dtype=torch.double)
-    want = run(block, "fused", x)
-    single = nn.ModuleList(block.layers)
-
-    def forward(x):
-        features = [x]
-        for layer in single:
-            features.append(layer(features))
-        return torch.cat(features, 1)
-
     torch.manual_seed(1)
-    torch.testing.assert_close(forward(x), want[0][0], rtol=1e-12, atol=1e-12)
+    want = block(x)
+    torch.manual_seed(1)
+    features = [x]
+    for layer in block.layers:
+        features.append(layer(features))
+    torch.testing.assert_close(torch.cat(features, 1), want, rtol=1e-12, atol=1e-12)
 
 
 def test_block_keeps_its_input_in_the_first_channels():
@@ -138,73 +125,56 @@ def test_layer_is_the_formula_of_the_paper():
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
-@pytest.mark.parametrize("efficient", EFFICIENT)
+@pytest.mark.parametrize("efficient", [False, *EFFICIENT])
 def test_running_statistics_by_definition(efficient, momentum):
     """Each of two batches counts once, with its unbiased variance; momentum None averages over all batches."""
     layer = EfficientDenseLayer(3, 2, 2, efficient=efficient, momentum=momentum).double()
     mean, var = torch.zeros(3, dtype=torch.double), torch.ones(3, dtype=torch.double)
-    for step in range(1, 3):
+    for batch in range(1, 3):
         x = torch.randn(4, 3, 5, 5, dtype=torch.double, requires_grad=True)
         layer(x).sum().backward()
-        factor = 1 / step if momentum is None else momentum
+        factor = 1 / batch if momentum is None else momentum
         mean = (1 - factor) * mean + factor * x.detach().mean((0, 2, 3))
         var = (1 - factor) * var + factor * x.detach().var((0, 2, 3), unbiased=True)
         torch.testing.assert_close(layer.norm1.running_mean, mean)
         torch.testing.assert_close(layer.norm1.running_var, var)
-        assert layer.norm1.num_batches_tracked == layer.norm2.num_batches_tracked == step
+        assert layer.norm1.num_batches_tracked == layer.norm2.num_batches_tracked == batch
 
 
-def test_checkpoint_recomputes_in_the_mode_of_forward():
-    """model.eval() between forward and backward changes no gradient."""
-    layer = EfficientDenseLayer(3, 2, 2, efficient="checkpoint").double()
-    x = torch.randn(4, 3, 5, 5, dtype=torch.double)
-    grads = []
-    for efficient in (False, "checkpoint"):
-        module, leaf = copy.deepcopy(layer), x.clone().requires_grad_()
-        module.efficient = efficient
-        y = module(leaf)
-        module.eval()
-        y.square().sum().backward()
-        grads.append([leaf.grad, *[p.grad for p in module.parameters()]])
-        assert not module.norm1.training
-    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+def assert_recomputes(between, training=True, watched=False, **options):
+    """Gradients are plain's, although between(layer, efficient) changes the layer after forward."""
 
-
-def test_watched_layers_recompute_in_the_mode_of_forward():
-    """A layer with a hook is called once only, and backward applies its mask before the norm again."""
-    grads = []
-    for efficient in (False, "checkpoint"):
+    def run(efficient):
         torch.manual_seed(0)
-        module = EfficientDenseLayer(3, 2, 2, drop_channel=0.5, efficient=efficient).double()
-        module.norm1.register_forward_hook(lambda *args: None)
-        leaf = torch.randn(4, 3, 5, 5, dtype=torch.double, requires_grad=True)
-        y = module(leaf)
-        module.eval()
+        layer = EfficientDenseLayer(3, 2, 2, **options, efficient=efficient).double().train(training)
+        if watched:
+            watch(layer, "norm1")
+        x = torch.randn(4, 3, 5, 5, dtype=torch.double, requires_grad=True)
+        y = layer(x)
+        between(layer, efficient)
         y.square().sum().backward()
-        grads.append([leaf.grad, *[p.grad for p in module.parameters()]])
-    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+        return [x.grad, *[p.grad for p in layer.parameters()]]
+
+    assert_equal_plain(run, ["checkpoint"], tolerance=1e-12)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_checkpoint_recomputes_in_the_mode_of_forward(watched):
+    """model.eval() between forward and backward changes no gradient. A layer with a hook is called once only, and backward
+    applies its mask before the norm again."""
+    assert_recomputes(lambda layer, efficient: layer.eval(), watched=watched, drop_channel=0.5)
 
 
 def test_evaluation_recomputes_with_the_statistics_of_forward():
-    """A batch in training mode may have changed the running statistics before backward."""
-    grads = []
-    for efficient in (False, "checkpoint"):
-        torch.manual_seed(0)
-        module = EfficientDenseLayer(3, 2, 2, efficient=efficient).double().eval()
-        x = torch.randn(4, 3, 5, 5, dtype=torch.double, requires_grad=True)
-        y = module(x)
-        if efficient:
-            module.norm1.running_mean.add_(1)
-        y.square().sum().backward()
-        grads.append([x.grad, *[p.grad for p in module.parameters()]])
-    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+    """A batch in training mode may have changed them by then."""
+    assert_recomputes(lambda layer, efficient: efficient and layer.norm1.running_mean.add_(1), training=False)
 
 
 def test_masks_are_the_same_in_every_implementation_and_differ_between_steps():
     block = EfficientDenseBlock(2, 6, 4, drop_channel=0.5, drop_rate=0.5).double()
     x = torch.randn(2, 6, 4, 4, dtype=torch.double)
     outputs = []
-    for efficient in EFFICIENT:
+    for efficient in (False, *EFFICIENT):
         block.efficient = efficient
         torch.manual_seed(3)
         outputs.append((block(x), block(x)))
@@ -213,7 +183,7 @@ def test_masks_are_the_same_in_every_implementation_and_differ_between_steps():
         assert not torch.allclose(first, second)
 
 
-@pytest.mark.parametrize("efficient", EFFICIENT)
+@pytest.mark.parametrize("efficient", [False, *EFFICIENT])
 def test_dropped_output_channel_has_no_gradient(efficient):
     """drop_rate acts on conv2's outputs, before squeeze-and-excitation: zeros stay zeros."""
     layer = EfficientDenseLayer(4, 3, 2, drop_rate=0.9, se_reduction=1, efficient=efficient)

@@ -2,11 +2,12 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
+from allocations import allocations
 
 from densenet_ext import _C, DenseNetBC, memory, release_workspaces, set_workspace_limit, workspace_use
 from densenet_ext.functional import dense_stage
@@ -29,22 +30,24 @@ def peak_of_step(model, batch, labels):
     F.cross_entropy(model(small), labels[:2]).backward()  # allocates the gradients
     release_workspaces()
     start = workspace_use().occupied
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    level = peak = 0
-    for event in events:
-        level += event.nbytes()
-        peak = max(peak, level)
-    assert events
-    return peak + workspace_use().occupied - start
+    levels = list(accumulate(allocations(step)))
+    assert levels
+    return max(0, *levels) + workspace_use().occupied - start
 
 
 def peak_of(samples, **options):
     torch.set_num_threads(2)
     model = DenseNetBC.variant("A+B+C", **options)
     return peak_of_step(model, torch.randn(samples, 3, 32, 32), torch.randint(100, (samples,)))
+
+
+def problem(name, **options):
+    """A variant of the network, and a batch for it."""
+    return DenseNetBC.variant(name, **options), torch.randn(16, 3, 32, 32)
+
+
+def gradients(model, x):
+    return torch.autograd.grad(model(x).sum(), list(model.parameters()))
 
 
 @pytest.mark.slow
@@ -90,18 +93,15 @@ def test_fused_takes_a_fraction_of_plain():
 def test_nothing_is_left_after_the_step():
     """Two steps leave no more memory held than before: no buffer outlives its graph."""
     torch.set_num_threads(2)
-    model, x = DenseNetBC.variant("A+B+C", depth=22), torch.randn(16, 3, 32, 32)
+    model, x = problem("A+B+C", depth=22)
     model(x).sum().backward()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(x).sum().backward()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert sum(e.nbytes() for e in events) == 0
+    assert sum(allocations(lambda: model(x).sum().backward())) == 0
     assert workspace_use().held == 0
 
 
 def test_workspaces_stay_for_the_next_step_until_released():
     torch.set_num_threads(2)
-    model, x = DenseNetBC.variant("A+B+C", depth=22), torch.randn(16, 3, 32, 32)
+    model, x = problem("A+B+C", depth=22)
     release_workspaces()
     model(x).sum().backward()
     after_one = workspace_use()
@@ -114,8 +114,8 @@ def test_workspaces_stay_for_the_next_step_until_released():
 
 
 def test_memory_in_the_words_of_torch_cuda():
-    """Memory is allocated while the graph lives, and reserved until the cache is emptied; top-level names agree."""
-    model, x = DenseNetBC.variant("A+B+C", depth=22), torch.randn(16, 3, 32, 32)
+    """Allocated while the graph lives, reserved until the cache is emptied; the names at the top level say the same."""
+    model, x = problem("A+B+C", depth=22)
     memory.empty_cache()
     assert (memory.memory_allocated(), memory.memory_reserved()) == (0, 0)
     y = model(x)
@@ -134,11 +134,11 @@ def test_memory_in_the_words_of_torch_cuda():
 def test_workspace_limit():
     """With limit 0 nothing stays occupied beyond whole pages of 2 MB, and the numbers are the same."""
     torch.set_num_threads(2)
-    model, x = DenseNetBC.variant("B", depth=22, efficient="fused", drop_rate=0.0), torch.randn(16, 3, 32, 32)
-    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    model, x = problem("B", depth=22, efficient="fused", drop_rate=0.0)
+    expected = gradients(model, x)
     set_workspace_limit(0)
     try:
-        actual = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+        actual = gradients(model, x)
         assert workspace_use().occupied <= 2 * 2**21
     finally:
         set_workspace_limit(2**40)
@@ -232,17 +232,9 @@ def test_workspaces_after_fork():
 def test_workspaces_of_threads_are_apart():
     """Four threads at once, each with its own model, compute the same as one after the other."""
     torch.set_num_threads(1)
-    problems = [
-        (DenseNetBC.variant("B", depth=16, efficient="fused", drop_rate=0.0), torch.randn(16, 3, 32, 32))
-        for _ in range(4)
-    ]
-
-    def gradients(problem):
-        model, x = problem
-        return torch.autograd.grad(model(x).sum(), list(model.parameters()))
-
-    expected = [gradients(p) for p in problems]
+    problems = [problem("B", depth=16, efficient="fused", drop_rate=0.0) for _ in range(4)]
+    expected = [gradients(*p) for p in problems]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
-            for actual, wanted in zip(pool.map(gradients, problems), expected, strict=True):
+            for actual, wanted in zip(pool.map(lambda problem: gradients(*problem), problems), expected, strict=True):
                 assert all(a.equal(b) for a, b in zip(actual, wanted, strict=True))

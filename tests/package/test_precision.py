@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from decisions import clear_input
+from small_networks import SMALL
 
 from densenet_ext import DenseNetBC
-
-SMALL = {"growth_rate": 3, "block_config": (2, 3, 2), "num_classes": 5, "bn_size": 2}
 
 
 def relative_error(got, want):

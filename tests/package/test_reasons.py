@@ -1,26 +1,18 @@
 """The fused implementation notices and names changes that it would ignore, and lets the modules compute them."""
 
 import copy
-import warnings
 
 import pytest
 import torch
+from small_networks import LAYER, images, network, step
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 from torch.testing._internal.two_tensor import TwoTensor
 
-from densenet_ext import DenseNetBC, EfficientDenseBlock, EfficientDenseLayer, set_fallback
+from densenet_ext import EfficientDenseBlock, EfficientDenseLayer, set_fallback
 
-SMALL = {
-    "growth_rate": 3,
-    "block_config": (2, 2),
-    "num_classes": 5,
-    "bn_size": 2,
-    "se_reduction": 2,
-    "drop_channel": 0.1,
-}
-LAYER = "features.denseblock1.denselayer2"
+OPTIONS = {"se_reduction": 2, "drop_channel": 0.1}
 
 
 class Double(nn.Module):
@@ -123,20 +115,13 @@ CHANGES = [
 ]
 
 
-def changed_model(change, path):
-    """Build a new model with this change and always the same weights: some changed models cannot be copied."""
-    torch.manual_seed(0)
-    model = DenseNetBC(**SMALL).double()
+def changed_step(change, path, efficient):
+    """A step of a network that is built anew at every call: some changes cannot be copied."""
+    model = network(**OPTIONS)
     change(model, path)
-    return model
-
-
-def step(model, efficient):
     model.efficient = efficient
     torch.manual_seed(1)
-    y = model(torch.randn(3, 3, 8, 8, dtype=torch.double))
-    y.square().sum().backward()
-    return [y, *[p.grad for p in model.parameters()], *model.buffers()]
+    return step(model)
 
 
 @pytest.mark.parametrize(
@@ -145,30 +130,30 @@ def step(model, efficient):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_change_is_named_and_honored(change, path, reason):
     with pytest.raises(RuntimeError, match=f"{path}.*{reason}"):
-        step(changed_model(change, path), "fused")
+        changed_step(change, path, "fused")
     set_fallback("warn")
     with pytest.warns(UserWarning, match=f"{path}.*{reason}") as caught:
-        got = step(changed_model(change, path), "fused")
+        got = changed_step(change, path, "fused")
     assert sum("efficient='fused'" in str(warning.message) for warning in caught) == 1
-    torch.testing.assert_close(got, step(changed_model(change, path), False), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got, changed_step(change, path, False), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("path", [f"{LAYER}.norm1", LAYER, "features.denseblock1", "features.transition1", "features"])
 def test_hooks_are_called(path):
     set_fallback("warn")
-    model, seen = DenseNetBC(**SMALL, efficient="fused"), []
+    model, seen = network("fused", **OPTIONS), []
     model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append(output.shape))
     with pytest.warns(UserWarning):
-        model(torch.randn(2, 3, 8, 8))
+        model(images())
     assert len(seen) == 1
 
 
 @pytest.mark.filterwarnings("error")
 def test_hooks_on_modules_that_are_called_anyway_cost_nothing():
-    model, seen = DenseNetBC(**SMALL, efficient="fused"), []
+    model, seen = network("fused", **OPTIONS), []
     for module in (model, model.features.conv0, model.classifier):
         module.register_forward_hook(lambda *args: seen.append(args[0]))
-    model(torch.randn(2, 3, 8, 8))
+    model(images())
     assert len(seen) == 3
 
 
@@ -181,19 +166,13 @@ def test_global_hook():
         handle.remove()
 
 
-INPUTS = {
-    "meta": (lambda: torch.randn(2, 4, 8, 8, device="meta"), "no kernels for meta"),
-    "a subclass with data of its own": (
-        lambda: TwoTensor(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)),
-        "is a TwoTensor",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", INPUTS)
-def test_inputs_that_the_kernels_cannot_read(kind):
-    make, reason = INPUTS[kind]
-    x = make()
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(lambda x: x.to("meta"), "no kernels for meta"), (lambda x: TwoTensor(x, x), "is a TwoTensor")],
+    ids=["meta", "a subclass with data of its own"],
+)
+def test_inputs_that_the_kernels_cannot_read(change, reason):
+    x = change(torch.randn(2, 4, 8, 8))
     block = EfficientDenseBlock(2, 4, 3, efficient="fused").to(x.device)
     with pytest.raises(RuntimeError, match=reason):
         block(x)
@@ -204,9 +183,9 @@ def test_inputs_that_the_kernels_cannot_read(kind):
 
 @pytest.mark.filterwarnings("error")
 def test_frozen_parameters_need_no_fallback():
-    model = DenseNetBC(**SMALL, efficient="fused").requires_grad_(False)
+    model = network("fused", **OPTIONS).requires_grad_(False)
     model.classifier.requires_grad_(True)
-    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    model(images()).sum().backward()
     assert model.classifier.weight.grad is not None
 
 
@@ -219,6 +198,7 @@ def test_a_child_that_nobody_calls_is_reported(efficient):
         layer(torch.randn(2, 4, 6, 6))
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_child_of_a_subclass_is_its_own_matter():
     class Scaled(EfficientDenseLayer):
         def __init__(self, *args):
@@ -228,18 +208,15 @@ def test_a_child_of_a_subclass_is_its_own_matter():
         def forward(self, inputs):
             return self.scale(super().forward(inputs))
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        Scaled(4, 3)(torch.randn(2, 4, 6, 6))
+    Scaled(4, 3)(torch.randn(2, 4, 6, 6))
 
 
+@pytest.mark.filterwarnings("ignore:using the plain implementation")
 @pytest.mark.parametrize("change", ["transition", "block", "append"])
 def test_parts_of_transitions_and_blocks_can_be_reached(change):
     """A transition is a Sequential and a block a ModuleDict, as in torchvision's network."""
     set_fallback("warn")
-    torch.manual_seed(0)
-    model = DenseNetBC(**SMALL).double().eval()
-    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    model, x = network(**OPTIONS).eval(), images()
     unchanged, transition = model(x), model.features.transition1
     if change == "transition":
         assert [name for name, _ in transition.named_children()] == ["norm", "relu", "conv", "pool"]
@@ -252,9 +229,7 @@ def test_parts_of_transitions_and_blocks_can_be_reached(change):
             layer.relu2 = nn.Tanh()
     results = []
     for model.efficient in (False, "fused"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            results.append(model(x))
+        results.append(model(x))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(results[0], unchanged)
 
@@ -262,8 +237,8 @@ def test_parts_of_transitions_and_blocks_can_be_reached(change):
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.filterwarnings("error")
 def test_relu_of_either_kind_is_fused(inplace):
-    model = DenseNetBC(**SMALL, efficient="fused", small_inputs=False)
+    model = network("fused", **OPTIONS, small_inputs=False)
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = inplace
-    model(torch.randn(2, 3, 40, 40)).sum().backward()
+    model(images(size=(40, 40))).sum().backward()

@@ -4,20 +4,18 @@ import re
 
 import pytest
 import torch
+from small_networks import SMALL, norms
 from torch import nn
 
 from densenet_ext import DenseNetBC, EfficientDenseBlock
-
-SMALL = {"growth_rate": 3, "block_config": (2, 2), "num_classes": 5, "bn_size": 2}
 
 
 def network(seed, **options):
     torch.manual_seed(seed)
     model = DenseNetBC(**SMALL, **options).double()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
+    for norm in norms(model):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
     return model
 
 

@@ -5,15 +5,19 @@ The keys are the first column of docs/support.md.
 """
 
 import copy
+import functools
 import io
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from unittest.mock import patch
 
+import small_networks
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 import torch.nn.functional as F
+from small_networks import norms
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
@@ -22,16 +26,19 @@ from torch.testing._internal.two_tensor import TwoTensor
 LAYER = "features.denseblock2.denselayer2"
 
 
-def images(count=3, size=40, dtype=torch.double, seed=1):
-    return torch.randn(count, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+images = functools.partial(small_networks.images, 3, (40, 40))
 
 
 def step(model, x=None, forward=None):
-    """Output, gradients of the input and of the parameters, and running statistics."""
-    x = (images() if x is None else x).requires_grad_()
-    y = (model if forward is None else forward)(x)
-    (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.double).view_as(y)).sum().backward()
-    return [y, x.grad, *[p.grad for p in model.parameters() if p.requires_grad], *model.buffers()]
+    return small_networks.step(model, images() if x is None else x, forward)
+
+
+def under(context, run):
+    def run_under(model):
+        with context():
+            return run(model)
+
+    return run_under
 
 
 def with_hook(path, method, times=1):
@@ -80,19 +87,10 @@ def functions_of(model):
     return dict(model.named_parameters()), dict(model.named_buffers())
 
 
-def jvp(model):
-    with torch.no_grad():
-        return [*torch.func.jvp(model.eval(), (images(),), (images(seed=2),))]
-
-
 def functional_grad(model):
     params, buffers = functions_of(model.eval())
     loss = torch.func.grad(lambda p: torch.func.functional_call(model, (p, buffers), (images(),)).square().sum())
     return [*loss(params).values()]
-
-
-def vmap(model):
-    return [torch.func.vmap(lambda image: model.eval()(image[None])[0])(images())]
 
 
 def per_sample_gradients(model):
@@ -107,10 +105,6 @@ def ensemble(model):
         p.data.mul_(0.9)
     x, (params, buffers) = images(), torch.func.stack_module_state(models)
     return [torch.func.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (x,)))(params, buffers)]
-
-
-def vectorized_jacobian(model):
-    return [torch.autograd.functional.jacobian(model.eval(), images(1), vectorize=True)]
 
 
 def hypernetwork(model):
@@ -134,25 +128,13 @@ def backward_twice(model):
     return [p.grad for p in model.parameters()]
 
 
-def compiled(model):
-    return step(model, forward=torch.compile(model, backend="eager"))
-
-
-def exported(model):
-    return [torch.export.export(model.eval(), (images(),)).module()(images(seed=3))]
-
-
 def traced(model):
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(model.eval(), images(), check_trace=False), file)
     file.seek(0)
     loaded = torch.jit.load(file)
     assert not any("densenet_ext" in node.kind() for node in loaded.inlined_graph.nodes())
-    return [loaded(images(2, 48))]
-
-
-def scripted(model):
-    return [torch.jit.script(model.eval())(images())]
+    return [loaded(small_networks.images(2, (48, 48)))]
 
 
 def extracted(model):
@@ -173,11 +155,6 @@ def process_group():
         yield
     finally:
         dist.destroy_process_group()
-
-
-def data_parallel_processes(model):
-    with process_group():
-        return step(model, forward=nn.parallel.DistributedDataParallel(model))
 
 
 def synchronized_norms(model):
@@ -212,15 +189,11 @@ def replicas(model):
             replica._buffers[name] = b.clone()
         return replica
 
-    outputs = {}
     copies = [replicate(model), replicate(model)]
-    threads = [threading.Thread(target=lambda i=i: outputs.__setitem__(i, copies[i](images(seed=i)))) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(lambda copied, x: copied(x), copies, [images(seed=0), images(seed=1)]))
     (outputs[0].square().sum() + outputs[1].square().sum()).backward()
-    return [outputs[0], outputs[1], *[p.grad for p in model.parameters()]]
+    return [*outputs, *[p.grad for p in model.parameters()]]
 
 
 def optimizer_in_backward(model):
@@ -250,17 +223,11 @@ def each(change, *kinds):
 
 
 def one(change, path=f"{LAYER}.conv2"):
+    """The step after change(module), of which what it returns, if anything, takes the module's place."""
+
     def run(model):
-        change(model.get_submodule(path))
-        return step(model)
-
-    return run
-
-
-def put(path, make):
-    def run(model):
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, make(model.get_submodule(path)))
+        module = model.get_submodule(path)
+        model.set_submodule(path, change(module) or module)
         return step(model)
 
     return run
@@ -304,11 +271,8 @@ def replaced(owner, name):
 
     def run(model):
         original = getattr(owner, name)
-        setattr(owner, name, lambda *args, **kwargs: 0.7 * original(*args, **kwargs))
-        try:
+        with patch.object(owner, name, lambda *args, **kwargs: 0.7 * original(*args, **kwargs)):
             return step(model)
-        finally:
-            setattr(owner, name, original)
 
     return run
 
@@ -321,9 +285,8 @@ def circular(conv):
 
 
 def evaluated(model):
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval().requires_grad_(False)
+    for norm in norms(model):
+        norm.eval().requires_grad_(False)
     return step(model)
 
 
@@ -360,9 +323,8 @@ def autocast(model):
 
 def half_with_float_norms(model):
     model.bfloat16()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.float()
+    for norm in norms(model):
+        norm.float()
     model.classifier.float()
     model.classifier.register_forward_pre_hook(lambda module, args: args[0].float())
     return step(model, images(dtype=torch.bfloat16))
@@ -371,16 +333,6 @@ def half_with_float_norms(model):
 def wrong_types(model):
     model.features.denseblock2.denselayer2.conv1.float()
     return step(model)
-
-
-def offloaded(model):
-    with torch.autograd.graph.save_on_cpu():
-        return step(model)
-
-
-def cut(model):
-    features = model.features[:6]
-    return step(features)
 
 
 def copied(model):
@@ -392,10 +344,6 @@ def copied(model):
     return step(other)
 
 
-def written_network(model):
-    return step(model, forward=lambda x: model(x).mul_(2))
-
-
 def written_block(model):
     block = model.features.denseblock1
     return step(block, torch.randn(2, 16, 9, 9, dtype=torch.double).requires_grad_(), lambda x: block(x).relu_())
@@ -403,22 +351,8 @@ def written_block(model):
 
 def resized_block(model):
     with torch.no_grad():
-        y = model.eval().features.denseblock1(images(2)[:, :1, :32, :32].expand(-1, 16, -1, -1).contiguous())
+        y = model.eval().features.denseblock1(images()[:2, :1, :32, :32].expand(-1, 16, -1, -1).contiguous())
     return [y.resize_(2 * y.numel())[: y.numel() // 2]]
-
-
-def without_gradients(model):
-    with torch.no_grad():
-        return [model(images()), *model.buffers()]
-
-
-def inference(model):
-    with torch.inference_mode():
-        return [model.eval()(images())]
-
-
-def on_meta(model):
-    return [model.to("meta")(images().to("meta")).new_zeros((), device="cpu")]
 
 
 SCENARIOS = {
@@ -440,30 +374,38 @@ SCENARIOS = {
     "A global hook (`register_module_forward_hook`)": global_hook,
     # differentiation
     "Forward-mode differentiation with dual numbers": dual_numbers,
-    "`torch.func.jvp`": jvp,
+    "`torch.func.jvp`": under(
+        torch.no_grad, lambda model: [*torch.func.jvp(model.eval(), (images(),), (images(seed=2),))]
+    ),
     "`torch.func.grad` of `functional_call`": functional_grad,
-    "`torch.func.vmap` over images": vmap,
+    "`torch.func.vmap` over images": lambda model: [
+        torch.func.vmap(lambda image: model.eval()(image[None])[0])(images())
+    ],
     "Per-sample gradients, `vmap(grad)`": per_sample_gradients,
     "Ensembles, `stack_module_state`": ensemble,
     "`functional_call` with other tensors as parameters": hypernetwork,
-    "Vectorized Jacobians (`jacobian(vectorize=True)`, `is_grads_batched`)": vectorized_jacobian,
+    "Vectorized Jacobians (`jacobian(vectorize=True)`, `is_grads_batched`)": lambda model: [
+        torch.autograd.functional.jacobian(model.eval(), images()[:1], vectorize=True)
+    ],
     "Second derivatives (`create_graph=True`)": gradient_penalty,
     "Backward twice (`retain_graph=True`)": backward_twice,
     "A step of the optimizer in backward": optimizer_in_backward,
-    "Saved tensors moved elsewhere (`save_on_cpu`)": offloaded,
-    "`torch.no_grad()`": without_gradients,
-    "`torch.inference_mode()`": inference,
+    "Saved tensors moved elsewhere (`save_on_cpu`)": under(torch.autograd.graph.save_on_cpu, step),
+    "`torch.no_grad()`": under(torch.no_grad, lambda model: [model(images()), *model.buffers()]),
+    "`torch.inference_mode()`": under(torch.inference_mode, lambda model: [model.eval()(images())]),
     # compilers and files
-    "`torch.compile`": compiled,
-    "`torch.export`": exported,
+    "`torch.compile`": lambda model: step(model, forward=torch.compile(model, backend="eager")),
+    "`torch.export`": lambda model: [torch.export.export(model.eval(), (images(),)).module()(images(seed=3))],
     "`torch.jit.trace`": traced,
-    "`torch.jit.script`": scripted,
+    "`torch.jit.script`": lambda model: [torch.jit.script(model.eval())(images())],
     "`torch.fx.symbolic_trace`": symbolic,
     "torchvision's `create_feature_extractor`": extracted,
     "`deepcopy`, pickle, state dicts": copied,
     # several devices
     "`DataParallel`": replicas,
-    "`DistributedDataParallel`": data_parallel_processes,
+    "`DistributedDataParallel`": under(
+        process_group, lambda model: step(model, forward=nn.parallel.DistributedDataParallel(model))
+    ),
     "`SyncBatchNorm`": synchronized_norms,
     "FSDP2, `fully_shard` of blocks and transitions": sharded,
     # types
@@ -472,7 +414,7 @@ SCENARIOS = {
     "A convolution of another dtype than its input": wrong_types,
     "A subclass of `Tensor` without data of its own (MONAI's `MetaTensor`, `tv_tensors`)": subclass,
     "A subclass of `Tensor` with data of its own (`__torch_dispatch__`)": wrapped_tensors,
-    "Meta tensors": on_meta,
+    "Meta tensors": lambda model: [model.to("meta")(images().to("meta")).new_zeros((), device="cpu")],
     # other modules
     "Norms in evaluation mode": evaluated,
     "`FrozenBatchNorm2d` of torchvision and timm": each(frozen_kind, nn.BatchNorm2d),
@@ -481,17 +423,19 @@ SCENARIOS = {
     ),
     "One norm in two layers": shared_norm,
     "Another activation in every ReLU's place": each(lambda relu: nn.LeakyReLU(0.3), nn.ReLU),
-    "Another pool in a transition": put("features.transition1.pool", lambda pool: nn.MaxPool2d(2)),
+    "Another pool in a transition": one(lambda pool: nn.MaxPool2d(2), "features.transition1.pool"),
     "Layers of different widths in a block (pruning)": one(narrower, LAYER),
-    "Low-rank adapters around a convolution (LoRA)": put(f"{LAYER}.conv2", Adapted),
+    "Low-rank adapters around a convolution (LoRA)": one(Adapted),
     "Parametrizations (weight, spectral normalization)": one(parametrizations.spectral_norm, f"{LAYER}.conv1"),
     "Masks of `torch.nn.utils.prune`": one(lambda conv: prune.ln_structured(conv, "weight", 0.5, 2, 0)),
     "`_conv_forward` or `forward` of one module replaced": one(circular),
     "`forward` of a class replaced": replaced(nn.BatchNorm2d, "forward"),
     "A function of `torch.nn.functional` replaced": replaced(F, "batch_norm"),
-    "`features` cut by an index": cut,
+    "`features` cut by an index": lambda model: step(model.features[:6]),
     # outputs
-    "Writing into the output of a network or a transition": written_network,
+    "Writing into the output of a network or a transition": lambda model: step(
+        model, forward=lambda x: model(x).mul_(2)
+    ),
     "Writing into the output of a dense block": written_block,
     "`resize_` of the output of a dense block": resized_block,
 }
