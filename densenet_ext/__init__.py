@@ -3,6 +3,8 @@
 from ._version import __version__
 
 __all__ = [
+    "ConversionReport",
+    "DenseLayerSpec",
     "DenseNetBC",
     "DropChannel",
     "EfficientDenseBlock",
@@ -10,9 +12,11 @@ __all__ = [
     "SqueezeExcitation",
     "Transition",
     "__version__",
+    "convert",
     "functional",
     "memory",
     "release_workspaces",
+    "revert",
     "set_fallback",
     "set_workspace_limit",
     "workspace_use",
@@ -20,6 +24,7 @@ __all__ = [
 
 try:
     from . import functional, memory
+    from .conversion import ConversionReport, DenseLayerSpec, convert, revert
     from .fallback import set_fallback
     from .layers import DropChannel, EfficientDenseBlock, EfficientDenseLayer, SqueezeExcitation, Transition
     from .memory import release_workspaces, set_workspace_limit, workspace_use

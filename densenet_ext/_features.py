@@ -1,35 +1,82 @@
 """Run a network's features: module by module, or several modules at once by one op.
 
-Two groups of modules are fused: norm0, relu0 and pool0 of the stem, and a dense block with the transition after it, or
-with norm5 and the rest of the head.
+Two groups of modules are fused: norm, ReLU and max pool of the stem, and a dense block with the transition after it, or
+with the last norm and the rest of the head.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _reasons, fallback, functional
 from ._plain_layer import norm_relu
+from ._running_stats import applies_activation
 from ._transforms import is_symbolic
-from .layers import EfficientDenseBlock, Transition
 
 _Named = list[tuple[str, nn.Module]]
 
 
-def run_features(modules: dict[str, nn.Module], x: Tensor, head: bool = False) -> tuple[Tensor, bool]:
+class Consumer(NamedTuple):
+    """The module after a dense block, which may be the tail of its stage."""
+
+    reason: str | None  # why it cannot be the tail
+    modules: Callable[[], tuple[nn.Module, ...]]  # norm and convolution of a transition, norm of a head
+    relu: bool = True  # False for a transition without ReLU
+    is_head: bool = False
+
+
+class FusedBlock:
+    """A dense block that can be one op with its consumer: this package's, or a converted one."""
+
+    runs_fused = True  # False while its modules are to be called
+
+    def fallback_reason(self, x: Tensor) -> str | None:
+        """Return why the fused op cannot compute this block for x [N, C0, H, W], or None if it can."""
+        raise NotImplementedError
+
+    def called_reason(self, prefix: str, name: str) -> str | None:
+        """Return why the block itself has to be called, or None; it is `name` after the prefix `prefix`."""
+        raise NotImplementedError
+
+    def consumer(self, name: str, module: nn.Module, path: str) -> Consumer | None:
+        """Return what a stage needs of the module after this block, or None if that can be no tail."""
+        raise NotImplementedError
+
+    def sharing_reason(self, path: str, norm: nn.Module) -> str | None:
+        """Check that the norm at `path` shares batch statistics with the same processes as this block's norms."""
+        raise NotImplementedError
+
+    def fused(self, x: Tensor, *tail: nn.Module, relu: bool = True) -> Tensor | None:
+        """Compute the block and its tail by one op. `tail` holds the norm and the convolution of a transition, the norm
+        of a head, or nothing; relu: False for a transition without ReLU.
+
+        `fallback_reason` has to be None for x. If the layers differ too much for one op, reports that and returns None.
+        """
+        raise NotImplementedError
+
+
+def run_features(
+    modules: dict[str, nn.Module], x: Tensor, head: bool = False, prefix: str = "features."
+) -> tuple[Tensor, bool]:
     """Run the modules in order, fused where the fused implementation serves them.
 
-    head: True if the last stage may include the head (norm5, ReLU, global average pool). Returns the output, and True
-    if the stage did include it.
+    head: True if the last stage may include the head (norm5, ReLU, global average pool). prefix: stands before the
+    modules' names in messages. Returns the output, and True if the last stage did include the head.
     """
     rest, pooled = list(modules.items()), False
     fuses = any(_is_fused_block(module) for module in modules.values()) and not is_symbolic(x)
-    if fuses and rest[0][0] == "conv0":
+    if fuses and (rest[0][0] == "conv0" or type(rest[0][1]) is nn.Conv2d):
         x = _to_channels_last(x)
     while rest:
         y, count = None, 0
         if fuses:
-            y, count = _run_stem(rest, x) if rest[0][0] == "norm0" else _run_stage(rest, x, head)
-            pooled = y is not None and rest[count - 1][0] == "norm5"
+            if stem := _stem(rest):
+                y, count = _run_stem(stem, x, prefix)
+            else:
+                y, count = _run_stage(rest, x, head, prefix)
+                pooled = y is not None and y.dim() == 2
         if y is None:
             y, count = _run_modules(rest, x)
         x = y
@@ -38,11 +85,21 @@ def run_features(modules: dict[str, nn.Module], x: Tensor, head: bool = False) -
 
 
 def _is_fused_block(module: nn.Module) -> bool:
-    return isinstance(module, EfficientDenseBlock) and module.efficient == "fused"
+    return isinstance(module, FusedBlock) and module.runs_fused
 
 
 def _names(modules: _Named) -> list[str]:
     return [name for name, _ in modules]
+
+
+def _stem(rest: _Named) -> _Named:
+    """Return norm, ReLU, unless it is part of the norm, and max pool of a stem if these come next, else nothing."""
+    if _names(rest[:3]) == ["norm0", "relu0", "pool0"]:
+        return rest[:3]
+    kinds = [type(module) for _, module in rest[:3]]
+    if kinds == [nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]:
+        return rest[:3]
+    return rest[:2] if kinds[1:2] == [nn.MaxPool2d] and applies_activation(kinds[0]) else []
 
 
 def _run_modules(rest: _Named, x: Tensor) -> tuple[Tensor, int]:
@@ -65,44 +122,39 @@ def _to_channels_last(x: Tensor) -> Tensor:
     return x
 
 
-def _run_stem(rest: _Named, x: Tensor) -> tuple[Tensor | None, int]:
-    """Run norm0, relu0 and pool0 by one op. Returns its output and 3.
+def _run_stem(stem: _Named, x: Tensor, prefix: str) -> tuple[Tensor | None, int]:
+    """Run norm, ReLU and max pool by one op. Returns its output and how many modules these are.
 
-    Returns (None, 0) if these are not the next modules, or if one op cannot serve them, which it reports.
+    Returns (None, 0) if one op cannot serve them, which it reports.
     """
-    if _names(rest[:3]) != ["norm0", "relu0", "pool0"]:
-        return None, 0
-    reason = _reasons.stem_reason([(f"features.{name}", module) for name, module in rest[:3]], x)
+    reason = _reasons.stem_reason([(f"{prefix}{name}", module) for name, module in stem], x)
     if reason is None:
         try:
-            return functional.dense_stem(x, rest[0][1]), 3
+            return functional.dense_stem(x, stem[0][1]), len(stem)
         except functional.NotServed as error:
             reason = f"the stem{error.what}"
     fallback.report(reason)
     return None, 0
 
 
-def _run_stage(rest: _Named, x: Tensor, head: bool) -> tuple[Tensor | None, int]:
+def _run_stage(rest: _Named, x: Tensor, head: bool, prefix: str) -> tuple[Tensor | None, int]:
     """Run a block and its tail by one op. Returns its output and 2, or (None, 0) if these modules are no stage."""
     if len(rest) < 2:
         return None, 0
-    (name, block), (consumer_name, consumer) = rest[:2]
-    if not _is_fused_block(block) or not block.layers:
+    (name, block), (consumer_name, module) = rest[:2]
+    if not _is_fused_block(block):
         return None, 0
-    path = f"features.{consumer_name}"
-    if consumer_name.startswith("transition"):
-        reason = _reasons.transition_reason(consumer, path, Transition)
-    elif consumer_name == "norm5" and len(rest) == 2 and head:
-        reason = _reasons.norm_reason(consumer, "", path)
-    else:
+    path = f"{prefix}{consumer_name}"
+    consumer = block.consumer(consumer_name, module, path)
+    if consumer is None or (consumer.is_head and not (head and len(rest) == 2)):
         return None, 0
-    reason = reason or _reasons.module_reason(block, "features.", name, EfficientDenseBlock)
+    reason = consumer.reason or block.called_reason(prefix, name)
     if reason is None:
         if block.fallback_reason(x) is not None:
             return None, 0  # the block reports the reason when it is called
-        tail = (consumer.norm, consumer.conv) if isinstance(consumer, Transition) else (consumer,)
-        reason = _reasons.sharing_reason(block._modules, block._prefix, (path, tail[0]))
+        tail = consumer.modules()
+        reason = block.sharing_reason(path, tail[0])
     if reason is not None:
         fallback.report(reason)
         return None, 0
-    return block.fused(x, *tail), 2
+    return block.fused(x, *tail, relu=consumer.relu), 2

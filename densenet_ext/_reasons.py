@@ -20,25 +20,26 @@ from . import fallback
 from ._ops import handles
 from ._ops.sync_batch_norm import group_of
 from ._patches import patched_reason
-from ._running_stats import is_frozen, is_frozen_kind
+from ._running_stats import applies_activation, is_frozen, is_frozen_kind
 from ._transforms import carries_no_data, transform_reason
 from .drop_channel import DropChannel
 from .functional import DTYPES
 from .squeeze_excitation import SqueezeExcitation
 
 _CONV_KEYS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
-_CONV3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
-_MAX_POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "return_indices": False, "ceil_mode": False}
-_AVG_POOL = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False, "divisor_override": None}
+POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
+CONV3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+MAX_POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "return_indices": False, "ceil_mode": False}
+AVG_POOL = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False, "divisor_override": None}
 _LAYER_PARTS = frozenset(("norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "drop_channel", "se"))
 _NORMS = ("norm1", "norm2")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # torch.nn.Module's call and a convolution's forward look these up on the instance first, then on the class.
 _METHODS = ("forward", "_conv_forward", "_call_impl")
 
-# torchvision may be imported after this package, so the forward of the first norm of a type counts as the original.
-_frozen_forward: dict[type, object] = {}
+_NORM_TYPES = (nn.BatchNorm2d, nn.SyncBatchNorm)
+# torchvision and timm may be imported after this package, so the forward of the first norm of a type is the original.
+_first_forward: dict[type, object] = {}
 
 
 def call_reason(inputs: Iterable[Tensor]) -> str | None:
@@ -89,11 +90,11 @@ def layers_reason(layers: dict[str, nn.Module], layer_type: type, prefix: str) -
     return sharing_reason(layers, prefix)
 
 
-def sharing_reason(layers: dict[str, nn.Module], prefix: str, *tail: tuple[str, nn.Module]) -> str | None:
+def sharing_reason(layers: dict[str, object], prefix: str, *tail: tuple[str, nn.Module]) -> str | None:
     """Check that the norms of a block, and that of its `tail`, share batch statistics with the same processes."""
     if not dist.is_available() or not dist.is_initialized():
         return None
-    norms = [(f"{prefix}{name}.{part}", layer._modules[part]) for name, layer in layers.items() for part in _NORMS]
+    norms = [(f"{prefix}{name}.{part}", getattr(layer, part)) for name, layer in layers.items() for part in _NORMS]
     groups = ((name, group_of(norm)) for name, norm in (*norms, *tail) if not is_frozen(norm))
     first = next(groups, None)
     for name, group in groups:
@@ -110,16 +111,16 @@ def inner_reason(layer: nn.Module, prefix: str) -> str | None:
     reason = (
         norm_reason(parts["norm1"], prefix, "norm1")
         or module_reason(parts["relu1"], prefix, "relu1", nn.ReLU)
-        or conv_reason(parts["conv1"], prefix, "conv1", _POINTWISE, False)
+        or conv_reason(parts["conv1"], prefix, "conv1", POINTWISE, False)
         or module_reason(parts["drop_channel"], prefix, "drop_channel", DropChannel)
         or norm_reason(parts["norm2"], prefix, "norm2")
         or module_reason(parts["relu2"], prefix, "relu2", nn.ReLU)
-        or conv_reason(parts["conv2"], prefix, "conv2", _CONV3X3, False)
+        or conv_reason(parts["conv2"], prefix, "conv2", CONV3X3, False)
     )
     if reason is None and se is not None:
         reason = module_reason(se, prefix, "se", SqueezeExcitation) or (
-            conv_reason(se._modules["fc1"], prefix, "se.fc1", _POINTWISE, True)
-            or conv_reason(se._modules["fc2"], prefix, "se.fc2", _POINTWISE, True)
+            conv_reason(se._modules["fc1"], prefix, "se.fc1", POINTWISE, True)
+            or conv_reason(se._modules["fc2"], prefix, "se.fc2", POINTWISE, True)
         )
     elif reason is None and layer.__dict__.get("se") is not None:
         reason = f"{prefix}se is a {type(layer.se).__name__}, not a SqueezeExcitation"
@@ -162,26 +163,27 @@ def transition_reason(transition: nn.Module, name: str, transition_type: type) -
         module_reason(transition, "", name, transition_type)
         or norm_reason(parts["norm"], name, ".norm")
         or module_reason(parts["relu"], name, ".relu", nn.ReLU)
-        or conv_reason(parts["conv"], name, ".conv", _POINTWISE, False)
-        or _pool_reason(parts["pool"], name, ".pool", nn.AvgPool2d, _AVG_POOL)
+        or conv_reason(parts["conv"], name, ".conv", POINTWISE, False)
+        or pool_reason(parts["pool"], name, ".pool", nn.AvgPool2d, AVG_POOL)
     )
 
 
 def stem_reason(modules: list[tuple[str, nn.Module]], x: Tensor) -> str | None:
-    """Check norm, ReLU and max pool of the stem, each with its name, and x, the input of the norm."""
-    (norm_name, norm), (relu_name, relu), (pool_name, pool) = modules
-    reason = (
-        call_reason([x])
-        or norm_reason(norm, "", norm_name)
-        or module_reason(relu, "", relu_name, nn.ReLU)
-        or _pool_reason(pool, "", pool_name, nn.MaxPool2d, _MAX_POOL)
-    )
+    """Check norm, ReLU and max pool of the stem, each with its name, and x, the input of the norm.
+
+    There is no module between norm and pool if the norm applies the ReLU.
+    """
+    (norm_name, norm), *relus, (pool_name, pool) = modules
+    reason = call_reason([x]) or norm_reason(norm, "", norm_name, relu="after" if relus else "inside")
+    for name, relu in relus:
+        reason = reason or module_reason(relu, "", name, nn.ReLU)
+    reason = reason or pool_reason(pool, "", pool_name, nn.MaxPool2d, MAX_POOL)
     if reason is None and group_of(norm) >= 0:
         return f"{norm_name} shares its batch statistics with other processes"
     return reason
 
 
-def _pool_reason(pool: nn.Module, prefix: str, name: str, kind: type, settings: dict) -> str | None:
+def pool_reason(pool: nn.Module, prefix: str, name: str, kind: type, settings: dict) -> str | None:
     reason = module_reason(pool, prefix, name, kind)
     if reason is not None:
         return reason
@@ -192,15 +194,39 @@ def _pool_reason(pool: nn.Module, prefix: str, name: str, kind: type, settings: 
     return None
 
 
-def norm_reason(norm: nn.Module, prefix: str, name: str) -> str | None:
-    """Check a batch normalization: a BatchNorm2d, a SyncBatchNorm or torchvision's FrozenBatchNorm2d."""
+def norm_reason(norm: nn.Module, prefix: str, name: str, relu: str = "after") -> str | None:
+    """Check a batch normalization: of PyTorch, torchvision's FrozenBatchNorm2d, or timm's with an activation.
+
+    relu: 'after' if a ReLU is called after the norm, which may apply one, too; 'inside' if the norm has to apply it;
+    'none' if neither does.
+    """
     kind = type(norm)
-    if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
-        return module_reason(norm, prefix, name, kind)
-    if is_frozen_kind(kind):
-        patched = _frozen_forward.setdefault(kind, kind.forward) is not kind.forward
-        return f"{kind.__name__}.forward was replaced" if patched else module_reason(norm, prefix, name, kind)
-    return f"{prefix}{name} is a {kind.__name__}, not a BatchNorm2d"
+    if kind in _NORM_TYPES or is_frozen_kind(kind):
+        inside = False
+    elif applies_activation(kind):
+        inside, reason = _activation(norm, prefix, name)
+        if reason is not None:
+            return reason
+    else:
+        return f"{prefix}{name} is a {kind.__name__}, not a BatchNorm2d"
+    if kind not in _NORM_TYPES and _first_forward.setdefault(kind, kind.forward) is not kind.forward:
+        return f"{kind.__name__}.forward was replaced"
+    if inside and relu == "none":
+        return f"{prefix}{name} applies a ReLU"
+    if relu == "inside" and not inside:
+        return f"{prefix}{name} is a {kind.__name__}, which applies no ReLU"
+    return module_reason(norm, prefix, name, kind)
+
+
+def _activation(norm: nn.Module, prefix: str, name: str) -> tuple[bool, str | None]:
+    """Check what timm's norms call after normalizing. Returns True if that is a ReLU, and a reason or None."""
+    parts = norm._modules
+    drop, act = parts.get("drop"), parts.get("act")
+    reason = None if drop is None else module_reason(drop, prefix, f"{name}.drop", nn.Identity)
+    if reason is not None or act is None:
+        return False, reason
+    kind = nn.Identity if type(act) is nn.Identity else nn.ReLU
+    return kind is nn.ReLU, module_reason(act, prefix, f"{name}.act", kind)
 
 
 def conv_reason(conv: nn.Module, prefix: str, name: str, expected: tuple, bias: bool) -> str | None:

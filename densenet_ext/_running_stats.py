@@ -15,6 +15,12 @@ def is_frozen_kind(kind: type) -> bool:
     return misc is not None and kind is misc.FrozenBatchNorm2d
 
 
+def applies_activation(kind: type) -> bool:
+    """Return True for timm's batch normalizations that call an activation themselves; one of them is frozen."""
+    timm = sys.modules.get("timm.layers.norm_act")
+    return timm is not None and kind in (timm.BatchNormAct2d, timm.SyncBatchNormAct, timm.FrozenBatchNormAct2d)
+
+
 def is_frozen(norm: nn.Module) -> bool:
     """Return True if `norm` normalizes with its running statistics, as BatchNorm2d does or FrozenBatchNorm2d always."""
     if norm.training:

@@ -4,6 +4,7 @@ The ops check shapes again, without the layer's name in the error, because they 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,38 @@ class NotServed(ValueError):
         self.index, self.what = index, what
 
 
+class NewFirst(NamedTuple):
+    """The order of channels where each layer puts its new ones before all earlier ones; the ops have them last.
+
+    in_channels: channels of the block's input; growth: k, the new ones of each layer.
+    """
+
+    in_channels: int
+    growth: int
+
+    def to_op(self, value: Tensor, dim: int = 0) -> Tensor:
+        """Return a parameter or a statistic of a module in the op's order of channels, which are dimension `dim`."""
+        new = value.shape[dim] - self.in_channels
+        pieces = value.split([*[self.growth] * (new // self.growth), self.in_channels], dim)
+        return value if new == 0 else torch.cat(pieces[::-1], dim)
+
+    def to_module(self, value: Tensor, dim: int = 0) -> Tensor:
+        """Undo to_op."""
+        new = value.shape[dim] - self.in_channels
+        pieces = value.split([self.in_channels, *[self.growth] * (new // self.growth)], dim)
+        return value if new == 0 else torch.cat(pieces[::-1], dim)
+
+
 class NormArguments:
     """Parameters and statistics of batch normalizations, as the ops take them."""
 
-    def __init__(self, x: Tensor):
-        self.x, self.dtype = x, arithmetic_dtype(x.dtype)
+    def __init__(self, x: Tensor, order: NewFirst | None = None):
+        self.x, self.dtype, self.order = x, arithmetic_dtype(x.dtype), order
         self.values = x.shape[0] * x.shape[2] * x.shape[3]
         self.params: list[Tensor] = []
         self.norms: list[nn.Module] = []
         self.widths: list[int] = []
+        self.ordered: list[bool] = []  # True for norms whose channels are in the order of a NewFirst
         self.frozen: list[int] = []
         self.frozen_stats: list[Tensor] = []
         self.group: int | None = None  # that of all norms with batch statistics; None until there is such a norm
@@ -55,21 +79,26 @@ class NormArguments:
         if value.device != self.x.device:
             raise ValueError(f"{name} is on {value.device}; it must be on {self.x.device}, where the input is")
 
-    def add_norm(self, norm: nn.Module, channels: int, name: str) -> None:
-        """Add the parameters of a batch normalization, and its statistics where it is frozen."""
-        weight, bias = norm.weight, norm.bias
-        x, dtype = self.x, self.dtype
-        self.params.append(
-            x.new_ones(channels, dtype=dtype) if weight is None else self.checked(weight, f"{name}.weight", channels)
-        )
-        self.params.append(
-            x.new_zeros(channels, dtype=dtype) if bias is None else self.checked(bias, f"{name}.bias", channels)
-        )
+    def add_norm(self, norm: nn.Module, channels: int, name: str, ordered: bool = False) -> None:
+        """Add the parameters of a batch normalization, and its statistics where it is frozen.
+
+        ordered: True for the channels of a concatenation, which `order` may rearrange.
+        """
+        ordered = ordered and self.order is not None
+        for part, empty in (("weight", self.x.new_ones), ("bias", self.x.new_zeros)):
+            value = getattr(norm, part)
+            if value is None:
+                value = empty(channels, dtype=self.dtype)
+            else:
+                value = self.checked(value, f"{name}.{part}", channels)
+                value = self.order.to_op(value) if ordered else value
+            self.params.append(value)
         frozen = is_frozen(norm)
         self.frozen.append(int(frozen))
         if frozen:
-            self.frozen_stats.append(self.checked(norm.running_mean, f"{name}.running_mean", channels))
-            self.frozen_stats.append(self.checked(norm.running_var, f"{name}.running_var", channels))
+            for statistic in ("running_mean", "running_var"):
+                value = self.checked(getattr(norm, statistic), f"{name}.{statistic}", channels)
+                self.frozen_stats.append(self.order.to_op(value) if ordered else value)
         else:
             self.add_group(group_of(norm), name)
             if self.values == 1 and self.group < 0:
@@ -81,6 +110,7 @@ class NormArguments:
                     self.check(value, f"{name}.{statistic}", channels)
         self.norms.append(norm)
         self.widths.append(channels)
+        self.ordered.append(ordered)
 
     def require_plain_parameters(self) -> None:
         """Refuse parameters that are subclasses of Tensor: the op would ignore how these compute with their values."""
@@ -102,17 +132,20 @@ class NormArguments:
 
     def update_running_statistics(self, stats: Tensor) -> None:
         """Update running statistics from the op's `stats`; shared ones have the number of values in the last column."""
+        values = self.values
         if self.shared_by >= 0:
-            update_running_statistics(self.norms, self.widths, stats[:, :-1], stats[0, -1])
-        else:
-            update_running_statistics(self.norms, self.widths, stats, self.values)
+            stats, values = stats[:, :-1], stats[0, -1]
+        if any(self.ordered):
+            columns = zip(stats.split(self.widths, 1), self.ordered, strict=True)
+            stats = torch.cat([self.order.to_module(part, 1) if ordered else part for part, ordered in columns], 1)
+        update_running_statistics(self.norms, self.widths, stats, values)
 
 
 class StageArguments(NormArguments):
     """The flat lists that dense_stage and dense_layer take, gathered from modules."""
 
-    def __init__(self, x: Tensor, casts: bool, layers: Sequence[nn.Module]):
-        super().__init__(x)
+    def __init__(self, x: Tensor, casts: bool, layers: Sequence[nn.Module], order: NewFirst | None = None):
+        super().__init__(x, order)
         first = layers[0]
         self.casts = casts  # True if autocast is on: it casts weights to x's dtype
         self.growth, self.width = first.conv2.weight.shape[0], first.conv1.weight.shape[0]
@@ -122,13 +155,17 @@ class StageArguments(NormArguments):
         self.masks: list[Masks] = []
         self.channels: list[int] = []
 
-    def add_weight(self, value: Tensor, name: str) -> None:
-        """Add a parameter of a convolution. Its dtype is x's, or one that autocast casts to x's."""
+    def add_weight(self, value: Tensor, name: str, ordered: bool = False) -> None:
+        """Add a parameter of a convolution. Its dtype is x's, or one that autocast casts to x's.
+
+        ordered: True if its inputs are the channels of a concatenation, which `order` may rearrange.
+        """
         self.check_device(value, name)
         dtype = value.dtype
         if dtype != self.x.dtype and not (self.casts and dtype.is_floating_point and dtype != torch.float64):
             raise TypeError(wrong_dtype(value, name, (self.x.dtype,), "the input"))
-        self.params.append((value if dtype == self.dtype else value.to(self.dtype)).contiguous())
+        value = value if dtype == self.dtype else value.to(self.dtype)
+        self.params.append((self.order.to_op(value, 1) if ordered and self.order is not None else value).contiguous())
 
     def add_layer(self, layer: nn.Module, index: int, channels: int) -> None:
         """Add the parameters of a dense layer that reads `channels` channels."""
@@ -142,6 +179,8 @@ class StageArguments(NormArguments):
             )
         if conv1.shape[2:] != (1, 1) or conv2.shape[2:] != (3, 3):
             raise NotServed(index, f" has weights {tuple(conv1.shape)} and {tuple(conv2.shape)}, not 1x1 and 3x3")
+        if conv1.shape[1] != channels:
+            raise ValueError(f"{name}.conv1.weight takes {conv1.shape[1]} channels; it must take {channels}")
         if conv2.shape[1] != width:
             raise ValueError(f"{name}.conv2.weight takes {conv2.shape[1]} channels; it must take {width}")
         hidden = None if se is None else se.fc1.weight.shape[0]
@@ -152,8 +191,8 @@ class StageArguments(NormArguments):
         dropout = active_dropout(layer)
         if dropout != self.dropout:
             raise NotServed(index, f" has drop_rate {dropout}, the first layer {self.dropout}")
-        self.add_norm(layer.norm1, channels, f"{name}.norm1")
-        self.add_weight(conv1, f"{name}.conv1.weight")
+        self.add_norm(layer.norm1, channels, f"{name}.norm1", ordered=True)
+        self.add_weight(conv1, f"{name}.conv1.weight", ordered=True)
         self.add_norm(layer.norm2, self.width, f"{name}.norm2")
         self.add_weight(conv2, f"{name}.conv2.weight")
         if se is not None:

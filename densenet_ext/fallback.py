@@ -11,6 +11,11 @@ from contextlib import contextmanager
 
 MODES = ("warn", "error", "silent")
 
+
+class NotFused(Exception):
+    """Something is not fused in a context of `strict`; the message is the reason."""
+
+
 _disabled = os.environ.get("DENSENET_EXT_DISABLE", "0") not in ("", "0")
 _mode = "warn"
 _reported: set[str] = set()  # messages of warnings, which are not repeated
@@ -63,7 +68,10 @@ def report(reason: str) -> None:
 
     Raises:
         RuntimeError: the mode is 'error'.
+        NotFused: the call is in a context of `strict`.
     """
+    if getattr(_thread, "strict", False):
+        raise NotFused(reason)
     if getattr(_thread, "reported", False):
         return
     if _mode == "error" and not _disabled:
@@ -88,3 +96,14 @@ def already_reported() -> Iterator[None]:
         yield
     finally:
         _thread.reported = outer
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """Make `report` raise NotFused on this thread, whatever the mode: a comparison has to see the fused ops."""
+    outer = getattr(_thread, "strict", False)
+    _thread.strict = True
+    try:
+        yield
+    finally:
+        _thread.strict = outer

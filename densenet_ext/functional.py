@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ._ops import handles
 from ._protocol import Tail
-from ._stage_arguments import NormArguments, NotServed, StageArguments, wrong_dtype
+from ._stage_arguments import NewFirst, NormArguments, NotServed, StageArguments, wrong_dtype
 from ._transforms import transform_reason
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +25,9 @@ def dense_stage(
     tail_norm: nn.BatchNorm2d | None = None,
     tail_conv: nn.Conv2d | None = None,
     *,
+    tail_relu: bool = True,
     keep_bottleneck: bool = False,
+    new_first: bool = False,
 ) -> Tensor:
     """A dense block, and the transition or the head that consumes it, as one differentiable op.
 
@@ -44,6 +46,8 @@ def dense_stage(
         tail_conv: 1x1 convolution of a transition; None with tail_norm makes the tail a head.
         keep_bottleneck: keep the outputs of all conv1 for backward, N * H * W * K2 values a layer. Backward then
             computes one convolution less a layer.
+        new_first: a layer's new channels stand before all earlier ones in the concatenation that the next layer and the
+            tail read, and in the output of a block alone.
 
     Returns:
         [N, C0 + L*k, H, W] without a tail, [N, O, H // 2, W // 2] after a transition: norm, ReLU, 1x1 convolution,
@@ -63,23 +67,23 @@ def dense_stage(
     Implementation of DenseNets, 2017; Cai et al., arXiv 1904.03392 (Drop-Channel); Hu et al., CVPR 2018 (SE).
     """
     if _is_overridden(x):
-        return handle_torch_function(
-            dense_stage, (x,), x, layers, tail_norm, tail_conv, keep_bottleneck=keep_bottleneck
-        )
+        options = {"tail_relu": tail_relu, "keep_bottleneck": keep_bottleneck, "new_first": new_first}
+        return handle_torch_function(dense_stage, (x,), x, layers, tail_norm, tail_conv, **options)
     x, casts = _input(x, "x")
     if not layers:
         raise ValueError("layers is empty; it must hold at least one dense layer")
     if tail_conv is not None and tail_norm is None:
         raise ValueError("tail_conv is given without tail_norm; a transition needs both")
-    arguments = StageArguments(x, casts, layers)
     channels = x.shape[1]
+    order = NewFirst(channels, layers[0].conv2.weight.shape[0]) if new_first else None
+    arguments = StageArguments(x, casts, layers, order)
     for index, layer in enumerate(layers):
         arguments.add_layer(layer, index, channels)
         channels += arguments.growth
     tail = Tail.NONE
     if tail_norm is not None:
         tail = Tail.HEAD if tail_conv is None else Tail.TRANSITION
-        arguments.add_norm(tail_norm, channels, "tail_norm")
+        arguments.add_norm(tail_norm, channels, "tail_norm", ordered=True)
     if tail_conv is not None:
         if tail_conv.weight.shape[1] != channels:
             raise ValueError(f"tail_conv takes {tail_conv.weight.shape[1]} channels; it must take {channels}")
@@ -87,7 +91,7 @@ def dense_stage(
             raise NotServed(None, f" has a weight {tuple(tail_conv.weight.shape)}, not 1x1")
         if x.shape[2] < 2 or x.shape[3] < 2:
             raise ValueError(f"x is {tuple(x.shape)}; a transition needs at least 2x2 pixels")
-        arguments.add_weight(tail_conv.weight, "tail_conv.weight")
+        arguments.add_weight(tail_conv.weight, "tail_conv.weight", ordered=True)
     arguments.require_plain_parameters()
     keep = keep_bottleneck and torch.is_grad_enabled()
     arguments.draw_masks(layers)
@@ -95,7 +99,9 @@ def dense_stage(
         numbers = arguments.flat(tail, keep, _tf32_allowed(x))
         output, _, _, stats, _, _ = handles.dense_stage(x, *numbers)
     arguments.update_running_statistics(stats)
-    return output
+    if order is None or tail == Tail.TRANSITION:
+        return output
+    return order.to_module(output, 1)  # the channels of a block alone, or of a head
 
 
 def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bottleneck: bool = False) -> Tensor:

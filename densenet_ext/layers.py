@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from . import _plain_layer, _reasons, fallback, functional
 from ._checks import check_positive, check_probability
 from ._efficient_module import EfficientModule
+from ._features import Consumer, FusedBlock
 from ._masks import active_dropout
 from ._patches import watch
 from ._state_dicts import rename_layer_keys
@@ -137,7 +138,7 @@ class EfficientDenseLayer(EfficientModule):
     __prepare_scriptable__ = refuse_scripting
 
 
-class EfficientDenseBlock(EfficientModule, nn.ModuleDict):
+class EfficientDenseBlock(FusedBlock, EfficientModule, nn.ModuleDict):
     """Dense layers that each read the block's input and all earlier layers' outputs.
 
     The children are denselayer1 to denselayerL. Any module that takes the list of all earlier features may replace one.
@@ -199,7 +200,6 @@ class EfficientDenseBlock(EfficientModule, nn.ModuleDict):
         return list(self._modules.values())
 
     def fallback_reason(self, x: Tensor) -> str | None:
-        """Return why the fused implementation cannot compute this block for x [N, C0, H, W], or None if it can."""
         return _reasons.call_reason([x]) or _reasons.layers_reason(self._modules, EfficientDenseLayer, self._prefix)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,14 +215,31 @@ class EfficientDenseBlock(EfficientModule, nn.ModuleDict):
         with fallback.already_reported():
             return self._concatenate(x)
 
-    def fused(self, x: Tensor, *tail: nn.Module) -> Tensor | None:
-        """Compute the block and its tail by one op. `tail` holds the norm and the convolution of a transition, the norm
-        of a head, or nothing.
+    @property
+    def runs_fused(self) -> bool:
+        """True if `efficient` is 'fused'."""
+        return self.efficient == "fused"
 
-        `fallback_reason` has to be None for x. If the layers differ too much for one op, reports that and returns None.
-        """
+    def called_reason(self, prefix: str, name: str) -> str | None:
+        return _reasons.module_reason(self, prefix, name, EfficientDenseBlock)
+
+    def consumer(self, name: str, module: nn.Module, path: str) -> Consumer | None:
+        if not self._modules:
+            return None
+        if name.startswith("transition"):
+            reason = _reasons.transition_reason(module, path, Transition)
+            return Consumer(reason, lambda: (module.norm, module.conv))
+        if name == "norm5":
+            return Consumer(_reasons.norm_reason(module, "", path), lambda: (module,), is_head=True)
+        return None
+
+    def sharing_reason(self, path: str, norm: nn.Module) -> str | None:
+        return _reasons.sharing_reason(self._modules, self._prefix, (path, norm))
+
+    def fused(self, x: Tensor, *tail: nn.Module, relu: bool = True) -> Tensor | None:
+        keep = self.keep_bottleneck
         try:
-            return functional.dense_stage(x, self.layers, *tail, keep_bottleneck=self.keep_bottleneck)
+            return functional.dense_stage(x, self.layers, *tail, keep_bottleneck=keep, tail_relu=relu)
         except functional.NotServed as error:
             names = [*self._modules, ""]  # the last one is the block as a whole
             name = names[-1 if error.index is None else error.index]

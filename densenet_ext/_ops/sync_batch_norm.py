@@ -16,7 +16,11 @@ _groups: list[weakref.ref] = []  # weak references: a group belongs to the code 
 
 def group_of(norm: nn.Module) -> int:
     """The number of the process group that shares `norm`'s batch statistics, as stage ops take it; -1 for no group."""
-    if type(norm) is not nn.SyncBatchNorm or not norm.training or not (dist.is_available() and dist.is_initialized()):
+    if (
+        not isinstance(norm, nn.SyncBatchNorm)
+        or not norm.training
+        or not (dist.is_available() and dist.is_initialized())
+    ):
         return -1
     group = norm.process_group or dist.group.WORLD
     return _number(group) if dist.get_world_size(group) > 1 else -1

@@ -1,0 +1,318 @@
+"""Find the dense layers, blocks, transitions, containers and heads of a model, and prove what they compute.
+
+A class is proved once for each setting of its plain attributes, by checks.difference; other modules of the class and
+setting are then converted, too. Nothing is changed here: `Finder.found` maps modules to their settings.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .._features import FusedBlock
+from .._running_stats import applies_activation, is_frozen_kind
+from ..layers import EfficientDenseLayer
+from . import checks
+from .classes import is_converted, swap
+from .heads import HEADS
+from .settings import (
+    BlockSettings,
+    FeaturesSettings,
+    LayerSettings,
+    NetworkSettings,
+    Settings,
+    TransitionSettings,
+    plain_attributes,
+)
+from .specs import LAYERS, DenseLayerSpec
+from .views import LayerView, TransitionView, child
+
+# (class, its forward, what was tried, plain attributes) -> why it is not that, or None if it is.
+_proved: dict[tuple, str | None] = {}
+
+
+@dataclass
+class Finder:
+    """What of `model` can be converted: `found` has the settings of these modules, `reasons` why others cannot.
+
+    specs: the layers of a network of one's own, by class.
+    """
+
+    model: nn.Module
+    specs: Mapping[type, DenseLayerSpec]
+    keep_bottleneck: bool = False
+    found: dict[nn.Module, Settings] = field(default_factory=dict)
+    reasons: dict[nn.Module, str] = field(default_factory=dict)
+    paths: dict[nn.Module, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.paths = {module: path for path, module in self.model.named_modules() if not self._is_done(module)}
+        for find in (self._find_layer, self._find_block, self._find_features, self._find_network):
+            # A module that cannot be compared, because a part was replaced, may be of a class that another one proves.
+            for module in [*self.paths, *self.paths]:
+                if module not in self.found:
+                    find(module)
+
+    def _is_done(self, module: nn.Module) -> bool:
+        return is_converted(module) or isinstance(module, FusedBlock | EfficientDenseLayer)
+
+    def _is_layer(self, module: nn.Module | None) -> bool:
+        return isinstance(self.found.get(module), LayerSettings)
+
+    def _is_block(self, module: nn.Module | None) -> bool:
+        return isinstance(self.found.get(module), BlockSettings) or is_converted(module, "block")
+
+    def _take(self, module: nn.Module, settings: Settings, reason: str | None) -> bool:
+        """Add a module whose reason is None. A module of no kind keeps the first reason."""
+        if reason is None:
+            self.found[module] = settings
+            self.reasons.pop(module, None)
+        else:
+            self.reasons.setdefault(module, reason)
+        return reason is None
+
+    # Dense layers
+
+    def _find_layer(self, layer: nn.Module) -> None:
+        kind = type(layer)
+        if kind in self.specs:
+            candidates = [self.specs[kind]]
+        else:
+            candidates = [spec for spec in LAYERS.values() if _has_parts(layer, spec)]
+        if not candidates:
+            if (reason := _unserved_layer(layer)) is not None:
+                self.reasons[layer] = reason
+            return
+        reason = None if kind in self.specs else _overrides(kind)
+        if reason is not None:
+            self.reasons[layer] = reason
+            return
+        for spec in candidates:
+            settings = LayerSettings(self.paths[layer], plain_attributes(layer), spec)
+            settings.forget_read(settings.attributes)
+            if self._take(layer, settings, _proof(layer, spec, settings, self._prove_layer)):
+                return
+
+    def _prove_layer(self, layer: nn.Module, settings: LayerSettings) -> str | None:
+        plain, fused = checks.random_copy(layer), checks.random_copy(layer)
+        _require(LayerView(fused, settings).reason(""))
+        channels = LayerView(fused, settings).conv1.in_channels
+        swap(fused, settings)
+        return checks.difference(plain, fused, checks.random_maps(channels), lambda module, x: module(x))
+
+    # Dense blocks
+
+    def _find_block(self, block: nn.Module) -> None:
+        children = [m for m in block._modules.values() if m is not None]
+        if len(children) == 1 and type(children[0]) is nn.Sequential:
+            container = next(iter(block._modules))
+            layers = [*children[0]._modules.values()]
+        else:
+            container, layers = "", children
+        proved = [layer for layer in layers if self._is_layer(layer)]
+        if not proved:
+            return
+        if len(proved) < len(layers):
+            self.reasons[block] = "not all of its children are dense layers that are converted"
+            return
+        if (reason := _overrides(type(block))) is not None:
+            self.reasons[block] = reason
+            return
+        path = self.paths[block]
+        settings = BlockSettings(path, plain_attributes(block), container, self.keep_bottleneck)
+        kinds = (container, *dict.fromkeys((type(m), self.found[m].spec) for m in layers))
+        if self._take(block, settings, _proof(block, kinds, settings, self._prove_block)) and container:
+            self.found.pop(children[0], None)
+
+    def _prove_block(self, block: nn.Module, settings: BlockSettings) -> str | None:
+        plain, fused = checks.random_copy(block), checks.random_copy(block)
+        layers = child(fused, settings.container) if settings.container else fused
+        originals = (child(block, settings.container) if settings.container else block)._modules
+        for name, layer in layers._modules.items():
+            _require(LayerView(layer, self.found[originals[name]]).reason(f"{name}."))
+            swap(layer, self.found[originals[name]])
+        first = originals[next(iter(originals))]
+        channels = LayerView(first, self.found[first]).conv1.in_channels
+        swap(fused, settings)
+        return checks.difference(plain, fused, checks.random_maps(channels), lambda module, x: module(x))
+
+    # Containers and transitions
+
+    def _find_features(self, features: nn.Module) -> None:
+        children = [*features._modules.values()]
+        if not isinstance(features, nn.Sequential) or not any(self._is_block(m) for m in children):
+            return
+        if type(features).forward is not nn.Sequential.forward:
+            self.reasons[features] = f"{type(features).__name__} has a forward of its own"
+            return
+        for block, consumer in zip(children, children[1:], strict=False):
+            if self._is_block(block) and consumer in self.paths and consumer not in self.found:
+                self._find_transition(consumer)
+        self.found[features] = FeaturesSettings(self.paths[features], {})
+
+    def _find_transition(self, transition: nn.Module) -> None:
+        candidates = [*_transition_candidates(transition, self.paths[transition])]
+        if not candidates:
+            if not is_norm(transition):
+                self.reasons[transition] = (
+                    "it does not consist of a norm, a ReLU, a 1x1 convolution and a 2x2 average pool"
+                )
+            return
+        reason = _overrides(type(transition))
+        for settings in candidates:
+            tried = (settings.parts, settings.has_relu)
+            if self._take(transition, settings, reason or _proof(transition, tried, settings, _prove_transition)):
+                return
+
+    # Heads
+
+    def _find_network(self, network: nn.Module) -> None:
+        features = network._modules.get("features")
+        if not isinstance(self.found.get(features), FeaturesSettings) or len(features) < 2:
+            return
+        *_, block, norm = features
+        if not self._is_block(block) or not is_norm(norm) or (reason := _overrides(type(network))) is not None:
+            return
+        for head in HEADS.values():
+            if all(child(network, name) is not None for name in head.parts):
+                settings = NetworkSettings(self.paths[network], plain_attributes(network), head)
+                reason = _proof(network, head, settings, _prove_network)
+                if reason is None:
+                    self.found[network] = settings
+                    return
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return True for a batch normalization of any kind."""
+    kind = type(module)
+    return isinstance(module, _BatchNorm) or is_frozen_kind(kind) or applies_activation(kind)
+
+
+def _proof(
+    module: nn.Module, tried: object, settings: Settings, prove: Callable[[nn.Module, Settings], str | None]
+) -> str | None:
+    """Return prove(module, settings); it is called once for a class, its forward, what is tried, and the attributes."""
+    key = (type(module), type(module).forward, tried, tuple(sorted(settings.attributes.items())))
+    if key not in _proved:
+        try:
+            _proved[key] = prove(module, settings)
+        except _NotComparable as error:
+            return str(error)
+    return _proved[key]
+
+
+class _NotComparable(Exception):
+    """A module does not show what others of its class compute: a part of it was replaced, for example."""
+
+
+def _require(reason: str | None) -> None:
+    if reason is not None:
+        raise _NotComparable(reason)
+
+
+def _overrides(kind: type[nn.Module]) -> str | None:
+    """Return a reason if a class replaces the forward of another one that is not PyTorch's."""
+    owners = [
+        base for base in kind.__mro__ if "forward" in base.__dict__ and not base.__module__.startswith("torch.nn.")
+    ]
+    return f"{owners[0].__name__} overrides the forward of {owners[1].__name__}" if len(owners) > 1 else None
+
+
+def _has_parts(layer: nn.Module, spec: DenseLayerSpec) -> bool:
+    """Return True if a module has the parts that a spec names, its two convolutions, and its drop_rate."""
+    if any(child(layer, name) is None for name in spec.parts if name != spec.dropout):
+        return False
+    if not isinstance(child(layer, spec.conv2), nn.Conv2d):
+        return False
+    return spec.drop_rate is None or isinstance(layer.__dict__.get(spec.drop_rate), int | float)
+
+
+def _unserved_layer(layer: nn.Module) -> str | None:
+    """Return why a module that calls itself a dense layer is none that the fused op serves."""
+    if not type(layer).__name__.strip("_").lower().startswith("denselayer"):
+        return None
+    convolutions = [m for m in layer.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    if len(convolutions) < 2:
+        return "it has no 1x1 convolution before the 3x3 one (a bottleneck)"
+    if not isinstance(convolutions[0], nn.Conv2d):
+        return f"it has a {type(convolutions[0]).__name__}, not a Conv2d"
+    return "its parts have names that no DenseLayerSpec has; pass one as convert(model, layers={...})"
+
+
+def _transition_candidates(transition: nn.Module, path: str) -> Iterator[TransitionSettings]:
+    """Yield what a module with a norm, a 1x1 convolution, and at most a ReLU and a pool may be."""
+    leaves = [(name, m) for name, m in transition.named_modules() if not m._modules or is_norm(m)]
+    leaves = [
+        (name, m) for name, m in leaves if not any(name.startswith(f"{n}.") for n, other in leaves if is_norm(other))
+    ]
+    kinds = {
+        "norm": [name for name, m in leaves if is_norm(m)],
+        "conv": [name for name, m in leaves if isinstance(m, nn.Conv2d)],
+        "relu": [name for name, m in leaves if type(m) is nn.ReLU],
+        "pool": [name for name, m in leaves if type(m) is nn.AvgPool2d],
+    }
+    counts = {kind: len(names) for kind, names in kinds.items()}
+    if counts["norm"] != 1 or counts["conv"] != 1 or max(counts.values()) > 1 or sum(counts.values()) < len(leaves):
+        return
+    names = {kind: names[0] for kind, names in kinds.items() if names}
+    attributes = plain_attributes(transition)
+    if "relu" in names:
+        reluses = [{}]
+    elif applies_activation(type(child(transition, names["norm"]))):
+        reluses = [{"relu": names["norm"]}, {"has_relu": False}]
+    else:
+        reluses = [{"relu": None}, {"has_relu": False}]
+    for relu in reluses:
+        yield TransitionSettings(path, attributes, **{**names, **relu})
+
+
+def _prove_transition(transition: nn.Module, settings: TransitionSettings) -> str | None:
+    plain, parts = checks.random_copy(transition), checks.random_copy(transition)
+    view = TransitionView(parts, settings)
+    _require(view.reason(""))
+
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        if module is plain:
+            return plain(x)
+        y = view.norm(x)
+        return F.avg_pool2d(view.conv(F.relu(y) if view.relu else y), 2)
+
+    return checks.difference(plain, parts, checks.random_maps(view.conv.in_channels), run)
+
+
+class _Maps(nn.Module):
+    """Stands for a network's `features`: its output depends on the image, and has positive and negative values."""
+
+    def __init__(self, channels: int, relu: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, 1, 3, 2, dtype=torch.double, device="cpu"))
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.arange(x[0].numel(), dtype=x.dtype).cos()  # tells channels and pixels of the image apart
+        maps = (x.flatten(1) @ place)[:, None, None, None] + self.weight[:, 0]
+        return maps.relu() if self.relu else maps
+
+
+def _prove_network(network: nn.Module, settings: NetworkSettings) -> str | None:
+    features = network.features
+    shell = object.__new__(type(network))
+    shell.__dict__ = dict(network.__dict__)
+    norm = features[-1]
+    with checks.quiet():
+        maps = _Maps(
+            norm.weight.numel() if norm.weight is not None else norm.num_features, settings.head.relu == "features"
+        )
+    shell._modules = {**network._modules, "features": maps}
+    plain = checks.random_copy(shell)
+    if settings.head.reason(plain, "") is not None:
+        raise _NotComparable(settings.head.reason(plain, ""))
+    first = next(m for m in features.modules() if isinstance(m, nn.Conv2d))
+
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        return plain(x) if module is plain else settings.head.run(module, module.features(x).relu().mean((2, 3)))
+
+    return checks.difference(plain, checks.random_copy(shell), checks.random_maps(first.in_channels), run)

@@ -1,0 +1,204 @@
+"""Make the DenseNets of other libraries run fused, in place, and undo it."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ._conversion import checks
+from ._conversion.classes import is_converted, swap, swap_back
+from ._conversion.recognition import Finder
+from ._conversion.specs import DenseLayerSpec
+from .layers import EfficientDenseBlock, EfficientDenseLayer
+
+__all__ = ["ConversionReport", "DenseLayerSpec", "convert", "revert"]
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` or `revert` did to a model; printed, it is a table.
+
+    Attributes:
+        fused: the name of each part of the model that was changed, and what it is now.
+        left_alone: the name of each part that looks like one of a DenseNet and was not changed, and why.
+        difference: the largest difference between the outputs on `example` in float64, relative to the largest output;
+            None without `example`.
+    """
+
+    fused: dict[str, str] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
+    difference: float | None = None
+
+    def __str__(self) -> str:
+        rows = [*self.fused.items(), *((name, f"left alone: {why}") for name, why in self.left_alone.items())]
+        if not rows:
+            return "no dense block was found"
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name or '(model)':{width}}  {what}" for name, what in rows]
+        if self.difference is not None:
+            lines.append(f"on the example the outputs differ by {self.difference:.1e} of the largest one, in float64")
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module,
+    *,
+    layers: Mapping[type[nn.Module], DenseLayerSpec] | None = None,
+    keep_bottleneck: bool = False,
+    example: Tensor | tuple | None = None,
+) -> ConversionReport:
+    """Make the dense blocks of a model run fused, in place, with what consumes them.
+
+    The DenseNets of torchvision, timm, MONAI (2D), torchxrayvision and segmentation-models-pytorch are found, alone or
+    anywhere inside `model`, and so are other classes that have the same parts and compute the same. Parameters and
+    buffers stay the same objects with the same names; `model.state_dict()`, optimizers and hooks stay as they are. Only
+    the class of some modules changes, to a subclass of their own. What cannot be fused is left alone. At each call a
+    part with a hook, another norm and the like is computed by its own modules, as docs/support.md says.
+
+    Each class of layers, blocks, transitions and networks is proved once in a process: a copy of one module with random
+    values is compared with its fused form in float64, in training and evaluation mode, with gradients and statistics.
+
+    Args:
+        model: any module; changed in place.
+        layers: the parts of dense layers of your own, by their class: {MyLayer: DenseLayerSpec(norm1='bn1', ...)}.
+        keep_bottleneck: keep the outputs of all 1x1 convolutions for backward: faster, for more memory.
+        example: an input, or a tuple of inputs, with which to compare copies of the whole model before and after, in
+            float64, in training and evaluation mode.
+
+    Returns:
+        A ConversionReport: what is fused, what is not, and why. `print` shows it as a table.
+
+    Raises:
+        TypeError: model is no module, or layers holds something else than classes and DenseLayerSpecs.
+        ValueError: the outputs on `example` differ; nothing was changed.
+
+    `torch.save(model)` and pickles of a converted model need densenet_ext to load, and torch.jit.script does not serve
+    it: call `revert` first. State dicts need nothing.
+
+    Source: Pleiss et al., Memory-Efficient Implementation of DenseNets, arXiv 1707.06990, for the idea.
+    """
+    specs = _checked(model, layers)
+    finder = Finder(model, specs, keep_bottleneck)
+    report = _report(model, finder)
+    if example is not None:
+        report.difference = _compare(model, finder, example)
+    for module, settings in finder.found.items():
+        swap(module, settings)
+    return report
+
+
+def revert(model: nn.Module) -> ConversionReport:
+    """Undo `convert`: every module has its former class again, and computes as before it.
+
+    Args:
+        model: any module; changed in place. One without converted parts stays as it is.
+
+    Returns:
+        A ConversionReport that lists the modules that were changed back.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    _checked(model, None)
+    report = ConversionReport()
+    for name, module in model.named_modules():
+        if is_converted(module):
+            swap_back(module)
+            if not isinstance(module, nn.Sequential) or "." not in name:
+                report.fused[name] = f"{type(module).__name__} again"
+    return report
+
+
+def _checked(model: nn.Module, layers: Mapping | None) -> dict[type, DenseLayerSpec]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if layers is None:
+        return {}
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"layers is a {type(layers).__name__}; it must map classes to DenseLayerSpecs")
+    for kind, spec in layers.items():
+        if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+            raise TypeError(f"layers has the key {kind!r}; it must be a class of modules")
+        if not isinstance(spec, DenseLayerSpec):
+            raise TypeError(f"layers[{kind.__name__}] is a {type(spec).__name__}; it must be a DenseLayerSpec")
+    return dict(layers)
+
+
+def _report(model: nn.Module, finder: Finder) -> ConversionReport:
+    """Return one line for each block, with its consumer, for each stem, and for what is left alone."""
+    report = ConversionReport()
+    consumers, headed = {}, set()
+    for features, settings in finder.found.items():
+        if settings.kind == "features":
+            children = [*features._modules.items()]
+            for (_, block), (name, module) in zip(children, children[1:], strict=False):
+                consumers[block] = name if module in finder.found else None
+    for network, settings in finder.found.items():
+        if settings.kind == "network":
+            headed.add([*network.features._modules.values()][-2])
+    inside = set()
+    for module, path in finder.paths.items():
+        settings = finder.found.get(module)
+        if settings is not None and settings.kind == "block":
+            count = len((module if not settings.container else module.get_submodule(settings.container))._modules)
+            what = f"{count} layers, one op"
+            if module in headed:
+                what += " with the last norm, ReLU and global average pool"
+            elif consumers.get(module):
+                what += f" with {consumers[module]}"
+            report.fused[path] = what
+            inside.update(m for m in module.modules() if m is not module)
+    for module, path in finder.paths.items():
+        settings = finder.found.get(module)
+        if module in inside:
+            continue
+        if settings is not None and settings.kind == "layer":
+            report.fused[path] = "a dense layer, one op"
+        elif module in finder.reasons:
+            report.left_alone[path] = finder.reasons[module]
+    for name, module in model.named_modules():
+        if isinstance(module, EfficientDenseBlock) or (
+            isinstance(module, EfficientDenseLayer) and not any(name.startswith(f"{p}.") for p in report.left_alone)
+        ):
+            report.left_alone[name] = "it is densenet_ext's own: set its attribute `efficient`"
+    return report
+
+
+def _compare(model: nn.Module, finder: Finder, example: Tensor | tuple) -> float:
+    """Compare copies of the model before and after the conversion; return the largest relative difference."""
+    inputs = example if isinstance(example, tuple) else (example,)
+    inputs = tuple(_double(x) for x in inputs)
+    plain = copy.deepcopy(model).double()
+    fused = copy.deepcopy(plain)
+    twins = dict(zip(model.modules(), fused.modules(), strict=True))
+    for module, settings in finder.found.items():
+        swap(twins[module], settings)
+    worst = 0.0
+    with checks.quiet(), torch.no_grad():
+        for training in (True, False):
+            outputs = []
+            for copied in (plain, fused):
+                torch.manual_seed(checks.SEED)
+                outputs.append(_tensors(copied.train(training)(*inputs)))
+            for want, actual in zip(*outputs, strict=True):
+                error = ((want - actual).abs().max() / want.abs().max().clamp(min=1e-30)).item()
+                if not error <= 1e-6:
+                    mode = "training" if training else "evaluation"
+                    raise ValueError(
+                        f"on `example` in {mode} mode the converted model differs by {error:.1e} of the largest output; "
+                        "nothing was changed"
+                    )
+                worst = max(worst, error)
+    return worst
+
+
+def _double(x: object) -> object:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _tensors(output: object) -> list[Tensor]:
+    """Return the floating-point tensors in a model's output, which may be nested."""
+    leaves, _ = torch.utils._pytree.tree_flatten(output)
+    return [x.double() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
