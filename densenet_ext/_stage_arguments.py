@@ -179,8 +179,6 @@ class StageArguments(NormArguments):
             )
         if conv1.shape[2:] != (1, 1) or conv2.shape[2:] != (3, 3):
             raise NotServed(index, f" has weights {tuple(conv1.shape)} and {tuple(conv2.shape)}, not 1x1 and 3x3")
-        if conv1.shape[1] != channels:
-            raise ValueError(f"{name}.conv1.weight takes {conv1.shape[1]} channels; it must take {channels}")
         if conv2.shape[1] != width:
             raise ValueError(f"{name}.conv2.weight takes {conv2.shape[1]} channels; it must take {width}")
         hidden = None if se is None else se.fc1.weight.shape[0]
@@ -192,6 +190,8 @@ class StageArguments(NormArguments):
         if dropout != self.dropout:
             raise NotServed(index, f" has drop_rate {dropout}, the first layer {self.dropout}")
         self.add_norm(layer.norm1, channels, f"{name}.norm1", ordered=True)
+        if conv1.shape[1] != channels:
+            raise ValueError(f"{name}.conv1.weight takes {conv1.shape[1]} channels; it must take {channels}")
         self.add_weight(conv1, f"{name}.conv1.weight", ordered=True)
         self.add_norm(layer.norm2, self.width, f"{name}.norm2")
         self.add_weight(conv2, f"{name}.conv2.weight")
