@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,36 +9,10 @@ from torch import Tensor, nn
 from ._conversion import checks
 from ._conversion.classes import is_converted, swap, swap_back
 from ._conversion.recognition import Finder
+from ._conversion.report import ConversionReport, report_on
 from ._conversion.specs import DenseLayerSpec
-from .layers import EfficientDenseBlock, EfficientDenseLayer
 
 __all__ = ["ConversionReport", "DenseLayerSpec", "convert", "revert"]
-
-
-@dataclass
-class ConversionReport:
-    """What `convert` or `revert` did to a model; printed, it is a table.
-
-    Attributes:
-        fused: the name of each part of the model that was changed, and what it is now.
-        left_alone: the name of each part that looks like one of a DenseNet and was not changed, and why.
-        difference: the largest difference between the outputs on `example` in float64, relative to the largest output;
-            None without `example`.
-    """
-
-    fused: dict[str, str] = field(default_factory=dict)
-    left_alone: dict[str, str] = field(default_factory=dict)
-    difference: float | None = None
-
-    def __str__(self) -> str:
-        rows = [*self.fused.items(), *((name, f"left alone: {why}") for name, why in self.left_alone.items())]
-        if not rows:
-            return "no dense block was found"
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name or '(model)':{width}}  {what}" for name, what in rows]
-        if self.difference is not None:
-            lines.append(f"on the example the outputs differ by {self.difference:.1e} of the largest one, in float64")
-        return "\n".join(lines)
 
 
 def convert(
@@ -81,7 +54,7 @@ def convert(
     """
     specs = _checked(model, layers)
     finder = Finder(model, specs, keep_bottleneck)
-    report = _report(model, finder)
+    report = report_on(model, finder)
     if example is not None:
         report.difference = _compare(model, finder, example)
     for module, settings in finder.found.items():
@@ -106,8 +79,7 @@ def revert(model: nn.Module) -> ConversionReport:
     for name, module in model.named_modules():
         if is_converted(module):
             swap_back(module)
-            if not isinstance(module, nn.Sequential) or "." not in name:
-                report.fused[name] = f"{type(module).__name__} again"
+            report.fused[name] = f"{type(module).__name__} as before"
     return report
 
 
@@ -124,46 +96,6 @@ def _checked(model: nn.Module, layers: Mapping | None) -> dict[type, DenseLayerS
         if not isinstance(spec, DenseLayerSpec):
             raise TypeError(f"layers[{kind.__name__}] is a {type(spec).__name__}; it must be a DenseLayerSpec")
     return dict(layers)
-
-
-def _report(model: nn.Module, finder: Finder) -> ConversionReport:
-    """Return one line for each block, with its consumer, for each stem, and for what is left alone."""
-    report = ConversionReport()
-    consumers, headed = {}, set()
-    for features, settings in finder.found.items():
-        if settings.kind == "features":
-            children = [*features._modules.items()]
-            for (_, block), (name, module) in zip(children, children[1:], strict=False):
-                consumers[block] = name if module in finder.found else None
-    for network, settings in finder.found.items():
-        if settings.kind == "network":
-            headed.add([*network.features._modules.values()][-2])
-    inside = set()
-    for module, path in finder.paths.items():
-        settings = finder.found.get(module)
-        if settings is not None and settings.kind == "block":
-            count = len((module if not settings.container else module.get_submodule(settings.container))._modules)
-            what = f"{count} layers, one op"
-            if module in headed:
-                what += " with the last norm, ReLU and global average pool"
-            elif consumers.get(module):
-                what += f" with {consumers[module]}"
-            report.fused[path] = what
-            inside.update(m for m in module.modules() if m is not module)
-    for module, path in finder.paths.items():
-        settings = finder.found.get(module)
-        if module in inside:
-            continue
-        if settings is not None and settings.kind == "layer":
-            report.fused[path] = "a dense layer, one op"
-        elif module in finder.reasons:
-            report.left_alone[path] = finder.reasons[module]
-    for name, module in model.named_modules():
-        if isinstance(module, EfficientDenseBlock) or (
-            isinstance(module, EfficientDenseLayer) and not any(name.startswith(f"{p}.") for p in report.left_alone)
-        ):
-            report.left_alone[name] = "it is densenet_ext's own: set its attribute `efficient`"
-    return report
 
 
 def _compare(model: nn.Module, finder: Finder, example: Tensor | tuple) -> float:

@@ -1,4 +1,4 @@
-"""What the networks of the libraries call after their `features`: ReLU, global average pool, and the classifier."""
+"""Networks call ReLU, a global average pool and a classifier after their `features`: by these names in each library."""
 
 import sys
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What converted modules do: run fused where that is possible, else call the forward of their former class.
+"""Converted modules run fused where that is possible, else they call the forward of their former class.
 
 Each class here stands before the former class in the order of inheritance, so super().forward is that one's. It gets
 its settings from the attribute `_densenet_ext`; a slice of a converted Sequential has none, and needs none.

@@ -36,7 +36,7 @@ _proved: dict[tuple, str | None] = {}
 
 @dataclass
 class Finder:
-    """What of `model` can be converted: `found` has the settings of these modules, `reasons` why others cannot.
+    """A search of `model` for what can be converted: `found` has settings for these modules, `reasons` why others cannot.
 
     specs: the layers of a network of one's own, by class.
     """
@@ -222,17 +222,18 @@ def _overrides(kind: type[nn.Module]) -> str | None:
 
 
 def _has_parts(layer: nn.Module, spec: DenseLayerSpec) -> bool:
-    """Return True if a module has the parts that a spec names, its two convolutions, and its drop_rate."""
+    """Return True if a module has the parts that a spec names, two convolutions 1x1 and 3x3 among them."""
     if any(child(layer, name) is None for name in spec.parts if name != spec.dropout):
         return False
-    if not isinstance(child(layer, spec.conv2), nn.Conv2d):
+    sizes = [getattr(child(layer, name), "kernel_size", None) for name in (spec.conv1, spec.conv2)]
+    if sizes != [(1, 1), (3, 3)]:
         return False
     return spec.drop_rate is None or isinstance(layer.__dict__.get(spec.drop_rate), int | float)
 
 
 def _unserved_layer(layer: nn.Module) -> str | None:
     """Return why a module that calls itself a dense layer is none that the fused op serves."""
-    if not type(layer).__name__.strip("_").lower().startswith("denselayer"):
+    if not type(layer).__name__.lower().lstrip("_").startswith("denselayer"):
         return None
     convolutions = [m for m in layer.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     if len(convolutions) < 2:

@@ -1,4 +1,4 @@
-"""What a conversion knows about a module: it is kept in the module's attribute `_densenet_ext`, and pickled with it."""
+"""A conversion keeps what it knows about a module in the module's attribute `_densenet_ext`, which is pickled with it."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -29,7 +29,7 @@ def plain_attributes(module: nn.Module) -> dict[str, object]:
 
 @dataclass
 class Settings:
-    """What all kinds of converted modules have.
+    """The settings that all kinds of converted modules have.
 
     path: the module's name in the model that was converted, for messages; attributes: plain_attributes at that time,
     without those that every call reads.

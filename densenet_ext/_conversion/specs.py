@@ -1,4 +1,4 @@
-"""What the parts of a dense layer are called, in the libraries that have DenseNets and in a network of one's own."""
+"""Names of the parts of a dense layer, in the libraries that have DenseNets and in a network of one's own."""
 
 from dataclasses import dataclass, fields
 
