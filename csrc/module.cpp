@@ -84,6 +84,18 @@ PYBIND11_MODULE(_C, m) {
         "Gives the memory of workspaces that no tensor holds back to the system.");
   m.def("set_workspace_limit", &densenet_ext::set_workspace_limit,
         "Limits how many bytes may stay occupied without being held.");
+  m.def("start_rehearsal", &densenet_ext::start_rehearsal,
+        "From now on ops on this thread compute nothing and take no memory, but count it.");
+  m.def("stop_rehearsal", &densenet_ext::stop_rehearsal, "Ends what start_rehearsal began.");
+  m.def(
+      "rehearsal_use",
+      [] {
+        const densenet_ext::RehearsalUse use = densenet_ext::rehearsal_use();
+        return py::make_tuple(use.tensors, use.most_tensors, use.most_in_all, use.occupied);
+      },
+      "Bytes of tensors now; the most since the last call; the most with held workspaces; bytes "
+      "that "
+      "workspaces occupy.");
   m.def("memory_limit", &densenet_ext::memory_limit, py::arg("root"), py::arg("most"),
         "The memory that control groups leave to this process, `most` at most.");
 }

@@ -41,6 +41,19 @@ inline ScalarType arithmetic_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline int64_t element_size(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Bool:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
 inline void check_shape(const char* name, const Tensor& t, Shape sizes) {
   STD_TORCH_CHECK(t.sizes().equals(sizes), name, " must have shape ", describe(sizes), ", got ",
                   describe(t.sizes()));
@@ -75,10 +88,23 @@ inline bool is_dense_channels_last(const Tensor& t) {
   return true;
 }
 
+// Returns an address for a tensor of that many bytes while this thread rehearses (workspace.h),
+// else null. The pointer is null in a library without workspaces.
+inline void* (*rehearsed_address)(int64_t bytes) = nullptr;
+inline void (*free_rehearsed)(void*) = nullptr;
+
 // This function and `piece` bypass the dispatcher, which takes longer than all the rest of creating
 // a tensor: the stages create hundreds a step.
 inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides,
                             ScalarType type) {
+  if (rehearsed_address) {
+    int64_t last = 0, none = 0;
+    for (size_t i = 0; i < sizes.size(); ++i)
+      last += (sizes[i] - 1) * strides[i], none |= !sizes[i];
+    void* const address = rehearsed_address(none ? 0 : (last + 1) * element_size(type));
+    if (address)
+      return torch::stable::from_blob(address, sizes, strides, like.device(), type, free_rehearsed);
+  }
   using torch::stable::detail::from;
   AtenTensorHandle handle = nullptr;
   // With these arguments only a lack of memory can be the cause; torch's error text may be lost.

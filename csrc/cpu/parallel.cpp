@@ -29,7 +29,7 @@ int64_t thread_count(int64_t items, int64_t values) {
 }
 
 void parallel_threads(int64_t items, int64_t threads, ThreadBody body, void* context) {
-  if (items <= 0) return;
+  if (items <= 0 || is_rehearsing()) return;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t)
       body(context, t, items * t / threads, items * (t + 1) / threads);

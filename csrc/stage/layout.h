@@ -17,10 +17,6 @@ inline bool is_channels_last(const Tensor& like) {
 #endif
 }
 
-inline int64_t element_size(ScalarType type) {
-  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-}
-
 inline int64_t pixels_of(const Sizes& spatial) {
   int64_t pixels = 1;
   for (const int64_t size : spatial) pixels *= size;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <set>
@@ -25,11 +26,14 @@ namespace {
 
 constexpr int64_t kPage = int64_t{2} << 20;  // the unit of madvise, of counting and of release
 constexpr int64_t kAlignment = 64 * 1024;    // blocks start at multiples of this
+int64_t machine_memory() { return sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE); }
+
 constexpr int64_t kSmallest = int64_t{128} * 1024;  // smaller tensors come from torch
 
 class Arena {
  public:
-  Arena() : limit_(memory_limit("", machine_memory()) / 4) {}
+  explicit Arena(int64_t limit, int64_t alignment = kAlignment)
+      : limit_(limit), alignment_(alignment) {}
 
   // Returns null if there is no room.
   void* allocate(int64_t bytes, Use use) {
@@ -89,6 +93,10 @@ class Arena {
     return {in_use_, resident()};
   }
 
+  int64_t in_use() const { return in_use_; }
+
+  bool owns(const void* pointer) const { return base_ <= pointer && pointer < base_ + bytes_; }
+
   std::mutex mutex;
 
  private:
@@ -98,8 +106,8 @@ class Arena {
   };
   using Ranges = std::map<int64_t, int64_t>;  // offset: size
 
-  static int64_t rounded(int64_t bytes) {
-    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  int64_t rounded(int64_t bytes) const {
+    return (bytes + alignment_ - 1) / alignment_ * alignment_;
   }
 
   void* first_fit(int64_t size, Use use) {
@@ -136,14 +144,13 @@ class Arena {
     return ranges.emplace(offset, size).first;
   }
 
-  static int64_t machine_memory() { return sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE); }
   int64_t resident() const { return static_cast<int64_t>(touched_.size()) * kPage; }
   int64_t idle() const { return resident() - in_use_; }
 
   // Reserves addresses for four times the machine's memory; they take memory when they are touched.
   bool reserve() {
     if (base_ || failed_) return base_ != nullptr;
-    const int64_t bytes = 4 * machine_memory() / kPage * kPage;
+    const int64_t bytes = bytes_ = 4 * machine_memory() / kPage * kPage;
     void* const range = mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     failed_ = range == MAP_FAILED;
@@ -165,24 +172,57 @@ class Arena {
   }
 
   char* base_ = nullptr;
+  int64_t bytes_ = 0;
   bool failed_ = false;
   Ranges free_;
   std::map<int64_t, Block> used_;  // by offset
   std::set<int64_t> touched_;      // pages
   int64_t in_use_ = 0, buffers_ = 0, limit_;
+  const int64_t alignment_;
 };
 
-// The arena is never destroyed: tensors may outlive static objects. A child of fork() gets a copy,
-// so its lock must not be held by a thread that the child does not have.
-Arena& arena() {
-  static Arena* const arena = [] {
-    auto* const instance = new Arena;
-    static Arena* const shared = instance;
-    pthread_atfork([] { shared->mutex.lock(); }, [] { shared->mutex.unlock(); },
-                   [] { shared->mutex.unlock(); });
+// Arenas are never destroyed: tensors may outlive static objects. A child of fork() gets a copy, so
+// no lock of theirs may be held by a thread that the child does not have.
+struct Arenas {
+  Arena real{memory_limit("", machine_memory()) / 4};
+  // A rehearsal has two, for workspaces and in place of torch's allocator.
+  Arena workspaces{std::numeric_limits<int64_t>::max()};
+  Arena tensors{std::numeric_limits<int64_t>::max(), 64};
+};
+void unlock(Arenas& arenas) {
+  for (Arena* arena : {&arenas.real, &arenas.workspaces, &arenas.tensors}) arena->mutex.unlock();
+}
+Arenas& arenas() {
+  static Arenas* const arenas = [] {
+    auto* const instance = new Arenas;
+    static Arenas* const shared = instance;
+    pthread_atfork(
+        [] {
+          for (Arena* arena : {&shared->real, &shared->workspaces, &shared->tensors})
+            arena->mutex.lock();
+        },
+        [] { unlock(*shared); }, [] { unlock(*shared); });
     return instance;
   }();
-  return *arena;
+  return *arenas;
+}
+
+thread_local bool rehearsing = false;
+int64_t most_tensors = 0, most_in_all = 0;  // see RehearsalUse
+
+void note_rehearsal() {
+  const int64_t tensors = arenas().tensors.in_use();
+  most_tensors = std::max(most_tensors, tensors);
+  most_in_all = std::max(most_in_all, tensors + arenas().workspaces.in_use());
+}
+
+// Calls allocate(arena) with the arena that workspaces come from.
+template <class F>
+void* from_workspaces(const F& allocate) {
+  if (!rehearsing) return allocate(arenas().real);
+  void* const block = allocate(arenas().workspaces);
+  note_rehearsal();
+  return block;
 }
 
 }  // namespace
@@ -190,7 +230,7 @@ Arena& arena() {
 // A tensor in the block that `allocate` returns for its bytes, or from torch if there is none.
 template <class F>
 static Tensor in_arena(const Tensor& like, const Sizes& sizes, ScalarType type, const F& allocate) {
-  int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+  int64_t bytes = element_size(type);
   for (const int64_t size : sizes) bytes *= size;
   void* const block = like.is_cpu() && bytes >= kSmallest ? allocate(bytes) : nullptr;
   if (!block) return empty(like, sizes, type);
@@ -199,22 +239,57 @@ static Tensor in_arena(const Tensor& like, const Sizes& sizes, ScalarType type, 
 }
 
 Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type, Use use) {
-  return in_arena(like, sizes, type, [&](int64_t bytes) { return arena().allocate(bytes, use); });
+  return in_arena(like, sizes, type, [&](int64_t bytes) {
+    return from_workspaces([&](Arena& arena) { return arena.allocate(bytes, use); });
+  });
 }
 Tensor workspace_aside(const Tensor& like, const Sizes& sizes, ScalarType type, int64_t times,
                        const std::vector<Tensor>& leaving) {
-  return in_arena(like, sizes, type,
-                  [&](int64_t bytes) { return arena().allocate_aside(bytes, times, leaving); });
+  return in_arena(like, sizes, type, [&](int64_t bytes) {
+    return from_workspaces(
+        [&](Arena& arena) { return arena.allocate_aside(bytes, times, leaving); });
+  });
 }
 
 void* allocate_block(int64_t bytes) {
-  return bytes >= kSmallest ? arena().allocate(bytes, Use::kOther) : nullptr;
+  if (bytes < kSmallest) return nullptr;
+  return from_workspaces([&](Arena& arena) { return arena.allocate(bytes, Use::kOther); });
 }
-void free_block(void* block) { arena().free(block); }
+void free_block(void* block) {
+  for (Arena* arena : {&arenas().workspaces, &arenas().tensors})
+    if (arena->owns(block)) return arena->free(block);
+  arenas().real.free(block);
+}
 
-WorkspaceUse workspace_use() { return arena().use(); }
-void release_workspaces() { arena().release(); }
-void set_workspace_limit(int64_t bytes) { arena().set_limit(bytes); }
+WorkspaceUse workspace_use() { return arenas().real.use(); }
+void release_workspaces() { arenas().real.release(); }
+void set_workspace_limit(int64_t bytes) { arenas().real.set_limit(bytes); }
+
+void start_rehearsal() {
+  Arenas& all = arenas();
+  STD_TORCH_CHECK(!rehearsing && !all.workspaces.use().in_use && !all.tensors.use().in_use,
+                  "tensors of another rehearsal are still there");
+  all.workspaces.release();
+  all.tensors.release();
+  rehearsed_address = [](int64_t bytes) -> void* {
+    if (!rehearsing || bytes == 0) return nullptr;
+    void* const block = arenas().tensors.allocate(bytes, Use::kOther);
+    note_rehearsal();
+    return block;
+  };
+  free_rehearsed = free_block;
+  rehearsing = true;
+  most_tensors = most_in_all = 0;
+}
+void stop_rehearsal() { rehearsing = false; }
+bool is_rehearsing() { return rehearsing; }
+RehearsalUse rehearsal_use() {
+  const int64_t tensors = arenas().tensors.in_use();
+  const RehearsalUse use = {tensors, most_tensors, most_in_all, arenas().workspaces.use().resident};
+  most_tensors = tensors;
+  most_in_all = tensors + arenas().workspaces.in_use();
+  return use;
+}
 
 #else
 
@@ -230,6 +305,12 @@ void free_block(void*) {}
 WorkspaceUse workspace_use() { return {0, 0}; }
 void release_workspaces() {}
 void set_workspace_limit(int64_t) {}
+void start_rehearsal() {
+  STD_TORCH_CHECK(false, "this build has no workspaces that a rehearsal could count");
+}
+void stop_rehearsal() {}
+bool is_rehearsing() { return false; }
+RehearsalUse rehearsal_use() { return {0, 0, 0, 0}; }
 
 #endif
 

@@ -43,4 +43,20 @@ void release_workspaces();
 // the system as soon as it is freed.
 void set_workspace_limit(int64_t bytes);
 
+// A rehearsal runs ops to learn which memory they ask for. While a thread rehearses, its new
+// tensors get addresses without memory behind them, and its kernels compute nothing.
+//
+// start_rehearsal forgets the previous rehearsal of this process, whose tensors must be gone.
+void start_rehearsal();
+void stop_rehearsal();
+bool is_rehearsing();
+
+struct RehearsalUse {
+  int64_t tensors;       // bytes of the tensors that would come from torch, now
+  int64_t most_tensors;  // the most of these since the last call of rehearsal_use
+  int64_t most_in_all;   // the most of these and of workspaces that tensors hold, since that call
+  int64_t occupied;      // bytes of the pages that workspaces have touched since the start
+};
+RehearsalUse rehearsal_use();
+
 }  // namespace densenet_ext
