@@ -10,7 +10,16 @@ __all__ = [
     "SqueezeExcitation",
     "Transition",
     "__version__",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+    "densenet_bc_100_12",
+    "densenet_bc_190_40",
+    "densenet_bc_250_24",
     "functional",
+    "hybrid_densenet",
     "memory",
     "release_workspaces",
     "set_fallback",
@@ -20,6 +29,17 @@ __all__ = [
 
 try:
     from . import functional, memory
+    from .factories import (
+        densenet121,
+        densenet161,
+        densenet169,
+        densenet201,
+        densenet264,
+        densenet_bc_100_12,
+        densenet_bc_190_40,
+        densenet_bc_250_24,
+        hybrid_densenet,
+    )
     from .fallback import set_fallback
     from .layers import DropChannel, EfficientDenseBlock, EfficientDenseLayer, SqueezeExcitation, Transition
     from .memory import release_workspaces, set_workspace_limit, workspace_use

@@ -151,7 +151,7 @@ class DenseNetBC(EfficientModule):
         Drop-Channel's probability; dropout's is that of Huang et al., CVPR 2017, section 4.2.
         """
         if name not in VARIANTS:
-            raise ValueError(f"name is {name!r}; it may be {', '.join(map(repr, VARIANTS))}")
+            raise ValueError(f"the variant is {name!r}; it may be {', '.join(map(repr, VARIANTS))}")
         return cls(**{**VARIANTS[name], **options})
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ NEW = {
     "block": lambda **options: EfficientDenseBlock(2, 4, 3, **options),
     "network": lambda **options: DenseNetBC(3, block_config=(2, 2), in_channels=4, **options),
 }
-MODULES = ("drop_channel", "fallback", "functional", "info", "layers", "memory", "models", "squeeze_excitation", "demo")
+MODULES = (
+    *("demo", "drop_channel", "factories", "fallback", "functional", "info", "layers", "memory", "models"),
+    *("squeeze_excitation",),
+)
 
 
 @pytest.mark.parametrize("kind", NEW)
