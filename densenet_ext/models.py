@@ -5,6 +5,7 @@ import numbers
 import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch.nn.functional as F
@@ -184,7 +185,8 @@ class DenseNetBC(EfficientModule):
             raise short_error(error) from None
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: object) -> None:
-        rename_network_keys(state_dict, prefix)
+        known = {name for name, _ in chain(self.named_parameters(), self.named_buffers())}
+        rename_network_keys(state_dict, prefix, known)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     __prepare_scriptable__ = refuse_scripting
