@@ -20,6 +20,7 @@ __all__ = [
     "densenet_bc_250_24",
     "functional",
     "hybrid_densenet",
+    "load_weights",
     "memory",
     "release_workspaces",
     "set_fallback",
@@ -44,6 +45,7 @@ try:
     from .layers import DropChannel, EfficientDenseBlock, EfficientDenseLayer, SqueezeExcitation, Transition
     from .memory import release_workspaces, set_workspace_limit, workspace_use
     from .models import DenseNetBC
+    from .weights import load_weights
 except ImportError as error:
     # The error is raised when a name is used, so that `python -m densenet_ext info` can still say what is wrong.
     _error = error

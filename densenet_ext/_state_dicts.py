@@ -48,10 +48,10 @@ def canonical_names(keys: Iterable[str]) -> dict[str, tuple[str, frozenset[str]]
 
     Names that follow no known form, such as those of another network, stand for themselves.
     """
-    unwrapped = {_WRAPPER.sub("", key): key for key in keys}
-    front = _front(unwrapped)
+    unwrapped = [(_WRAPPER.sub("", key), key) for key in keys]
+    front = _front({name for name, _ in unwrapped})
     names = {}
-    for name, key in unwrapped.items():
+    for name, key in unwrapped:
         forms = {"a wrapper's names"} if name != key else set()
         if front and name.startswith(front):
             name = name.removeprefix(front)
@@ -60,7 +60,10 @@ def canonical_names(keys: Iterable[str]) -> dict[str, tuple[str, frozenset[str]]
         layer = _LAYER.search(name)
         start = layer.end() if layer else len(name)
         rest, layer_forms = _rename(name[start:], _LAYER_RULES)
-        names[name[:start] + rest] = key, frozenset(forms | network_forms | layer_forms)
+        name = name[:start] + rest
+        if name in names:
+            raise ValueError(f"{names[name][0]} and {key} are two names of one weight; only one of them may be there")
+        names[name] = key, frozenset(forms | network_forms | layer_forms)
     return names
 
 

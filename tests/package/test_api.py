@@ -19,7 +19,7 @@ NEW = {
 }
 MODULES = (
     *("demo", "drop_channel", "factories", "fallback", "functional", "info", "layers", "memory", "models"),
-    *("squeeze_excitation",),
+    *("squeeze_excitation", "weights"),
 )
 
 
