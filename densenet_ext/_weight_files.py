@@ -23,7 +23,7 @@ def read(source: str | os.PathLike | Mapping) -> tuple[str, Mapping[str, Tensor]
     _refuse_module(content, "source")
     if not isinstance(content, Mapping):
         kinds = f"a state dict, a checkpoint that holds one under {_quoted(ENTRIES)}, or the path of a file with either"
-        raise TypeError(f"source is a {type(content).__name__}; it must be {kinds}")
+        raise TypeError(f"source has type {type(content).__name__}; it must be {kinds}")
     for entry in ENTRIES:
         _refuse_module(content.get(entry), f"source[{entry!r}]")
         if isinstance(content.get(entry), Mapping):
@@ -36,20 +36,24 @@ def read(source: str | os.PathLike | Mapping) -> tuple[str, Mapping[str, Tensor]
 def _read_file(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise  # no such file, a folder, no permission: its message says so
-    except Exception as error:  # torch.load raises errors of many types, KeyError and EOFError among them
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if not found:
-            raise ValueError(f"{path} is not a file that torch.load can read, or it is damaged") from error
-        code = f"torch.load({str(path)!r}, map_location='cpu', weights_only=False)"
-        raise ValueError(
-            f"{path} holds Python objects ({found[1]}) and not only tensors, as a pickled module does; reading it may run "
-            f"any code. If you trust it, import the library that wrote it and pass the state dict: "
-            f"load_weights(model, {code}.state_dict()), without .state_dict() for a checkpoint"
-        ) from None
+    with path.open("rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # errors of many types, KeyError and OSError among them
+            raise _load_error(path, error) from error
+
+
+def _load_error(path: Path, error: Exception) -> ValueError:
+    """Return what to raise for an error of torch.load with weights_only=True."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if not found:
+        return ValueError(f"{path} is not a file that torch.load can read, or it is damaged")
+    code = f"torch.load({str(path)!r}, map_location='cpu', weights_only=False)"
+    return ValueError(
+        f"{path} holds Python objects ({found[1]}) and not only tensors, as a pickled module does; reading it may run any "
+        f"code. If you trust it, pass the state dict: load_weights(model, {code}.state_dict()), without .state_dict() for "
+        "a checkpoint"
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

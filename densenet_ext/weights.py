@@ -114,7 +114,7 @@ def load_weights(
 
 def _check_options(model: nn.Module, classifier: str, input_channels: str) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+        raise TypeError(f"model has type {type(model).__name__}; it must be a torch.nn.Module")
     if classifier not in ("strict", "skip"):
         raise ValueError(f"classifier is {classifier!r}; it may be 'strict' or 'skip'")
     if input_channels not in ("strict", "adapt"):
