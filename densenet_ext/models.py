@@ -70,8 +70,8 @@ class DenseNetBC(EfficientModule):
             ReLU, 3x3 max pool of stride 2.
         in_channels: channels of the images; at least 1.
         num_init_features: channels after the stem, at least 1; None for 2 * growth_rate.
-        block_config: layers of each dense block, in place of depth. (6, 12, 24, 16) with growth_rate=32,
-            num_init_features=64, num_classes=1000, small_inputs=False is DenseNet-121.
+        block_config: layers of each dense block, in place of depth, such as (6, 12, 24, 16) for DenseNet-121, which the
+            function densenet121 builds.
         eps, momentum: of all norms, as in torch.nn.BatchNorm2d.
 
     Shape: [N, in_channels, H, W] to [N, num_classes].
