@@ -13,7 +13,17 @@ __all__ = [
     "Transition",
     "__version__",
     "convert",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+    "densenet_bc_100_12",
+    "densenet_bc_190_40",
+    "densenet_bc_250_24",
     "functional",
+    "hybrid_densenet",
+    "load_weights",
     "memory",
     "release_workspaces",
     "revert",
@@ -25,10 +35,22 @@ __all__ = [
 try:
     from . import functional, memory
     from .conversion import ConversionReport, DenseLayerSpec, convert, revert
+    from .factories import (
+        densenet121,
+        densenet161,
+        densenet169,
+        densenet201,
+        densenet264,
+        densenet_bc_100_12,
+        densenet_bc_190_40,
+        densenet_bc_250_24,
+        hybrid_densenet,
+    )
     from .fallback import set_fallback
     from .layers import DropChannel, EfficientDenseBlock, EfficientDenseLayer, SqueezeExcitation, Transition
     from .memory import release_workspaces, set_workspace_limit, workspace_use
     from .models import DenseNetBC
+    from .weights import load_weights
 except ImportError as error:
     # The error is raised when a name is used, so that `python -m densenet_ext info` can still say what is wrong.
     _error = error

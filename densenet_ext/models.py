@@ -5,6 +5,7 @@ import numbers
 import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch.nn.functional as F
@@ -69,8 +70,8 @@ class DenseNetBC(EfficientModule):
             ReLU, 3x3 max pool of stride 2.
         in_channels: channels of the images; at least 1.
         num_init_features: channels after the stem, at least 1; None for 2 * growth_rate.
-        block_config: layers of each dense block, in place of depth. (6, 12, 24, 16) with growth_rate=32,
-            num_init_features=64, num_classes=1000, small_inputs=False is DenseNet-121.
+        block_config: layers of each dense block, in place of depth, such as (6, 12, 24, 16) for DenseNet-121, which the
+            function densenet121 builds.
         eps, momentum: of all norms, as in torch.nn.BatchNorm2d.
 
     Shape: [N, in_channels, H, W] to [N, num_classes].
@@ -151,7 +152,7 @@ class DenseNetBC(EfficientModule):
         Drop-Channel's probability; dropout's is that of Huang et al., CVPR 2017, section 4.2.
         """
         if name not in VARIANTS:
-            raise ValueError(f"name is {name!r}; it may be {', '.join(map(repr, VARIANTS))}")
+            raise ValueError(f"the variant is {name!r}; it may be {', '.join(map(repr, VARIANTS))}")
         return cls(**{**VARIANTS[name], **options})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,7 +185,8 @@ class DenseNetBC(EfficientModule):
             raise short_error(error) from None
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: object) -> None:
-        rename_network_keys(state_dict, prefix)
+        known = {name for name, _ in chain(self.named_parameters(), self.named_buffers())}
+        rename_network_keys(state_dict, prefix, known)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     __prepare_scriptable__ = refuse_scripting

@@ -60,7 +60,7 @@ CONSTRUCTORS = [
     (lambda: DenseNetBC(efficient=torch.tensor([1, 2])), "efficient is tensor([1, 2])"),
     (lambda: DenseNetBC(num_classes=0), "num_classes is 0"),
     (lambda: DenseNetBC(num_init_features=0), "num_init_features is 0"),
-    (lambda: DenseNetBC.variant("C"), "name is 'C'; it may be 'vanilla', 'A', 'B', 'A+B', 'A+B+C'"),
+    (lambda: DenseNetBC.variant("C"), "variant is 'C'; it may be 'vanilla', 'A', 'B', 'A+B', 'A+B+C'"),
     (lambda: memory.set_limit(-1), "limit is -1; it must be at least 0"),
     (lambda: set_fallback("ignore"), "mode is 'ignore'; it may be 'warn', 'error' or 'silent'"),
 ]

@@ -74,6 +74,16 @@ def test_a_part_of_another_network_loads():
     torch.testing.assert_close(block.state_dict(), theirs[0].features.denseblock1.state_dict(), rtol=0, atol=0)
 
 
+def test_a_replaced_classifier_keeps_its_keys():
+    """CheXNet puts the classifier into a Sequential; a network that was changed so loads its own state dict."""
+    theirs, ours = network(0), network(1)
+    for model in (theirs, ours):
+        model.classifier = nn.Sequential(model.classifier, nn.Sigmoid())
+    for change in (dict, in_front("module.")):
+        ours.load_state_dict(change(theirs.state_dict()))
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
 def test_keys_that_do_not_fit_are_an_error_one_can_read():
     state = DenseNetBC(growth_rate=3, depth=40, num_classes=7).double().state_dict()
     with pytest.raises(RuntimeError) as caught:
