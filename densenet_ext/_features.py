@@ -4,7 +4,8 @@ Two groups of modules are fused: norm, ReLU and max pool of the stem, and a dens
 with the last norm and the rest of the head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,19 @@ class Consumer(NamedTuple):
     is_head: bool = False
 
 
+_observers: list[Callable[["FusedBlock"], object]] = []
+
+
+@contextmanager
+def observed(observe: Callable[["FusedBlock"], object]) -> Iterator[None]:
+    """Call observe(block) in this context for each block that runs as one op."""
+    _observers.append(observe)
+    try:
+        yield
+    finally:
+        _observers.remove(observe)
+
+
 class FusedBlock:
     """A dense block that can be one op with its consumer: this package's, or a converted one."""
 
@@ -47,6 +61,12 @@ class FusedBlock:
     def sharing_reason(self, path: str, norm: nn.Module) -> str | None:
         """Check that the norm at `path` shares batch statistics with the same processes as this block's norms."""
         raise NotImplementedError
+
+    def run_fused(self, x: Tensor, *tail: nn.Module, relu: bool = True) -> Tensor | None:
+        """Call `fused`, and tell those who observe."""
+        for observe in _observers:
+            observe(self)
+        return self.fused(x, *tail, relu=relu)
 
     def fused(self, x: Tensor, *tail: nn.Module, relu: bool = True) -> Tensor | None:
         """Compute the block and its tail by one op. `tail` holds the norm and the convolution of a transition, the norm
@@ -157,4 +177,4 @@ def _run_stage(rest: _Named, x: Tensor, head: bool, prefix: str) -> tuple[Tensor
     if reason is not None:
         fallback.report(reason)
         return None, 0
-    return block.fused(x, *tail, relu=consumer.relu), 2
+    return block.run_fused(x, *tail, relu=consumer.relu), 2

@@ -21,7 +21,7 @@ from ._ops import handles
 from ._ops.sync_batch_norm import group_of
 from ._patches import patched_reason
 from ._running_stats import applies_activation, is_frozen, is_frozen_kind
-from ._transforms import carries_no_data, transform_reason
+from ._transforms import carries_no_data, is_plain, transform_reason
 from .drop_channel import DropChannel
 from .functional import DTYPES
 from .squeeze_excitation import SqueezeExcitation
@@ -53,7 +53,7 @@ def input_reason(inputs: Iterable[Tensor]) -> str | None:
     """Check the inputs: device, layout, dtype, and subclasses of Tensor that hold more than their values."""
     for x in inputs:
         kind = type(x)
-        if kind is not Tensor and kind is not nn.Parameter:
+        if not is_plain(kind):
             if not isinstance(x, Tensor):
                 return None  # functional.py raises the error
             if not carries_no_data(kind):

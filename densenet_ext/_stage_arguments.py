@@ -14,6 +14,7 @@ from ._masks import Masks, active_dropout, draw_masks
 from ._ops.sync_batch_norm import group_of
 from ._protocol import MaskKind, Options
 from ._running_stats import is_frozen, update_running_statistics
+from ._transforms import is_plain
 from .drop_channel import kept_scale
 
 
@@ -116,9 +117,9 @@ class NormArguments:
         """Refuse parameters that are subclasses of Tensor: the op would ignore how these compute with their values."""
         if torch.compiler.is_compiling():
             return
-        kinds = set(map(type, self.params)) - {Tensor, nn.Parameter}
-        if kinds:
-            raise NotServed(None, f" has a parameter that is a {kinds.pop().__name__}")
+        kind = next((kind for kind in set(map(type, self.params)) if not is_plain(kind)), None)
+        if kind is not None:
+            raise NotServed(None, f" has a parameter that is a {kind.__name__}")
 
     def add_group(self, group: int, name: str) -> None:
         if self.group not in (None, group):

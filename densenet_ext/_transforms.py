@@ -5,9 +5,12 @@ they would compute something else. A recording for another process has to consis
 ops its file would load only where this package is installed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.overrides import _get_current_function_mode_stack as _function_modes
 from torch.utils._device import DeviceContext
 
@@ -51,7 +54,26 @@ def as_node(module: torch.nn.Module, inputs: fx.Proxy | list) -> fx.Proxy | None
 
 def carries_no_data(kind: type[Tensor]) -> bool:
     """Return True if a tensor of this subclass holds only its values and Python attributes, so that ops can read it."""
-    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or kind is _recorded
+
+
+_recorded: type[Tensor] | None = None  # the kind of tensors without data that are treated as plain ones
+
+
+def is_plain(kind: type[Tensor]) -> bool:
+    """Return True for torch's own tensors and parameters, and for those without data in a `recording`."""
+    return kind is Tensor or kind is nn.Parameter or kind is _recorded
+
+
+@contextmanager
+def recording(kind: type[Tensor]) -> Iterator[None]:
+    """Treat tensors of this kind as plain ones: a step is recorded on shapes alone, as it would run on values."""
+    global _recorded
+    _recorded = kind
+    try:
+        yield
+    finally:
+        _recorded = None
 
 
 def refuse_scripting(module: torch.nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ._ops import handles
 from ._protocol import Tail
 from ._stage_arguments import NewFirst, NormArguments, NotServed, StageArguments, wrong_dtype
-from ._transforms import transform_reason
+from ._transforms import is_plain, transform_reason
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -184,7 +184,7 @@ def dense_stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
 def _is_overridden(*inputs: Tensor) -> bool:
     """True if a subclass of Tensor among the inputs overrides this function, as it may override PyTorch's."""
-    return any(type(x) is not Tensor and type(x) is not nn.Parameter for x in inputs) and has_torch_function(inputs)
+    return any(not is_plain(type(x)) for x in inputs) and has_torch_function(inputs)
 
 
 def _input(x: Tensor, name: str) -> tuple[Tensor, bool]:
@@ -201,7 +201,7 @@ def _input(x: Tensor, name: str) -> tuple[Tensor, bool]:
     if x.dtype not in DTYPES:
         raise TypeError(wrong_dtype(x, name, DTYPES))
     handles.require_kernels(x)
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
+    if not is_plain(type(x)):
         x = x.as_subclass(Tensor)
     if x.dtype == torch.float64 or not _autocasts(x):
         return x, False

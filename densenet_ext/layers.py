@@ -209,7 +209,7 @@ class EfficientDenseBlock(FusedBlock, EfficientModule, nn.ModuleDict):
         if reason is not None:
             fallback.report(reason)
         else:
-            y = self.fused(x)
+            y = self.run_fused(x)
             if y is not None:
                 return y
         with fallback.already_reported():

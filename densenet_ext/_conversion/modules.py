@@ -70,7 +70,7 @@ class ConvertedBlock(FusedBlock, Converted):
         if not _single(args, kwargs):
             return super().forward(*args, **kwargs)
         reason = self.fallback_reason(args[0])
-        y = None if self._reported(reason) else self.fused(args[0])
+        y = None if self._reported(reason) else self.run_fused(args[0])
         if y is not None:
             return y
         with fallback.already_reported():

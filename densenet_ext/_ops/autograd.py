@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._layout import arithmetic_dtype, gradient_dtype, lies_channels_last
 from .._protocol import GradientLayout, Options, Tail, tail_params
+from .._transforms import is_plain
 from .batched_gradients import no_second_derivative, one_by_one
 from .handles import (
     dense_block_backward,
@@ -195,7 +196,7 @@ def _stage_autograd(keyset, *inputs):
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))):
         return forward_op(*inputs)
     tail = tail_params(Options(*options).tail)
-    if not tail or type(x) is not Tensor:
+    if not tail or not is_plain(type(x)):
         return DenseStage.apply(forward_op, inputs, x, *params)
     outputs = forward_op(*inputs)
     place, anchor = _Place.apply(x) if x.requires_grad else (x, x.new_empty(0))
