@@ -32,3 +32,16 @@ def check_efficient(value: bool | str) -> bool | str:
     if not isinstance(value, str) or value not in ("checkpoint", "fused"):
         raise ValueError(f"efficient is {value!r}; it may be False, 'checkpoint', 'fused' or True, which is 'fused'")
     return value
+
+
+def check_kept(value: bool | int, name: str) -> bool | int:
+    """Return `value`, True, False or a number of layers, as a bool or an int; raise ValueError for others."""
+    if isinstance(value, bool):
+        return value
+    try:
+        number = -1 if isinstance(value, str) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"{name} is {value!r}; it may be True, False or a number of layers, at least 0")
+    return number

@@ -48,7 +48,7 @@ class Options(NamedTuple):
     squeeze_excite: int = 0
     tail: int = Tail.NONE
     new_first: int = 0  # new features come first in a concatenation; not served yet
-    kept_bottlenecks: int = 0  # how many of the last layers keep their bottleneck for backward; none or all are served
+    kept_bottlenecks: int = 0  # how many of the last layers keep their bottleneck for backward
     allow_tf32: int = 0  # float32 products may be TF32 (CUDA)
     group: int = -1  # index of the process group that shares batch statistics; -1: this process alone
 
@@ -125,4 +125,5 @@ class StageSizes:
 
     def bottlenecks_shape(self, rows: int) -> tuple[int, ...]:
         """Shape of the bottlenecks that are kept for backward; empty where none is."""
-        return (len(self.layers), rows, padded_width(self.width)) if self.options.kept_bottlenecks else (0,)
+        kept = self.options.kept_bottlenecks
+        return (kept, rows, padded_width(self.width)) if kept else (0,)

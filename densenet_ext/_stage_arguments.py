@@ -207,7 +207,7 @@ class StageArguments(NormArguments):
         for layer, channels in zip(layers, self.channels, strict=True):
             self.masks.append(draw_masks(layer, self.x, channels))
 
-    def flat(self, tail: int, keep_bottleneck: bool, allow_tf32: bool) -> tuple:
+    def flat(self, tail: int, keep_bottleneck: bool | int, allow_tf32: bool) -> tuple:
         """Return the lists and numbers that the ops take after the input, in order; _protocol.py explains them."""
         used = [i for i in range(len(MaskKind.ALL)) if any(masks[i] is not None for masks in self.masks)]
         masks = [self._mask(layer, i) for layer in range(len(self.masks)) for i in used]
@@ -215,7 +215,9 @@ class StageArguments(NormArguments):
             mask_kind=sum(MaskKind.ALL[i] for i in used),
             squeeze_excite=int(self.hidden is not None),
             tail=tail,
-            kept_bottlenecks=len(self.channels) if keep_bottleneck else 0,
+            kept_bottlenecks=len(self.channels)
+            if keep_bottleneck is True
+            else min(keep_bottleneck, len(self.channels)),
             allow_tf32=int(allow_tf32),
             group=self.shared_by,
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ._checks import check_kept
 from ._ops import handles
 from ._protocol import Tail
 from ._stage_arguments import NewFirst, NormArguments, NotServed, StageArguments, wrong_dtype
@@ -26,7 +27,7 @@ def dense_stage(
     tail_conv: nn.Conv2d | None = None,
     *,
     tail_relu: bool = True,
-    keep_bottleneck: bool = False,
+    keep_bottleneck: bool | int = False,
     new_first: bool = False,
 ) -> Tensor:
     """A dense block, and the transition or the head that consumes it, as one differentiable op.
@@ -44,8 +45,8 @@ def dense_stage(
             float16.
         tail_norm: batch normalization of the transition or the head, or None for the block alone.
         tail_conv: 1x1 convolution of a transition; None with tail_norm makes the tail a head.
-        keep_bottleneck: keep the outputs of all conv1 for backward, N * H * W * K2 values a layer. Backward then
-            computes one convolution less a layer.
+        keep_bottleneck: keep the outputs of all conv1 for backward, N * H * W * K2 values a layer, or of so many of the
+            last ones. Backward then computes one convolution less a layer.
         new_first: a layer's new channels stand before all earlier ones in the concatenation that the next layer and the
             tail read, and in the output of a block alone.
 
@@ -69,6 +70,7 @@ def dense_stage(
     if _is_overridden(x):
         options = {"tail_relu": tail_relu, "keep_bottleneck": keep_bottleneck, "new_first": new_first}
         return handle_torch_function(dense_stage, (x,), x, layers, tail_norm, tail_conv, **options)
+    check_kept(keep_bottleneck, "keep_bottleneck")
     x, casts = _input(x, "x")
     if not layers:
         raise ValueError("layers is empty; it must hold at least one dense layer")
@@ -93,7 +95,7 @@ def dense_stage(
             raise ValueError(f"x is {tuple(x.shape)}; a transition needs at least 2x2 pixels")
         arguments.add_weight(tail_conv.weight, "tail_conv.weight", ordered=True)
     arguments.require_plain_parameters()
-    keep = keep_bottleneck and torch.is_grad_enabled()
+    keep = keep_bottleneck if torch.is_grad_enabled() else False
     arguments.draw_masks(layers)
     with _no_autocast(x), handles.memory_errors():
         numbers = arguments.flat(tail, keep, _tf32_allowed(x))
@@ -140,7 +142,7 @@ def dense_layer(inputs: Tensor | Sequence[Tensor], layer: nn.Module, *, keep_bot
     arguments.add_layer(layer, 0, channels)
     arguments.require_plain_parameters()
     arguments.draw_masks([layer])
-    keep = keep_bottleneck and torch.is_grad_enabled()
+    keep = keep_bottleneck if torch.is_grad_enabled() else False
     with _no_autocast(x), handles.memory_errors():
         numbers = arguments.flat(Tail.NONE, keep, _tf32_allowed(x))
         output, stats, _, _ = handles.dense_layer(inputs, *numbers)

@@ -24,9 +24,9 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
                          const Tensors& dparams) {
   const auto& [grad, coef] = gradient;
   const int64_t group = stage.options.group;
-  const bool allow_tf32 = stage.options.allow_tf32, has_bottlenecks = stage.keeps_bottlenecks();
+  const bool allow_tf32 = stage.options.allow_tf32;
   const Sizes sizes = stage.bottleneck_sizes();
-  const Tensor shared = has_bottlenecks ? bottlenecks : workspace(features, sizes, stage.storage);
+  const Tensor shared = stage.keeps(0) ? bottlenecks : workspace(features, sizes, stage.storage);
   const Tensor dv = workspace(features, sizes, gradient_type(features, stage.storage));
   const Tensor db_affine = empty(features, {3, stage.bottleneck_width}, stage.arithmetic),
                db_coef = piece(db_affine, 0, {3, 1, stage.bottleneck_width});
@@ -34,16 +34,17 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
   const auto fold_first = [&](const Layer& layer) {
     return stage.fold_again(layer.norm1, layer.pre_norm, layer.pre_conv1);
   };
+  const auto compute_again = [&](const Layer& layer, const FoldedNorm& folded) {
+    call("densenet_ext::bottleneck_forward", features, folded.scale, folded.shift, layer.conv1,
+         shared, Optional(), Optional(), allow_tf32);
+  };
   Layer layer = stage.layer(stage.layers - 1);
   FoldedNorm folded1 = fold_first(layer);
-  if (!has_bottlenecks) {
-    call("densenet_ext::bottleneck_forward", features, folded1.scale, folded1.shift, layer.conv1,
-         shared, Optional(), Optional(), allow_tf32);
-  }
+  if (!stage.keeps(stage.layers - 1)) compute_again(layer, folded1);
   for (int64_t l = stage.layers - 1; l >= 0; --l) {
     const Tensor* const d = stage.of_layer(dparams, l);
     const FoldedNorm folded2 = stage.fold_again(layer.norm2, std::nullopt, layer.pre_conv2);
-    const Tensor bottleneck = has_bottlenecks ? stage.bottleneck(bottlenecks, l) : shared;
+    const Tensor bottleneck = stage.keeps(l) ? stage.bottleneck(bottlenecks, l) : shared;
     if (const auto& se = layer.se) {
       call("densenet_ext::squeeze_excite_backward", features, source, layer.channels,
            se->fc1_weight, se->fc2_weight, se->pooled, se->hidden, se->gate, coef, d[kFc1Weight],
@@ -56,14 +57,14 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
          d[kNorm2Bias], db_affine, allow_tf32);
     finish_norm_backward(layer.norm2, d[kNorm2Weight], d[kNorm2Bias], std::nullopt, group, db_coef);
 
-    // The previous layer's bottleneck takes the place of this one's, unless they are kept.
+    // The previous layer's bottleneck takes the place of this one's, unless one of them is kept.
     std::optional<Layer> previous;
     FoldedNorm previous_folded;
     Optional scale, shift, weight;
     if (l > 0) {
       previous = stage.layer(l - 1);
       previous_folded = fold_first(*previous);
-      if (!has_bottlenecks) {
+      if (!stage.keeps(l)) {
         scale = previous_folded.scale;
         shift = previous_folded.shift;
         weight = previous->conv1;
@@ -80,6 +81,7 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
     if (previous) {
       layer = *previous;
       folded1 = previous_folded;
+      if (stage.keeps(l) && !stage.keeps(l - 1)) compute_again(layer, folded1);
     }
   }
 }

@@ -42,12 +42,9 @@ void append(const Tensor& x, const Tensor& features, int64_t offset,
 
 Tensor run_layers(const Stage& stage, const Tensor& features,
                   const std::optional<BufferMoments>& moments) {
-  const Sizes sizes = stage.bottleneck_sizes();
-  const bool keep = stage.keeps_bottlenecks();
-  const Tensor bottlenecks =
-      keep ? workspace(features, {stage.layers, sizes[0], sizes[1]}, stage.storage)
-           : empty(features, {0}, stage.storage);
-  const Tensor shared = keep ? bottlenecks : workspace(features, sizes, stage.storage);
+  const Tensor bottlenecks = workspace(features, stage.bottlenecks_sizes(), stage.storage);
+  const Tensor shared =
+      stage.keeps(0) ? bottlenecks : workspace(features, stage.bottleneck_sizes(), stage.storage);
   const Tensor mean2 = empty(features, {1, stage.bottleneck_width}, stage.arithmetic),
                m2_2 = empty(features, {1, stage.bottleneck_width}, stage.arithmetic);
   const Optional mean = moments ? Optional(moments->mean) : std::nullopt,
@@ -55,7 +52,7 @@ Tensor run_layers(const Stage& stage, const Tensor& features,
 
   for (int64_t l = 0; l < stage.layers; ++l) {
     const Layer layer = stage.layer(l);
-    const Tensor bottleneck = keep ? stage.bottleneck(bottlenecks, l) : shared;
+    const Tensor bottleneck = stage.keeps(l) ? stage.bottleneck(bottlenecks, l) : shared;
     const FoldedNorm folded1 =
         stage.fold(layer.norm1, mean.value_or(stage.stats), m2.value_or(stage.stats),
                    stage.pixels(), layer.pre_norm, layer.pre_conv1);

@@ -33,7 +33,7 @@ enum Option : size_t {
   kSqueezeExcite,
   kTail,
   kNewFirst,         // new features come first in a concatenation; not served yet
-  kKeptBottlenecks,  // how many of the last layers keep their bottleneck for backward: none or all
+  kKeptBottlenecks,  // how many of the last layers keep their bottleneck for backward
   kAllowTf32,        // float32 products may be TF32 (CUDA)
   kGroup,            // index of the process group that shares batch statistics; -1: this process
   kOptions,

@@ -44,9 +44,9 @@ Stage::Stage(const Tensors& params, const Tensors& masks, const Options& options
                       static_cast<int64_t>(options.frozen.size()) == norms(),
                   "eps and frozen must have ", norms(), " entries, got ", options.eps.size(),
                   " and ", options.frozen.size());
-  STD_TORCH_CHECK(options.kept_bottlenecks == 0 || options.kept_bottlenecks == layers,
-                  "kept_bottlenecks must be 0 or ", layers,
-                  ", all layers: others are not served yet, got ", options.kept_bottlenecks);
+  STD_TORCH_CHECK(options.kept_bottlenecks >= 0 && options.kept_bottlenecks <= layers,
+                  "kept_bottlenecks must be at least 0 and at most ", layers, ", all layers, got ",
+                  options.kept_bottlenecks);
 
   for (int64_t bit = kPreNorm; bit <= kDropout; bit *= 2)
     masks_per_layer_ += (options.mask_kind & bit) != 0;
@@ -100,7 +100,13 @@ void Stage::check_masks(int64_t l) const {
 
 Tensor Stage::bottleneck(const Tensor& bottlenecks, int64_t l) const {
   const Sizes sizes = bottleneck_sizes();
-  return piece(bottlenecks, l * sizes[0] * sizes[1], sizes);
+  return piece(bottlenecks, (l - layers + options.kept_bottlenecks) * sizes[0] * sizes[1], sizes);
+}
+
+Sizes Stage::bottlenecks_sizes() const {
+  if (options.kept_bottlenecks == 0) return {0};
+  const Sizes sizes = bottleneck_sizes();
+  return {options.kept_bottlenecks, sizes[0], sizes[1]};
 }
 
 bool Stage::needs_moments() const {
@@ -165,10 +171,7 @@ void Stage::restore(const Tensor& forward_stats, const Tensor& forward_gates,
   };
   check("stats", forward_stats, stats_sizes(), arithmetic);
   check("gates", forward_gates, gates_sizes(), arithmetic);
-  if (keeps_bottlenecks()) {
-    const Sizes sizes = bottleneck_sizes();
-    check("bottlenecks", bottlenecks, {layers, sizes[0], sizes[1]}, storage);
-  }
+  if (options.kept_bottlenecks > 0) check("bottlenecks", bottlenecks, bottlenecks_sizes(), storage);
   stats = forward_stats;
   gates = forward_gates;
 }

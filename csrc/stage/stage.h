@@ -52,9 +52,12 @@ class Stage {
   Sizes maps(int64_t channels) const { return maps_sizes(samples, channels, spatial); }
   int64_t pixels() const { return pixels_of(spatial); }
   int64_t rows() const { return samples * pixels(); }
-  bool keeps_bottlenecks() const { return options.kept_bottlenecks != 0; }
+  // True if forward keeps the bottleneck of layer l for backward.
+  bool keeps(int64_t l) const { return l >= layers - options.kept_bottlenecks; }
   Sizes bottleneck_sizes() const { return {rows(), (bottleneck_width + 15) / 16 * 16}; }
-  // The bottleneck of layer l among those that are kept for backward.
+  // All bottlenecks that are kept for backward; empty where none is.
+  Sizes bottlenecks_sizes() const;
+  // The bottleneck of layer l among them.
   Tensor bottleneck(const Tensor& bottlenecks, int64_t l) const;
 
   // The tensors of layer l, or of the tail, in a list that is ordered as params.

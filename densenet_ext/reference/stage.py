@@ -47,6 +47,10 @@ class Stage(StageSizes):
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or self.dtype)
 
+    def keeps(self, layer: int) -> bool:
+        """True if forward keeps the bottleneck of this layer for backward."""
+        return layer >= len(self.layers) - self.options.kept_bottlenecks
+
     def new_bottleneck(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.empty(self.rows, padded_width(self.width), dtype=dtype or self.x.dtype)
 
@@ -114,8 +118,8 @@ def run_layers(stage: Stage, inputs: list[Tensor], features: Tensor, frozen_stat
             for row in s.statistics(stats, norm):
                 row.copy_(next(statistics))
     gates = s.empty(*s.gates_shape(s.samples))
-    keep = s.options.kept_bottlenecks
-    bottlenecks = [s.new_bottleneck() for _ in s.layers] if keep else [s.new_bottleneck()] * len(s.layers)
+    shared, kept = s.new_bottleneck(), s.options.kept_bottlenecks
+    bottlenecks = [s.new_bottleneck() if s.keeps(i) else shared for i in range(len(s.layers))]
     for i, (layer, b) in enumerate(zip(s.layers, bottlenecks, strict=True)):
         masks, offset = s.masks[i], s.layer_channels(i)
         norm1 = (2 * i, layer.norm1_weight, layer.norm1_bias, stats)
@@ -128,13 +132,13 @@ def run_layers(stage: Stage, inputs: list[Tensor], features: Tensor, frozen_stat
         kernels.conv3x3_forward(b, scale, shift, layer.conv2_weight, *dropout, features, offset, mean, m2)
         if s.hidden:
             kernels.squeeze_excite_forward(features, offset, mean, m2, *layer.squeeze_excite, *s.gates(gates[i]))
-    return moments, stats, gates, torch.stack(bottlenecks) if keep else s.empty(0, dtype=s.x.dtype)
+    return moments, stats, gates, torch.stack(bottlenecks[-kept:]) if kept else s.empty(0, dtype=s.x.dtype)
 
 
 def run_layers_backward(stage: Stage, features, source, grad, coef, stats, gates, bottlenecks, dparams):
     """Backward of all layers, last to first. `source` has the last layer's output gradient, `grad` accumulates."""
     s, kernels = stage, stage.kernels
-    workspace = None if s.options.kept_bottlenecks else s.new_bottleneck()
+    workspace = s.new_bottleneck()
     dv = s.new_bottleneck(gradient_dtype(features))
     db_affine = s.empty(3, s.width)
     gradients = [*s.gradients_of_layers(dparams)]
@@ -143,8 +147,8 @@ def run_layers_backward(stage: Stage, features, source, grad, coef, stats, gates
         q, r1, r2 = (masks.get(kind) for kind in (MaskKind.PRE_NORM, MaskKind.PRE_CONV1, MaskKind.PRE_CONV2))
         scale1, shift1 = s.fold(2 * i, layer.norm1_weight, layer.norm1_bias, stats, None, 0, q, r1)
         scale2, shift2 = s.fold(2 * i + 1, layer.norm2_weight, layer.norm2_bias, stats, None, 0, None, r2)
-        b = bottlenecks[i] if workspace is None else workspace
-        if workspace is not None:
+        b = bottlenecks[i - len(s.layers)] if s.keeps(i) else workspace
+        if not s.keeps(i):
             kernels.bottleneck_forward(features, scale1, shift1, layer.conv1_weight, b, None, None)
         if s.hidden:
             excite = (layer.fc1_weight, layer.fc2_weight, *s.gates(gates[i]), coef)

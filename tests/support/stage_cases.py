@@ -78,11 +78,12 @@ class Case:
         return self
 
     def options(self, keep_bottleneck=False):
+        """keep_bottleneck: True, False, or how many of the last layers keep theirs."""
         return Options(
             mask_kind=self.mask_kind,
             squeeze_excite=int(self.squeeze_excite),
             tail=self.tail,
-            kept_bottlenecks=self.layers if keep_bottleneck else 0,
+            kept_bottlenecks=self.layers if keep_bottleneck is True else int(keep_bottleneck),
         )
 
     def numbers(self, keep_bottleneck=False):
