@@ -58,11 +58,15 @@ class Arena {
                                    [&](const auto& range) { return range.second >= room; });
     const int64_t size = rounded(bytes),
                   above = next == free_without_leaving.end() ? 0 : next->first + room;
-    const auto range = free_.upper_bound(above);
-    if (range == free_.begin()) return first_fit(size, Use::kOther);
-    const auto [start, space] = *std::prev(range);
-    return above + size <= start + space ? take(std::prev(range), above, size, Use::kOther)
-                                         : first_fit(size, Use::kOther);
+    // The first room from there on; a block below would be in the way of that buffer.
+    auto range = free_.upper_bound(above);
+    if (range != free_.begin()) --range;
+    for (; range != free_.end(); ++range) {
+      const int64_t start = std::max(range->first, above);
+      if (start + size <= range->first + range->second)
+        return take(range, start, size, Use::kOther);
+    }
+    return first_fit(size, Use::kOther);
   }
 
   void free(void* pointer) {

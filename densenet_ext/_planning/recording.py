@@ -90,6 +90,8 @@ def record(model: nn.Module, input_size: Sequence[int], dtype: torch.dtype, trai
         model.train(training)
         with mode, _transforms.recording(FakeTensor), _features.observed(script.blocks.append):
             x = torch.empty(tuple(input_size), dtype=torch.float32 if lower else dtype)
+            for tensor in (x, *tensors.values()):
+                recorder.ignore(tensor)
             if training:
                 for t in tensors.values():
                     if t.requires_grad:
@@ -124,12 +126,17 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, script: Script):
         super().__init__()
-        self.script, self.keys, self.next = script, {}, 0
+        self.script, self.next = script, 0
+        self.keys: dict[int, int | None] = {}  # of the storages that are there now, by address
         self.closed = False
 
     def close(self) -> None:
         """Note nothing any more."""
         self.closed = True
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Do not note this tensor, which is there before the step and stays."""
+        self.keys[tensor.untyped_storage()._cdata] = None
 
     def take(self, tensor: Tensor) -> None:
         """Note a tensor that torch has made."""

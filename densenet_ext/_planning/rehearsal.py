@@ -1,6 +1,5 @@
 """A script of a step, run without memory: the fused ops compute nothing, and the library counts what they ask for."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,7 +43,6 @@ def rehearse(script: Script, kept: Sequence[int]) -> StepMemory:
         return rehearsal.memory()
     finally:
         rehearsal.outputs.clear()
-        gc.collect()
         library.stop_rehearsal()
 
 
@@ -95,6 +93,9 @@ class _Rehearsal:
             place = names.index("options")
             positional[place] = [*positional[place]]
             positional[place][_KEPT] = self.kept[stage]
+            if "bottlenecks" in names:  # their number is not the recorded one
+                place = names.index("bottlenecks")
+                positional[place] = self.outputs[call.arguments[0][place].key]
         with torch.no_grad():
             result = call.op(*positional, **named)
         for key, tensor in zip(call.keys, pytree.tree_leaves(result), strict=True):
