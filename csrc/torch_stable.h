@@ -153,4 +153,14 @@ void call(const char* name, const Arguments&... arguments) {
                   " failed: ", reason_of_failure());
 }
 
+// Multiplies t by a tensor that broadcasts to it, in place.
+inline void multiply(const Tensor& t, const Tensor& factor) {
+  std::array<StableIValue, 2> stack = {torch::stable::detail::from(t),
+                                       torch::stable::detail::from(factor)};
+  STD_TORCH_CHECK(
+      torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION) == 0,
+      "aten::mul_ failed: ", reason_of_failure());
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes the result, which is t, and lets it go
+}
+
 }  // namespace densenet_ext

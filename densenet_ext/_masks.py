@@ -10,19 +10,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .drop_channel import DropChannel, bernoulli
+from ._layout import arithmetic_dtype
+from .drop_channel import DropChannel, bernoulli, kept_scale
 
 
 class Masks(NamedTuple):
     """The masks of one layer; None stands for a mask that the layer does not have.
 
-    pre_norm, pre_conv1 [N, C], pre_conv2 [N, K2]: 0 or 1/(1-p); dropout bool [N, k, H, W], true where a value is kept.
+    pre_norm, pre_conv1 [N, C], pre_conv2 [N, K2], post_conv2 [N, k]: 0 or 1/(1-p); dropout bool [N, k, H, W], true
+    where a value is kept.
     """
 
     pre_norm: Tensor | None = None
     pre_conv1: Tensor | None = None
     pre_conv2: Tensor | None = None
     dropout: Tensor | None = None
+    post_conv2: Tensor | None = None
 
 
 def active_dropout(layer: nn.Module) -> float:
@@ -33,9 +36,10 @@ def active_dropout(layer: nn.Module) -> float:
 def draw_masks(layer: nn.Module, x: Tensor, channels: int, dropout_elsewhere: bool = False) -> Masks:
     """Draw the masks of one forward pass of `layer`; its input has `channels` channels and x's samples and size.
 
-    The order is: pre_norm, or pre_conv1 and pre_conv2; then dropout, unless the caller draws that one elsewhere.
+    The order is: pre_norm, or pre_conv1 and pre_conv2; then dropout, unless the caller draws that one elsewhere; then
+    post_conv2, for layers of other libraries that drop whole channels after conv2.
     """
-    pre_norm = pre_conv1 = pre_conv2 = dropout = None
+    pre_norm = pre_conv1 = pre_conv2 = dropout = post_conv2 = None
     drop_channel = getattr(layer, "drop_channel", None)
     if type(drop_channel) is DropChannel and drop_channel.active:
         samples = x.shape[0]
@@ -48,4 +52,8 @@ def draw_masks(layer: nn.Module, x: Tensor, channels: int, dropout_elsewhere: bo
     if rate > 0 and not dropout_elsewhere:
         size = (x.shape[0], layer.conv2.out_channels, x.shape[2], x.shape[3])
         dropout = bernoulli(x, size, torch.bool, 1 - rate)
-    return Masks(pre_norm, pre_conv1, pre_conv2, dropout)
+    rate = getattr(layer, "channel_dropout", 0.0)
+    if rate > 0 and layer.training:
+        size = (x.shape[0], layer.conv2.out_channels)
+        post_conv2 = bernoulli(x, size, arithmetic_dtype(x.dtype), 1 - rate).mul_(kept_scale(rate))
+    return Masks(pre_norm, pre_conv1, pre_conv2, dropout, post_conv2)

@@ -28,9 +28,9 @@ class MaskKind:
     PRE_CONV1 = 2  # [N, C], before conv1
     PRE_CONV2 = 4  # [N, K2], before conv2
     DROPOUT = 8  # bool [N, k, H, W], on conv2's output
-    POST_CONV2 = 16  # [N, k], after conv2; not served yet
+    POST_CONV2 = 16  # [N, k], after conv2 and its dropout
 
-    ALL = (PRE_NORM, PRE_CONV1, PRE_CONV2, DROPOUT)
+    ALL = (PRE_NORM, PRE_CONV1, PRE_CONV2, DROPOUT, POST_CONV2)
 
 
 class GradientLayout:

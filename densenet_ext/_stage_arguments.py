@@ -228,7 +228,8 @@ class StageArguments(NormArguments):
         """Return a layer's mask of the kind MaskKind.ALL[place]; all ones if only other layers have such a mask."""
         mask = self.masks[layer][place]
         if mask is None:
-            channels = self.width if MaskKind.ALL[place] == MaskKind.PRE_CONV2 else self.channels[layer]
+            widths = {MaskKind.PRE_CONV2: self.width, MaskKind.POST_CONV2: self.growth}
+            channels = widths.get(MaskKind.ALL[place], self.channels[layer])
             mask = self.x.new_ones((self.x.shape[0], channels), dtype=self.dtype)
         return mask
 

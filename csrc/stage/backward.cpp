@@ -50,6 +50,8 @@ void run_layers_backward(const Stage& stage, const Tensor& features, const Tenso
            se->fc1_weight, se->fc2_weight, se->pooled, se->hidden, se->gate, coef, d[kFc1Weight],
            d[kFc1Bias], d[kFc2Weight], d[kFc2Bias]);
     }
+    // The gradient of what conv2 returned, as coefficients of the masked values.
+    if (layer.post_conv2) scale_channels(coef, 2, layer.channels, *layer.post_conv2);
     call("densenet_ext::conv3x3_backward", bottleneck, folded2.scale, folded2.shift,
          layer.pre_conv2, layer.conv2, layer.dropout, stage.options.dropout_scale, features, source,
          coef, layer.channels, layer.norm2.weight, layer.norm2.mean, layer.norm2.var,

@@ -65,6 +65,12 @@ Tensor run_layers(const Stage& stage, const Tensor& features,
     call("densenet_ext::conv3x3_forward", bottleneck, folded2.scale, folded2.shift, layer.conv2,
          layer.dropout, stage.options.dropout_scale, features, layer.channels, mean, m2,
          stage.options.allow_tf32);
+    if (layer.post_conv2) {
+      const Tensor& mask = *layer.post_conv2;
+      scale_channels(features, 1, layer.channels, mask);
+      if (mean) scale_channels(*mean, 1, layer.channels, mask);
+      if (m2) scale_channels(*m2, 1, layer.channels, mask, 2);
+    }
     if (const auto& se = layer.se) {
       call("densenet_ext::squeeze_excite_forward", features, layer.channels, *mean, *m2,
            se->fc1_weight, se->fc1_bias, se->fc2_weight, se->fc2_bias, se->pooled, se->hidden,

@@ -21,7 +21,7 @@ enum MaskKind : int64_t {
   kPreConv1 = 2,    // [N, C], before conv1
   kPreConv2 = 4,    // [N, K2], before conv2
   kDropout = 8,     // bool [N, k, H, W], on conv2's output
-  kPostConv2 = 16,  // [N, k], after conv2; not served yet
+  kPostConv2 = 16,  // [N, k], after conv2 and its dropout
 };
 
 // Layout of dx: not computed, the device's own, or channels last (CPU, if the input was).
@@ -104,9 +104,8 @@ inline Options read_options(const std::vector<int64_t>& list, std::vector<double
                   "a transition that also returns relu(norm) is not served yet");
   STD_TORCH_CHECK(options.tail >= kNone && options.tail <= kHead, "tail must be 0, 1 or 2, got ",
                   options.tail);
-  STD_TORCH_CHECK(!(options.mask_kind & kPostConv2), "a mask after conv2 is not served yet");
-  STD_TORCH_CHECK(options.mask_kind >= 0 && options.mask_kind < kPostConv2,
-                  "mask_kind must be a sum of 1, 2, 4 and 8, got ", options.mask_kind);
+  STD_TORCH_CHECK(options.mask_kind >= 0 && options.mask_kind < 2 * kPostConv2,
+                  "mask_kind must be a sum of 1, 2, 4, 8 and 16, got ", options.mask_kind);
   STD_TORCH_CHECK(!list[kNewFirst], "new features first in a concatenation are not served yet");
   return options;
 }

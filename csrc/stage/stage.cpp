@@ -48,7 +48,7 @@ Stage::Stage(const Tensors& params, const Tensors& masks, const Options& options
                   "kept_bottlenecks must be at least 0 and at most ", layers, ", all layers, got ",
                   options.kept_bottlenecks);
 
-  for (int64_t bit = kPreNorm; bit <= kDropout; bit *= 2)
+  for (int64_t bit = kPreNorm; bit <= kPostConv2; bit *= 2)
     masks_per_layer_ += (options.mask_kind & bit) != 0;
   STD_TORCH_CHECK(static_cast<int64_t>(masks.size()) == layers * masks_per_layer_,
                   "masks must hold ", layers * masks_per_layer_, " tensors, got ", masks.size());
@@ -85,9 +85,10 @@ void Stage::check_masks(int64_t l) const {
   const Sizes shapes[] = {{samples, layer_channels(l)},
                           {samples, layer_channels(l)},
                           {samples, bottleneck_width},
-                          maps(growth)};
+                          maps(growth),
+                          {samples, growth}};
   const Tensor* mask = masks.data() + l * masks_per_layer_;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 5; ++i) {
     const int64_t kind = int64_t{1} << i;
     if (!(options.mask_kind & kind)) continue;
     check_shape("masks", *mask, shapes[i]);
@@ -141,6 +142,7 @@ Layer Stage::layer(int64_t l) const {
   layer.pre_conv1 = take(kPreConv1);
   layer.pre_conv2 = take(kPreConv2);
   layer.dropout = take(kDropout);
+  layer.post_conv2 = take(kPostConv2);
   layer.se = squeeze_excitation(l);
   return layer;
 }
@@ -206,6 +208,14 @@ FoldedNorm Stage::fold_again(const NormSite& site, const Optional& pre_mask,
                              const Optional& post_mask) const {
   if (!pre_mask && !post_mask) return site.folded;
   return run_fold(site, stats, stats, 0, pre_mask, post_mask, true);
+}
+
+void scale_channels(const Tensor& t, int64_t dim, int64_t first, const Tensor& mask, int times) {
+  Tensor whole = t;
+  const Tensor channels = torch::stable::narrow(whole, dim, first, mask.size(1));
+  Sizes sizes = sizes_of(mask);
+  sizes.resize(sizes.size() + t.dim() - dim - 1, 1);
+  for (int i = 0; i < times; ++i) multiply(channels, piece(mask, 0, sizes));
 }
 
 }  // namespace densenet_ext

@@ -16,7 +16,7 @@ struct Layer {
   NormSite norm1, norm2;
   Tensor conv1, conv2;
   int64_t channels;  // number of channels that the layer reads; its output starts there
-  Optional pre_norm, pre_conv1, pre_conv2, dropout;
+  Optional pre_norm, pre_conv1, pre_conv2, dropout, post_conv2;
   std::optional<SqueezeExcitation> se;
 };
 
@@ -96,5 +96,9 @@ class Stage {
                       const Optional& pre_mask, const Optional& post_mask,
                       bool has_statistics) const;
 };
+
+// Multiplies k channels of t, from `first` on in dimension `dim`, by mask [N, k], `times` times.
+// The mask has t's samples, and what follows in t are pixels.
+void scale_channels(const Tensor& t, int64_t dim, int64_t first, const Tensor& mask, int times = 1);
 
 }  // namespace densenet_ext

@@ -74,5 +74,5 @@ def keep_order(stages: Sequence[StageSize]) -> list[int]:
 
 def _by_channels(stages: Sequence[StageSize], kept: Sequence[int]) -> list[tuple[int, int]]:
     """Return (stage, layer) for all layers but the last kept[stage] ones; those that read most come first."""
-    layers = [(i, l) for i, stage in enumerate(stages) for l in range(stage.layers - kept[i])]
+    layers = [(i, layer) for i, stage in enumerate(stages) for layer in range(stage.layers - kept[i])]
     return sorted(layers, key=lambda place: (-stages[place[0]].channels(place[1]), -place[0]))

@@ -130,6 +130,11 @@ def run_layers(stage: Stage, inputs: list[Tensor], features: Tensor, frozen_stat
         scale, shift = s.fold(*norm2, inner, s.rows, None, masks.get(MaskKind.PRE_CONV2))
         dropout = (masks.get(MaskKind.DROPOUT), s.dropout_scale)
         kernels.conv3x3_forward(b, scale, shift, layer.conv2_weight, *dropout, features, offset, mean, m2)
+        if (mask := masks.get(MaskKind.POST_CONV2)) is not None:
+            own = slice(offset, offset + s.growth)
+            features[:, own] *= mask.view(*mask.shape, *[1] * (features.dim() - 2))
+            mean[:, own] *= mask
+            m2[:, own] *= mask.square()
         if s.hidden:
             kernels.squeeze_excite_forward(features, offset, mean, m2, *layer.squeeze_excite, *s.gates(gates[i]))
     return moments, stats, gates, torch.stack(bottlenecks[-kept:]) if kept else s.empty(0, dtype=s.x.dtype)
@@ -153,6 +158,8 @@ def run_layers_backward(stage: Stage, features, source, grad, coef, stats, gates
         if s.hidden:
             excite = (layer.fc1_weight, layer.fc2_weight, *s.gates(gates[i]), coef)
             kernels.squeeze_excite_backward(features, source, offset, *excite, *d.squeeze_excite)
+        if (mask := masks.get(MaskKind.POST_CONV2)) is not None:
+            coef[:, :, offset : offset + s.growth] *= mask
         kernels.conv3x3_backward(
             *(b, scale2, shift2, r2, layer.conv2_weight, masks.get(MaskKind.DROPOUT), s.dropout_scale),
             *(features, source, coef, offset),

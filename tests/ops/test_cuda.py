@@ -54,7 +54,7 @@ def test_which_layers_conv3x3_forward_leaves_to_a_library(bottleneck, growth, dt
 @pytest.mark.parametrize("keep_bottleneck", [False, True])
 @pytest.mark.parametrize("tail", [0, 1, 2])
 @pytest.mark.parametrize("squeeze_excite", [False, True])
-@pytest.mark.parametrize("mask_kind", [0, 1, 6, 15])
+@pytest.mark.parametrize("mask_kind", [0, 1, 6, 16, 31])
 def test_stage_equals_plain(mask_kind, squeeze_excite, tail, keep_bottleneck):
     case = Case(mask_kind, squeeze_excite, tail, "every second", in_channels=5, growth=3, height=6, breadth=5).to(
         DEVICE

@@ -58,6 +58,7 @@ class Case:
                 (keep(*size) * DROPOUT_SCALE).to(arithmetic) for bit, size in channel_masks if self.mask_kind & bit
             ]
             self.masks += [keep(n, k, self.height, self.breadth)] if self.mask_kind & 8 else []
+            self.masks += [(keep(n, k) * DROPOUT_SCALE).to(arithmetic)] if self.mask_kind & 16 else []
         channels = self.in_channels + self.layers * k
         if self.tail:
             widths.append(channels)
@@ -132,6 +133,7 @@ class Case:
             y = F.conv2d(masked(norm_relu(b, weight2, bias2), 4), conv2, padding=1)
             if self.mask_kind & 8:
                 y = torch.where(next(masks), y * DROPOUT_SCALE, 0.0)
+            y = masked(y, 16)
             if excite:
                 hidden = F.relu(F.conv2d(y.mean((2, 3), keepdim=True), excite[0], excite[1]))
                 y = y * F.conv2d(hidden, excite[2], excite[3]).sigmoid()
