@@ -24,7 +24,6 @@ class Consumer(NamedTuple):
 
     reason: str | None  # why it cannot be the tail
     modules: Callable[[], tuple[nn.Module, ...]]  # norm and convolution of a transition, norm of a head
-    relu: bool = True  # False for a transition without ReLU
     is_head: bool = False
 
 
@@ -62,15 +61,15 @@ class FusedBlock:
         """Check that the norm at `path` shares batch statistics with the same processes as this block's norms."""
         raise NotImplementedError
 
-    def run_fused(self, x: Tensor, *tail: nn.Module, relu: bool = True) -> Tensor | None:
+    def run_fused(self, x: Tensor, *tail: nn.Module) -> Tensor | None:
         """Call `fused`, and tell those who observe."""
         for observe in _observers:
             observe(self)
-        return self.fused(x, *tail, relu=relu)
+        return self.fused(x, *tail)
 
-    def fused(self, x: Tensor, *tail: nn.Module, relu: bool = True) -> Tensor | None:
+    def fused(self, x: Tensor, *tail: nn.Module) -> Tensor | None:
         """Compute the block and its tail by one op. `tail` holds the norm and the convolution of a transition, the norm
-        of a head, or nothing; relu: False for a transition without ReLU.
+        of a head, or nothing.
 
         `fallback_reason` has to be None for x. If the layers differ too much for one op, reports that and returns None.
         """
@@ -177,4 +176,4 @@ def _run_stage(rest: _Named, x: Tensor, head: bool, prefix: str) -> tuple[Tensor
     if reason is not None:
         fallback.report(reason)
         return None, 0
-    return block.run_fused(x, *tail, relu=consumer.relu), 2
+    return block.run_fused(x, *tail), 2

@@ -197,8 +197,7 @@ def pool_reason(pool: nn.Module, prefix: str, name: str, kind: type, settings: d
 def norm_reason(norm: nn.Module, prefix: str, name: str, relu: str = "after") -> str | None:
     """Check a batch normalization: of PyTorch, torchvision's FrozenBatchNorm2d, or timm's with an activation.
 
-    relu: 'after' if a ReLU is called after the norm, which may apply one, too; 'inside' if the norm has to apply it;
-    'none' if neither does.
+    relu: 'after' if a ReLU is called after the norm, which may apply one, too; 'inside' if the norm has to apply it.
     """
     kind = type(norm)
     if kind in _NORM_TYPES or is_frozen_kind(kind):
@@ -211,8 +210,6 @@ def norm_reason(norm: nn.Module, prefix: str, name: str, relu: str = "after") ->
         return f"{prefix}{name} is a {kind.__name__}, not a BatchNorm2d"
     if kind not in _NORM_TYPES and _first_forward.setdefault(kind, kind.forward) is not kind.forward:
         return f"{kind.__name__}.forward was replaced"
-    if inside and relu == "none":
-        return f"{prefix}{name} applies a ReLU"
     if relu == "inside" and not inside:
         return f"{prefix}{name} is a {kind.__name__}, which applies no ReLU"
     return module_reason(norm, prefix, name, kind)

@@ -26,7 +26,6 @@ def dense_stage(
     tail_norm: nn.BatchNorm2d | None = None,
     tail_conv: nn.Conv2d | None = None,
     *,
-    tail_relu: bool = True,
     keep_bottleneck: bool | int = False,
     new_first: bool = False,
 ) -> Tensor:
@@ -68,7 +67,7 @@ def dense_stage(
     Implementation of DenseNets, 2017; Cai et al., arXiv 1904.03392 (Drop-Channel); Hu et al., CVPR 2018 (SE).
     """
     if _is_overridden(x):
-        options = {"tail_relu": tail_relu, "keep_bottleneck": keep_bottleneck, "new_first": new_first}
+        options = {"keep_bottleneck": keep_bottleneck, "new_first": new_first}
         return handle_torch_function(dense_stage, (x,), x, layers, tail_norm, tail_conv, **options)
     check_kept(keep_bottleneck, "keep_bottleneck")
     x, casts = _input(x, "x")

@@ -236,10 +236,10 @@ class EfficientDenseBlock(FusedBlock, EfficientModule, nn.ModuleDict):
     def sharing_reason(self, path: str, norm: nn.Module) -> str | None:
         return _reasons.sharing_reason(self._modules, self._prefix, (path, norm))
 
-    def fused(self, x: Tensor, *tail: nn.Module, relu: bool = True) -> Tensor | None:
+    def fused(self, x: Tensor, *tail: nn.Module) -> Tensor | None:
         keep = self.keep_bottleneck
         try:
-            return functional.dense_stage(x, self.layers, *tail, keep_bottleneck=keep, tail_relu=relu)
+            return functional.dense_stage(x, self.layers, *tail, keep_bottleneck=keep)
         except functional.NotServed as error:
             names = [*self._modules, ""]  # the last one is the block as a whole
             name = names[-1 if error.index is None else error.index]

@@ -127,14 +127,13 @@ class ConvertedBlock(FusedBlock, Converted):
         views = {name: LayerView(layer, layer._densenet_ext) for name, layer in self.layers.items()}
         return _reasons.sharing_reason(views, self._prefix, (path, norm))
 
-    def fused(self, x: Tensor, *tail: nn.Module, relu: bool = True) -> Tensor | None:
+    def fused(self, x: Tensor, *tail: nn.Module) -> Tensor | None:
         views = [LayerView(layer, layer._densenet_ext) for layer in self.layers.values()]
         try:
             return functional.dense_stage(
                 *(x, views, *tail),
                 keep_bottleneck=self._densenet_ext.keep_bottleneck,
                 new_first=views[0].settings.spec.order == "new_first",
-                tail_relu=relu,
             )
         except functional.NotServed as error:
             names = [*self.layers, ""]  # the last one is the block as a whole
@@ -150,7 +149,7 @@ class ConvertedTransition(Converted):
         """Return what a fused stage needs of this transition."""
         view = TransitionView(self, self._densenet_ext)
         reason = _reasons.module_reason(self, "", path, type(self)) or view.reason(path)
-        return Consumer(reason, lambda: (view.norm, view.conv), view.relu)
+        return Consumer(reason, lambda: (view.norm, view.conv))
 
 
 class ConvertedFeatures(Converted):

@@ -4,7 +4,7 @@ A class is proved once for each setting of its plain attributes, by checks.diffe
 setting are then converted, too. Nothing is changed here: `Finder.found` maps modules to their settings.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,8 @@ from .settings import (
 )
 from .specs import LAYERS, DenseLayerSpec
 from .views import LayerView, TransitionView, child
+
+NOUNS = {"layer": "dense layer", "block": "dense block", "transition": "transition", "network": "network with a head"}
 
 # (class, its forward, what was tried, plain attributes) -> why it is not that, or None if it is.
 _proved: dict[tuple, str | None] = {}
@@ -154,18 +156,15 @@ class Finder:
         self.found[features] = FeaturesSettings(self.paths[features], {})
 
     def _find_transition(self, transition: nn.Module) -> None:
-        candidates = [*_transition_candidates(transition, self.paths[transition])]
-        if not candidates:
+        settings = _as_transition(transition, self.paths[transition])
+        if settings is None:
             if not is_norm(transition):
                 self.reasons[transition] = (
                     "it does not consist of a norm, a ReLU, a 1x1 convolution and a 2x2 average pool"
                 )
             return
-        reason = _overrides(type(transition))
-        for settings in candidates:
-            tried = (settings.parts, settings.has_relu)
-            if self._take(transition, settings, reason or _proof(transition, tried, settings, _prove_transition)):
-                return
+        reason = _overrides(type(transition)) or _proof(transition, settings.parts, settings, _prove_transition)
+        self._take(transition, settings, reason)
 
     # Heads
 
@@ -198,9 +197,10 @@ def _proof(
     key = (type(module), type(module).forward, tried, tuple(sorted(settings.attributes.items())))
     if key not in _proved:
         try:
-            _proved[key] = prove(module, settings)
+            difference = prove(module, settings)
         except _NotComparable as error:
             return str(error)
+        _proved[key] = difference and f"its forward is not that of a {NOUNS[settings.kind]}: {difference}"
     return _proved[key]
 
 
@@ -243,8 +243,8 @@ def _unserved_layer(layer: nn.Module) -> str | None:
     return "its parts have names that no DenseLayerSpec has; pass one as convert(model, layers={...})"
 
 
-def _transition_candidates(transition: nn.Module, path: str) -> Iterator[TransitionSettings]:
-    """Yield what a module with a norm, a 1x1 convolution, and at most a ReLU and a pool may be."""
+def _as_transition(transition: nn.Module, path: str) -> TransitionSettings | None:
+    """Return the parts of a module with a norm, a convolution, and at most a ReLU and a pool; None for another one."""
     leaves = [(name, m) for name, m in transition.named_modules() if not m._modules or is_norm(m)]
     leaves = [
         (name, m) for name, m in leaves if not any(name.startswith(f"{n}.") for n, other in leaves if is_norm(other))
@@ -257,17 +257,11 @@ def _transition_candidates(transition: nn.Module, path: str) -> Iterator[Transit
     }
     counts = {kind: len(names) for kind, names in kinds.items()}
     if counts["norm"] != 1 or counts["conv"] != 1 or max(counts.values()) > 1 or sum(counts.values()) < len(leaves):
-        return
+        return None
     names = {kind: names[0] for kind, names in kinds.items() if names}
-    attributes = plain_attributes(transition)
-    if "relu" in names:
-        reluses = [{}]
-    elif applies_activation(type(child(transition, names["norm"]))):
-        reluses = [{"relu": names["norm"]}, {"has_relu": False}]
-    else:
-        reluses = [{"relu": None}, {"has_relu": False}]
-    for relu in reluses:
-        yield TransitionSettings(path, attributes, **{**names, **relu})
+    if "relu" not in names and applies_activation(type(child(transition, names["norm"]))):
+        names["relu"] = names["norm"]
+    return TransitionSettings(path, plain_attributes(transition), **names)
 
 
 def _prove_transition(transition: nn.Module, settings: TransitionSettings) -> str | None:
@@ -278,8 +272,7 @@ def _prove_transition(transition: nn.Module, settings: TransitionSettings) -> st
     def run(module: nn.Module, x: Tensor) -> Tensor:
         if module is plain:
             return plain(x)
-        y = view.norm(x)
-        return F.avg_pool2d(view.conv(F.relu(y) if view.relu else y), 2)
+        return F.avg_pool2d(view.conv(F.relu(view.norm(x))), 2)
 
     return checks.difference(plain, parts, checks.random_maps(view.conv.in_channels), run)
 

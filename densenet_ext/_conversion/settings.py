@@ -76,7 +76,7 @@ class BlockSettings(Settings):
 class TransitionSettings(Settings):
     """Names of a transition's parts. relu and pool: None if forward calls a function.
 
-    relu is the norm's name if that includes the ReLU; has_relu: False if there is no ReLU.
+    relu is the norm's name if that includes the ReLU.
     """
 
     kind: ClassVar[str] = "transition"
@@ -84,7 +84,6 @@ class TransitionSettings(Settings):
     conv: str = "conv"
     relu: str | None = None
     pool: str | None = None
-    has_relu: bool = True
 
     @property
     def parts(self) -> tuple[str, ...]:

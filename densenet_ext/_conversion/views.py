@@ -57,16 +57,12 @@ class TransitionView:
     def __init__(self, transition: nn.Module, settings: TransitionSettings) -> None:
         self.transition, self.settings = transition, settings
         self.norm, self.conv = child(transition, settings.norm), child(transition, settings.conv)
-        self.relu = settings.has_relu
 
     def reason(self, path: str) -> str | None:
         """Return why the fused op cannot compute this transition, or None."""
         settings, prefix = self.settings, f"{path}."
         reason = settings.changed(self.transition, prefix) or parts_reason(self.transition, settings.parts, prefix)
-        if reason is None and self.relu:
-            reason = norm_relu_reason(self.transition, self.norm, settings.norm, settings.relu, prefix)
-        elif reason is None:
-            reason = _reasons.norm_reason(self.norm, prefix, settings.norm, relu="none")
+        reason = reason or norm_relu_reason(self.transition, self.norm, settings.norm, settings.relu, prefix)
         reason = reason or _reasons.conv_reason(self.conv, prefix, settings.conv, _reasons.POINTWISE, False)
         if reason is None and settings.pool is not None:
             pool = child(self.transition, settings.pool)
