@@ -2,6 +2,8 @@
 
     python benchmarks/memory.py                 three minutes or so on two cores
     python benchmarks/memory.py --scaling       peak against depth and growth rate
+    python benchmarks/memory.py --model torchvision:densenet121 --input 8x3x224x224
+                                                any model before and after densenet_ext.convert
 
 Before anything is measured, outputs, gradients and running statistics of all implementations are compared
 (bench/agreement.py). bench/memory_meter.py and bench/timing.py say how the figures are taken.
@@ -12,7 +14,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 
-from bench import agreement, environment, memory_report, options, results, scaling, timing
+from bench import agreement, environment, memory_report, options, own_model, results, scaling, timing
 from bench.implementations import EAGER
 from bench.memory_meter import measure_memory, resident_growth
 from bench.networks import VARIANTS, Spec
@@ -47,6 +49,8 @@ def parse_arguments(arguments=None):
     add("--keep-pages", action="store_true", help="start anew with a malloc that keeps its pages; may speed plain up")
     add("--no-resident", action="store_true", help="leave out the fresh processes")
     add("--scaling", action="store_true", help="peak against depth and growth rate, with fitted exponents")
+    add("--model", help="torchvision:NAME, timm:NAME, monai:NAME or path/to/file.py:function: that model, converted")
+    add("--input", type=options.size, default=(8, 3, 224, 224), help="of --model, default 8x3x224x224")
     options.add_outputs(parser, "a picture of the last variant, or of the scaling")
     return parser.parse_args(arguments)
 
@@ -118,7 +122,13 @@ def main():
         environment.restart_with(environment.KEEP_PAGES)
     began, description = time.monotonic(), environment.begin(args.threads, args.device)
     common = {name: getattr(args, name) for name in ("size", "dtype", "device", "channels_last")}
-    if args.scaling:
+    if args.model:
+        try:
+            measured = own_model.measure(args, args.input, began)
+        except own_model.ModelError as error:
+            sys.exit(str(error))
+        results.publish(args, {"benchmark": "own_model", "machine": description} | measured)
+    elif args.scaling:
         base = {"variant": (args.variants or ("A+B",))[-1], "batch_size": args.batch_size or 16} | common
         rows, fits = scaling.measure(base, args.growth_rate, args.implementations or scaling.IMPLEMENTATIONS)
         results.publish(args, {"benchmark": "scaling", "machine": description, "fits": fits, "rows": rows})

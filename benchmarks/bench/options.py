@@ -32,6 +32,14 @@ def numbers(text):
     return tuple(int(word) for word in text.split(","))
 
 
+def size(text):
+    """A type of argparse: a size such as 8x3x224x224, samples first, then channels."""
+    numbers = text.split("x")
+    if len(numbers) < 3 or not all(number.isdigit() and int(number) > 0 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text}: it must be a size such as 8x3x224x224")
+    return tuple(map(int, numbers))
+
+
 def add_quick(parser):
     """The options of the commands that measure eager steps or ops on a CPU."""
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: autocast")

@@ -14,6 +14,7 @@ from pathlib import Path
 REPORTS = {
     "memory": "bench.memory_report",
     "scaling": "bench.scaling",
+    "own_model": "bench.own_model",
     "speed": "bench.speed.report",
     "batches": "bench.speed.batches",
     "kernels": "kernels",
