@@ -25,13 +25,19 @@ def transform_reason() -> str | None:
         return "a transform of torch.func is active (grad, vmap, jvp, jacrev and others)"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active (torch.autograd.forward_ad)"
-    if torch._C._len_torch_function_stack() and any(type(mode) is not DeviceContext for mode in _function_modes()):
-        return "a TorchFunctionMode is active, which sees the functions of PyTorch"
     if _tracing_state() is not None:
         return "torch.jit.trace records the model, and its file should load without densenet_ext"
     if torch.compiler.is_exporting():
         return "torch.export records the model, and its file should load without densenet_ext"
+    if torch._C._len_torch_function_stack() and any(type(mode) is not DeviceContext for mode in _function_modes()):
+        return "a TorchFunctionMode is active, which sees the functions of PyTorch"
     return None
+
+
+@torch.compiler.assume_constant_result
+def is_recording() -> bool:
+    """Return True while torch.jit.trace or torch.export records a model, as torch.onnx.export does by one of them."""
+    return _tracing_state() is not None or torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result
@@ -82,7 +88,9 @@ def refuse_scripting(module: torch.nn.Module) -> None:
     Raises:
         NotImplementedError: always.
     """
+    converted = hasattr(module, "_densenet_ext_original")  # by densenet_ext.convert
+    instead = "call densenet_ext.revert" if converted else "load the weights into torchvision's DenseNet"
     raise NotImplementedError(
         f"densenet_ext: torch.jit.script does not serve {type(module).__name__}, which chooses its implementation in "
-        "Python; use torch.jit.trace or torch.export, or load the weights into torchvision's DenseNet and script that"
+        f"Python; use torch.jit.trace or torch.export, or {instead}, and script that"
     )

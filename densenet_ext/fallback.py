@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ._transforms import is_recording
+
 MODES = ("warn", "error", "silent")
 
 
@@ -33,7 +35,8 @@ class set_fallback:
 
     The mode holds for all threads of the process, because DataParallel runs a network in several: a `with` block in one
     thread also changes what the others do meanwhile. With the environment variable DENSENET_EXT_DISABLE=1, which is
-    read when the package is imported, nothing is fused, and 'error' does what 'warn' does.
+    read when the package is imported, nothing is fused, and 'error' does what 'warn' does. Nothing is said while
+    torch.export, torch.onnx.export or torch.jit.trace records a model: a file has plain operators in any case.
 
     Args:
         mode: 'warn' (the default): call the modules, which give the same numbers, and warn once for each reason.
@@ -66,13 +69,15 @@ def is_disabled() -> bool:
 def report(reason: str) -> None:
     """Tell the user, as set_fallback says, that modules are called for this reason.
 
+    A recording of the model (torch.export, torch.jit.trace) asks for the modules, so nothing is said of it.
+
     Raises:
         RuntimeError: the mode is 'error'.
         NotFused: the call is in a context of `strict`.
     """
     if getattr(_thread, "strict", False):
         raise NotFused(reason)
-    if getattr(_thread, "reported", False):
+    if getattr(_thread, "reported", False) or is_recording():
         return
     if _mode == "error" and not _disabled:
         raise RuntimeError(f"efficient='fused' cannot be used: {reason}")
@@ -90,6 +95,9 @@ def warn_once(message: str) -> None:
 @contextmanager
 def already_reported() -> Iterator[None]:
     """Make `report` do nothing on this thread: a block has said why it falls back, so its layers need not."""
+    if is_recording():  # nothing is reported, and torch.export warns of everything that a call changes
+        yield
+        return
     outer = getattr(_thread, "reported", False)
     _thread.reported = True
     try:

@@ -5,6 +5,9 @@ pickles make it again from the old class, which has to be importable as before.
 """
 
 import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -36,7 +39,22 @@ def converted_class(kind: str, original: type[nn.Module]) -> type[nn.Module]:
         "__prepare_scriptable__": refuse_scripting,
         "_densenet_ext_original": original,
     }
+    if "forward" in _KINDS[kind].__dict__:
+        namespace["forward"] = _forward(_KINDS[kind], original)
     return type(original.__name__, (_KINDS[kind], original), namespace)
+
+
+def _forward(kind: type[nn.Module], original: type[nn.Module]) -> Callable:
+    """Return the forward of `kind` with the signature of the former class, which torch.export and torch.fx read."""
+    name = next(iter([*inspect.signature(original.forward).parameters][1:]), None)
+
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not args and kwargs.keys() == {name}:
+            args, kwargs = (kwargs[name],), {}
+        return kind.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _empty(kind: str, original: type[nn.Module]) -> nn.Module:

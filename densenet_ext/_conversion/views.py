@@ -4,12 +4,25 @@ A user may replace a part, change a rate, or hook a module at any time; so nothi
 """
 
 import functools
+from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from .. import _reasons
 from .settings import LayerSettings, TransitionSettings
 from .specs import child
+
+
+def _remembered(function: Callable) -> Callable:
+    """Return the function with a cache, in a wrapper that torch.compile calls once: of a bare cache it would warn."""
+    cached = functools.cache(function)
+
+    @torch.compiler.assume_constant_result
+    def call(*args: object) -> object:
+        return cached(*args)
+
+    return call
 
 
 class LayerView:
@@ -95,13 +108,13 @@ def parts_reason(module: nn.Module, names: tuple[str, ...], prefix: str) -> str 
     return None if unknown is None else f"{prefix}{unknown}"
 
 
-@functools.cache
+@_remembered
 def _containers(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of the Sequentials that hold parts."""
     return tuple(dict.fromkeys(name.rpartition(".")[0] for name in names if "." in name))
 
 
-@functools.cache
+@_remembered
 def _unknown(names: tuple[str, ...], children: tuple[tuple[str, ...], ...], ordered: bool) -> str | None:
     containers = _containers(names)
     found = [name for name in children[0] if name not in containers]
