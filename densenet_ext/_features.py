@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _reasons, fallback, functional
+from . import _reasons, _sharding, fallback, functional
 from ._plain_layer import norm_relu
 from ._running_stats import applies_activation
 from ._transforms import is_symbolic
@@ -40,8 +40,18 @@ def observed(observe: Callable[["FusedBlock"], object]) -> Iterator[None]:
         _observers.remove(observe)
 
 
+class StageInput(NamedTuple):
+    """A stage's input and its tail: what a sharded block is called with. FSDP2 may cast x inside."""
+
+    x: Tensor
+    tail: tuple[nn.Module, ...]
+
+
 class FusedBlock:
-    """A dense block that can be one op with its consumer: this package's, or a converted one."""
+    """A dense block that can be one op with its consumer: this package's, or a converted one.
+
+    Called with a StageInput, which a block is only where FSDP2 has sharded it, `forward` returns what `fused` does.
+    """
 
     runs_fused = True  # False while its modules are to be called
 
@@ -167,13 +177,16 @@ def _run_stage(rest: _Named, x: Tensor, head: bool, prefix: str) -> tuple[Tensor
     consumer = block.consumer(consumer_name, module, path)
     if consumer is None or (consumer.is_head and not (head and len(rest) == 2)):
         return None, 0
-    reason = consumer.reason or block.called_reason(prefix, name)
+    reason = _sharding.tail_reason(module, path) or consumer.reason or block.called_reason(prefix, name)
     if reason is None:
         if block.fallback_reason(x) is not None:
             return None, 0  # the block reports the reason when it is called
         tail = consumer.modules()
         reason = block.sharing_reason(path, tail[0])
+        reason = reason or _sharding.precision_reason(block, x.dtype, tail, f"{prefix}{name}", path)
     if reason is not None:
         fallback.report(reason)
         return None, 0
+    if _sharding.is_sharded(block):
+        return block(StageInput(x, tail)), 2
     return block.run_fused(x, *tail), 2

@@ -77,7 +77,7 @@ def _keeps_for_backward(inputs: Sequence[Tensor]) -> bool:
         and not is_symbolic(inputs)
         and transform_reason() is None
         and all(carries_no_data(type(x)) for x in inputs)
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+        and (torch.compiler.is_compiling() or torch._C._autograd._saved_tensors_hooks_is_enabled())
     )
 
 

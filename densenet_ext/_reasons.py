@@ -9,7 +9,7 @@ A `*_reason` function returns None where the fused implementation can be used, e
 Modules are named by a prefix, which is "" or ends in a dot, and a name.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -257,8 +257,18 @@ def module_reason(module: nn.Module, prefix: str, name: str, expected: type) -> 
         or "_call_impl" in v
     ):
         return None
+    return attached_reason(module, prefix, name)
+
+
+def attached_reason(
+    module: nn.Module, prefix: str, name: str, is_known: Callable[[Callable], bool] = lambda hook: False
+) -> str | None:
+    """Check what is attached to a module: methods of its own, and hooks for which is_known(hook) is False."""
+    v = module.__dict__
     replaced = next((method for method in _METHODS if method in v), None)
     if replaced is not None:
         return f"{prefix}{name}.{replaced} was replaced"
-    kind = next(kind for kind in _HOOKS if v[kind])
+    kind = next((kind for kind in _HOOKS if not all(map(is_known, v[kind].values()))), None)
+    if kind is None:
+        return None
     return f"{prefix}{name} has a {'backward' if 'backward' in kind else 'forward'} hook"

@@ -21,9 +21,12 @@ from .drop_channel import kept_scale
 class NotServed(ValueError):
     """One op cannot serve these modules, but PyTorch can: `what` says why, for layers[index] or the whole stage."""
 
-    def __init__(self, index: int | None, what: str):
-        super().__init__(f"{'the stage' if index is None else f'layers[{index}]'}{what}")
-        self.index, self.what = index, what
+    # torch.compile cannot trace an __init__ of an exception.
+    index = property(lambda self: self.args[0])
+    what = property(lambda self: self.args[1])
+
+    def __str__(self) -> str:
+        return f"{'the stage' if self.index is None else f'layers[{self.index}]'}{self.what}"
 
 
 class NewFirst(NamedTuple):

@@ -72,10 +72,13 @@ def revert(model: nn.Module) -> ConversionReport:
         A ConversionReport that lists the modules that were changed back.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, or a class was changed after the conversion, as FSDP2 does; nothing was changed.
     """
     _checked(model, None)
     report = ConversionReport()
+    for name, module in model.named_modules():
+        if is_converted(module) and "_densenet_ext_original" not in type(module).__dict__:
+            raise TypeError(f"{name or 'model'} has become a {type(module).__name__} since the conversion")
     for name, module in model.named_modules():
         if is_converted(module):
             swap_back(module)

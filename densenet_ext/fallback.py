@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from ._transforms import is_recording
 
 MODES = ("warn", "error", "silent")
@@ -21,7 +23,16 @@ class NotFused(Exception):
 _disabled = os.environ.get("DENSENET_EXT_DISABLE", "0") not in ("", "0")
 _mode = "warn"
 _reported: set[str] = set()  # messages of warnings, which are not repeated
-_thread = threading.local()
+
+
+class _Thread(threading.local):
+    """What the contexts below have set on a thread. Each thread runs __init__ for itself."""
+
+    def __init__(self):
+        self.reported = self.strict = False
+
+
+_thread = _Thread()
 
 
 class set_fallback:
@@ -75,9 +86,9 @@ def report(reason: str) -> None:
         RuntimeError: the mode is 'error'.
         NotFused: the call is in a context of `strict`.
     """
-    if getattr(_thread, "strict", False):
+    if _thread.strict:
         raise NotFused(reason)
-    if getattr(_thread, "reported", False) or is_recording():
+    if _thread.reported or is_recording():
         return
     if _mode == "error" and not _disabled:
         raise RuntimeError(f"efficient='fused' cannot be used: {reason}")
@@ -85,6 +96,7 @@ def report(reason: str) -> None:
         warn_once(f"using the plain implementation instead of efficient='fused': {reason}")
 
 
+@torch.compiler.assume_constant_result  # torch.compile warns while it traces: a warning in the graph would break it
 def warn_once(message: str) -> None:
     """Warn, but about each message only once after a call of set_fallback."""
     if message not in _reported:
@@ -98,7 +110,7 @@ def already_reported() -> Iterator[None]:
     if is_recording():  # nothing is reported, and torch.export warns of everything that a call changes
         yield
         return
-    outer = getattr(_thread, "reported", False)
+    outer = _thread.reported
     _thread.reported = True
     try:
         yield
@@ -109,7 +121,7 @@ def already_reported() -> Iterator[None]:
 @contextmanager
 def strict() -> Iterator[None]:
     """Make `report` raise NotFused on this thread, whatever the mode: a comparison has to see the fused ops."""
-    outer = getattr(_thread, "strict", False)
+    outer = _thread.strict
     _thread.strict = True
     try:
         yield

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from . import _plain_layer, _reasons, fallback, functional
+from . import _plain_layer, _reasons, _sharding, fallback, functional
 from ._checks import check_positive, check_probability
 from ._efficient_module import EfficientModule
-from ._features import Consumer, FusedBlock
+from ._features import Consumer, FusedBlock, StageInput
 from ._masks import active_dropout
 from ._patches import watch
 from ._state_dicts import rename_layer_keys
@@ -203,6 +203,8 @@ class EfficientDenseBlock(FusedBlock, EfficientModule, nn.ModuleDict):
         return _reasons.call_reason([x]) or _reasons.layers_reason(self._modules, EfficientDenseLayer, self._prefix)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, StageInput):
+            return self.run_fused(x.x, *x.tail)
         if self.efficient != "fused" or is_symbolic(x) or not self._modules:
             return self._concatenate(x)
         reason = self.fallback_reason(x)
@@ -221,7 +223,7 @@ class EfficientDenseBlock(FusedBlock, EfficientModule, nn.ModuleDict):
         return self.efficient == "fused"
 
     def called_reason(self, prefix: str, name: str) -> str | None:
-        return _reasons.module_reason(self, prefix, name, EfficientDenseBlock)
+        return _sharding.called_reason(self, prefix, name, EfficientDenseBlock)
 
     def consumer(self, name: str, module: nn.Module, path: str) -> Consumer | None:
         if not self._modules:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _reasons, fallback, functional
-from .._features import Consumer, FusedBlock, run_features
+from .. import _reasons, _sharding, fallback, functional
+from .._features import Consumer, FusedBlock, StageInput, run_features
 from .._transforms import is_symbolic
 from . import settings
 from .specs import child
@@ -69,6 +69,8 @@ class ConvertedBlock(FusedBlock, Converted):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not _single(args, kwargs):
             return super().forward(*args, **kwargs)
+        if isinstance(args[0], StageInput):
+            return self.run_fused(args[0].x, *args[0].tail)
         reason = self.fallback_reason(args[0])
         y = None if self._reported(reason) else self.run_fused(args[0])
         if y is not None:
@@ -114,7 +116,7 @@ class ConvertedBlock(FusedBlock, Converted):
         return _reasons.sharing_reason(views, self._prefix)
 
     def called_reason(self, prefix: str, name: str) -> str | None:
-        return _reasons.module_reason(self, prefix, name, type(self))
+        return _sharding.called_reason(self, prefix, name, type(self))
 
     def consumer(self, name: str, module: nn.Module, path: str) -> Consumer | None:
         if isinstance(module, ConvertedTransition):
