@@ -55,7 +55,7 @@ class Finder:
         for find in (self._find_layer, self._find_block, self._find_features, self._find_network):
             # A module that cannot be compared, because a part was replaced, may be of a class that another one proves.
             for module in [*self.paths, *self.paths]:
-                if module not in self.found:
+                if module in self.paths and module not in self.found:
                     find(module)
 
     def _is_done(self, module: nn.Module) -> bool:
@@ -127,7 +127,7 @@ class Finder:
         settings = BlockSettings(path, plain_attributes(block), container, self.keep_bottleneck)
         kinds = (container, *dict.fromkeys((type(m), self.found[m].spec) for m in layers))
         if self._take(block, settings, _proof(block, kinds, settings, self._prove_block)) and container:
-            self.found.pop(children[0], None)
+            del self.paths[children[0]]  # it belongs to the block, and is called by nobody else
 
     def _prove_block(self, block: nn.Module, settings: BlockSettings) -> str | None:
         plain, fused = checks.random_copy(block), checks.random_copy(block)
