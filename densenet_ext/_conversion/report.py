@@ -64,7 +64,8 @@ def report_on(model: nn.Module, finder: Finder) -> ConversionReport:
         elif isinstance(settings, LayerSettings) and module not in inside:
             report.fused[path] = "a dense layer as one op"
     for module, path in finder.paths.items():
-        if module in finder.reasons and module not in inside and _looks_dense(module, path):
+        expected = type(module) in finder.specs or _looks_dense(module, path)
+        if module in finder.reasons and module not in inside and expected:
             report.left_alone[path] = finder.reasons[module]
     own = [name for name, m in model.named_modules() if isinstance(m, EfficientDenseBlock | EfficientDenseLayer)]
     for name in own:

@@ -6,7 +6,7 @@ import converted_networks
 import pytest
 import torch
 import torch.nn.functional as F
-from converted_networks import NETWORKS, build, images
+from converted_networks import NETWORKS, assert_equal, build, images, pair, step
 from torch import nn
 
 from densenet_ext import convert, functional, revert, set_fallback
@@ -30,28 +30,6 @@ def stages(monkeypatch):
 
     monkeypatch.setattr(functional, "dense_stage", counted)
     return calls
-
-
-def pair(name, drop_rate=0.0, dtype=torch.double):
-    plain = build(name, drop_rate, dtype)
-    converted = copy.deepcopy(plain)
-    convert(converted)
-    return plain, converted
-
-
-def step(model, x):
-    x = x.clone().requires_grad_()
-    torch.manual_seed(3)
-    y = model(x)
-    (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.double).view_as(y)).sum().backward()
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters()), *(b.clone() for b in model.buffers())]
-
-
-def assert_equal(found, wanted, tolerance=1e-9):
-    for a, b in zip(found, wanted, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("training", [True, False])

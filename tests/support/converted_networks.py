@@ -3,10 +3,14 @@
 The latter are written from their descriptions: what their parts are called, and in which order they are computed.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from densenet_ext import convert
 
 SIZES = {"growth_rate": 4, "block_config": (2, 3), "bn_size": 2, "num_classes": 5}
 
@@ -202,3 +206,27 @@ def build(name, drop_rate=0.0, dtype=torch.double):
 def images(samples=3, size=(36, 40), dtype=torch.double, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(samples, 3, *size, generator=generator, dtype=torch.double).to(dtype)
+
+
+def pair(name, drop_rate=0.0, dtype=torch.double):
+    """A network and its converted copy."""
+    plain = build(name, drop_rate, dtype)
+    converted = copy.deepcopy(plain)
+    convert(converted)
+    return plain, converted
+
+
+def step(model, x):
+    """Output, gradients of the input and the parameters, and buffers after one step."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(3)
+    y = model(x)
+    (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.double).view_as(y)).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters()), *(b.clone() for b in model.buffers())]
+
+
+def assert_equal(found, wanted, tolerance=1e-9):
+    for a, b in zip(found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
