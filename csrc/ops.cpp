@@ -276,7 +276,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
     int[] options
   ) -> (
     Tensor output,
-    Tensor skip,
     Tensor features,
     Tensor stats,
     Tensor gates,
@@ -285,7 +284,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
 
   m.def(R"(dense_stage_backward(
     Tensor grad,
-    Tensor? grad_skip,
     Tensor features,
     Tensor[] params,
     Tensor[] masks,
@@ -308,7 +306,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(densenet_ext, m) {
   m.def(R"(dense_tail_backward(
     Tensor grad,
-    Tensor? grad_skip,
     Tensor features,
     Tensor[] params,
     Tensor stats,

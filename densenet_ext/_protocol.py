@@ -17,8 +17,6 @@ class Tail:
     NONE = 0
     TRANSITION = 1  # norm, ReLU, 1x1 convolution, 2x2 average pool
     HEAD = 2  # norm, ReLU, global average pool
-    TRANSITION_WITHOUT_RELU = 3  # not served yet
-    TRANSITION_WITH_SKIP = 4  # hands out relu(norm) as well; not served yet
 
 
 class MaskKind:
@@ -47,7 +45,6 @@ class Options(NamedTuple):
     mask_kind: int = 0
     squeeze_excite: int = 0
     tail: int = Tail.NONE
-    new_first: int = 0  # new features come first in a concatenation; not served yet
     kept_bottlenecks: int = 0  # how many of the last layers keep their bottleneck for backward
     allow_tf32: int = 0  # float32 products may be TF32 (CUDA)
     group: int = -1  # index of the process group that shares batch statistics; -1: this process alone

@@ -98,7 +98,7 @@ def dense_stage(
     arguments.draw_masks(layers)
     with _no_autocast(x), handles.memory_errors():
         numbers = arguments.flat(tail, keep, _tf32_allowed(x))
-        output, _, _, stats, _, _ = handles.dense_stage(x, *numbers)
+        output, _, stats, _, _ = handles.dense_stage(x, *numbers)
     arguments.update_running_statistics(stats)
     if order is None or tail == Tail.TRANSITION:
         return output

@@ -155,13 +155,11 @@ void restore(Stage& stage, const Tensor& features, const Tensor& stats, const Te
 }
 
 std::tuple<Tensor, Tensor, Tensors> dense_tail_backward(const Tensor& grad_output,
-                                                        const Optional& grad_skip,
                                                         const Tensor& features,
                                                         const Tensors& params, const Tensor& stats,
                                                         double eps, bool frozen,
                                                         std::vector<int64_t> options_list) {
   const Options options = read_options(options_list);
-  check_no_skip(grad_skip);
   check_spatial("features", features);
   STD_TORCH_CHECK(options.tail != kNone, "tail must be 1 or 2, got 0");
   STD_TORCH_CHECK(params.size() == options.tail_params(), "params must hold ",
@@ -194,8 +192,7 @@ Tensor dense_block_backward(const Tensor& grad, const Tensor& coef, const Tensor
   return run_block_backward(stage, features, bottlenecks, grad, {grad, coef}, dx_layout, dparams);
 }
 
-std::tuple<Tensor, Tensors> dense_stage_backward(const Tensor& grad_output,
-                                                 const Optional& grad_skip, const Tensor& features,
+std::tuple<Tensor, Tensors> dense_stage_backward(const Tensor& grad_output, const Tensor& features,
                                                  const Tensors& params, const Tensors& masks,
                                                  const Tensor& stats, const Tensor& gates,
                                                  const Tensor& bottlenecks, std::vector<double> eps,
@@ -204,7 +201,6 @@ std::tuple<Tensor, Tensors> dense_stage_backward(const Tensor& grad_output,
                                                  int64_t in_channels, int64_t dx_layout) {
   const Options options =
       read_options(options_list, std::move(eps), std::move(frozen), dropout_scale);
-  check_no_skip(grad_skip);
   Stage stage(params, masks, options, features, in_channels);
   restore(stage, features, stats, gates, bottlenecks);
   const Tensors dparams = new_gradients(params);

@@ -104,7 +104,7 @@ Tensor run_tail(const Stage& stage, const Tensor& features,
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dense_stage(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_stage(
     const Tensor& x, const Tensors& params, const Tensors& masks, const Tensors& frozen_stats,
     std::vector<double> eps, std::vector<int64_t> frozen, double dropout_scale,
     std::vector<int64_t> options_list) {
@@ -122,13 +122,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dense_stage(
   const std::optional<BufferMoments> moments = new_moments(stage, x);
   append(x, features, 0, moments);
   const Tensor bottlenecks = run_layers(stage, features, moments);
-  const Tensor skip = empty(x, {0}, stage.storage);
   if (options.tail == kNone) {
     const Tensor no_buffer = empty(x, {0}, stage.storage);
-    return {features, skip, no_buffer, stage.stats, stage.gates, bottlenecks};
+    return {features, no_buffer, stage.stats, stage.gates, bottlenecks};
   }
   const Tensor output = run_tail(stage, features, moments);
-  return {output, skip, features, stage.stats, stage.gates, bottlenecks};
+  return {output, features, stage.stats, stage.gates, bottlenecks};
 }
 
 }  // namespace

@@ -9,10 +9,8 @@ namespace densenet_ext {
 // The part of a stage that consumes its dense block's features; kNone for a block alone.
 enum Tail : int64_t {
   kNone,
-  kTransition,             // norm, ReLU, 1x1 convolution, 2x2 average pool
-  kHead,                   // norm, ReLU, global average pool
-  kTransitionWithoutRelu,  // not served yet
-  kTransitionWithSkip,     // hands out relu(norm) as well; not served yet
+  kTransition,  // norm, ReLU, 1x1 convolution, 2x2 average pool
+  kHead,        // norm, ReLU, global average pool
 };
 
 // Masks that a layer has, as bits; a layer's masks are listed in this order.
@@ -32,7 +30,6 @@ enum Option : size_t {
   kMaskKind,
   kSqueezeExcite,
   kTail,
-  kNewFirst,         // new features come first in a concatenation; not served yet
   kKeptBottlenecks,  // how many of the last layers keep their bottleneck for backward
   kAllowTf32,        // float32 products may be TF32 (CUDA)
   kGroup,            // index of the process group that shares batch statistics; -1: this process
@@ -98,15 +95,10 @@ inline Options read_options(const std::vector<int64_t>& list, std::vector<double
   options.kept_bottlenecks = list[kKeptBottlenecks];
   options.allow_tf32 = list[kAllowTf32] != 0;
   options.group = list[kGroup];
-  STD_TORCH_CHECK(options.tail != kTransitionWithoutRelu,
-                  "a transition without ReLU is not served yet");
-  STD_TORCH_CHECK(options.tail != kTransitionWithSkip,
-                  "a transition that also returns relu(norm) is not served yet");
   STD_TORCH_CHECK(options.tail >= kNone && options.tail <= kHead, "tail must be 0, 1 or 2, got ",
                   options.tail);
   STD_TORCH_CHECK(options.mask_kind >= 0 && options.mask_kind < 2 * kPostConv2,
                   "mask_kind must be a sum of 1, 2, 4, 8 and 16, got ", options.mask_kind);
-  STD_TORCH_CHECK(!list[kNewFirst], "new features first in a concatenation are not served yet");
   return options;
 }
 
@@ -115,10 +107,6 @@ inline void check_spatial(const char* name, const Tensor& maps) {
   STD_TORCH_CHECK(
       maps.dim() == 4, name, " must have 4 dimensions, [N, C, H, W], got ", maps.dim(),
       maps.dim() == 3 || maps.dim() == 5 ? ": signals and volumes are not served yet" : "");
-}
-// Refuses a gradient of relu(norm): no tail that is served returns it.
-inline void check_no_skip(const std::optional<Tensor>& grad_skip) {
-  STD_TORCH_CHECK(!grad_skip.has_value(), "a gradient of relu(norm) is not served yet");
 }
 
 }  // namespace densenet_ext

@@ -86,8 +86,8 @@ class DenseStage(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward_op, inputs, *_):
         x, params, masks, _, *ctx.numbers = inputs
-        output, skip, features, *state = outputs = forward_op(*inputs)
-        ctx.mark_non_differentiable(skip, features, *state)
+        output, features, *state = outputs = forward_op(*inputs)
+        ctx.mark_non_differentiable(features, *state)
         ctx.set_materialize_grads(False)
         ctx.in_channels, ctx.params = x.shape[1], len(params)
         ctx.layout = _gradient_layout(x)
@@ -104,7 +104,7 @@ class DenseStage(torch.autograd.Function):
         need_x, *need_params = ctx.needs_input_grad[2:]
         layout = ctx.layout if need_x else GradientLayout.NONE
         rest = (features, params, masks, stats, gates, bottlenecks, *ctx.numbers, ctx.in_channels, layout)
-        grads = _run_backward(lambda grad: dense_stage_backward(grad, None, *rest), grad)
+        grads = _run_backward(lambda grad: dense_stage_backward(grad, *rest), grad)
         return None, None, *_wanted(grads, [need_x, *need_params])
 
 
@@ -120,7 +120,7 @@ class DenseBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs, outputs, anchor, _, *params):
         x, _, masks, _, *ctx.numbers = inputs
-        _, _, features, *state = outputs
+        _, features, *state = outputs
         ctx.set_materialize_grads(False)
         ctx.in_channels, ctx.layout = x.shape[1], _gradient_layout(x)
         ctx.save_for_backward(*state, anchor, *params, *masks)
@@ -160,7 +160,7 @@ class DenseTail(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs, outputs, anchor, *rest):
         *_, eps, frozen, _, options = inputs
-        output, _, features, stats, *_ = outputs
+        output, features, stats, *_ = outputs
         ctx.set_materialize_grads(False)
         ctx.numbers = (eps[-1], frozen[-1] != 0, options)
         ctx.save_for_backward(features, stats, anchor, *rest[3:])
@@ -174,7 +174,7 @@ class DenseTail(torch.autograd.Function):
         features, stats, anchor, *params = ctx.saved_tensors
 
         def run(grad):
-            buffer, coef, dparams = dense_tail_backward(grad, None, features, params, stats, *ctx.numbers)
+            buffer, coef, dparams = dense_tail_backward(grad, features, params, stats, *ctx.numbers)
             return buffer, (coef, *dparams)
 
         grads = _run_backward(run, grad)

@@ -25,16 +25,16 @@ def _kept_for_backward(x: Tensor, sizes: StageSizes) -> tuple[Tensor, Tensor, Te
 @torch.library.register_fake("densenet_ext::dense_stage")
 def _(x, params, masks, frozen_stats, eps, frozen, dropout_scale, options):
     sizes = StageSizes(params, Options(*options), x.shape[1])
-    tail, skip = sizes.options.tail, x.new_empty((0,))
+    tail = sizes.options.tail
     state = _kept_for_backward(x, sizes)
     features = new_features(x, sizes.channels, gaps=tail != Tail.NONE)
     if tail == Tail.NONE:
-        return features, skip, x.new_empty((0,)), *state
+        return features, x.new_empty((0,)), *state
     if tail == Tail.TRANSITION:
         output = new_maps(x, sizes.tail.conv_weight.shape[0], [size // 2 for size in x.shape[2:]])
     else:
         output = x.new_empty((x.shape[0], sizes.channels))
-    return output, skip, features, *state
+    return output, features, *state
 
 
 def _like(tensors: list[Tensor]) -> list[Tensor]:
@@ -51,7 +51,6 @@ def _input_gradient(features: Tensor, in_channels: int, layout: int) -> Tensor:
 @torch.library.register_fake("densenet_ext::dense_stage_backward")
 def _(
     grad,
-    grad_skip,
     features,
     params,
     masks,
@@ -74,7 +73,7 @@ def _(params):
 
 
 @torch.library.register_fake("densenet_ext::dense_tail_backward")
-def _(grad, grad_skip, features, params, stats, eps, frozen, options):
+def _(grad, features, params, stats, eps, frozen, options):
     buffer = new_features(features, features.shape[1], gradient_dtype(features))
     coef = features.new_empty((3, *features.shape[:2]), dtype=arithmetic_dtype(features.dtype))
     return buffer, coef, _like(params)

@@ -83,7 +83,7 @@ class _Rehearsal:
         names = [argument.name for argument in call.op._schema.arguments]
         if call.op is _FORWARD:
             stage = len(self.stages)
-            self.stages[call.keys[0] if call.keys[2] is None else call.keys[2]] = stage
+            self.stages[call.keys[0] if call.keys[1] is None else call.keys[1]] = stage
         elif call.op in _BACKWARD:
             stage = self.stages[call.arguments[0][names.index("features")].key]
         else:

@@ -28,12 +28,12 @@ def dense_stage(
     options: list[int],
     kernels=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Forward of a dense block and its tail: (output, skip, features, stats, gates, bottlenecks).
+    """Forward of a dense block and its tail: (output, features, stats, gates, bottlenecks).
 
     x [N, C0, H, W] S; params, all A: LayerParams of each layer, then TailParams; masks: for each layer, those that
     options.mask_kind names, in MaskKind's order; eps and frozen: an entry for norm1 and norm2 of each layer, then for
     the tail's norm; frozen_stats: mean and variance of each frozen norm; options: Options of _protocol.py.
-    skip is empty: it is for a tail that hands out relu(norm). stats [4, sum of widths] A: the mean and the biased
+    stats [4, sum of widths] A: the mean and the biased
     variance that were used, scale, and shift, both 0 where a mask is folded in; a group adds a column with the number
     of values a channel.
     """
@@ -42,9 +42,8 @@ def dense_stage(
     # Without a tail the buffer is the output, which the caller gets without gaps between its planes.
     features = new_features(x, s.channels, gaps=tail != Tail.NONE)
     moments, *state = run_layers(s, [x], features, frozen_stats)
-    skip = s.empty(0, dtype=x.dtype)
     if tail == Tail.NONE:
-        return features, skip, s.empty(0, dtype=x.dtype), *state
+        return features, s.empty(0, dtype=x.dtype), *state
     norm = (2 * len(s.layers), s.tail.norm_weight, s.tail.norm_bias, state[0])
     scale, shift = s.fold(*norm, moments, s.pixels)
     if tail == Tail.TRANSITION:
@@ -53,12 +52,11 @@ def dense_stage(
     else:
         output = s.empty(s.samples, s.channels, dtype=x.dtype)
         s.kernels.head_forward(features, scale, shift, output)
-    return output, skip, features, *state
+    return output, features, *state
 
 
 def dense_stage_backward(
     grad: Tensor,
-    grad_skip: Tensor | None,
     features: Tensor,
     params: list[Tensor],
     masks: list[Tensor],
@@ -75,15 +73,15 @@ def dense_stage_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Backward of dense_stage: (dx, dparams like params).
 
-    features: the feature buffer of forward, which is its output where there is no tail; grad_skip: None, because no
-    tail that is served hands out relu(norm); dx_layout: GradientLayout; dx is [0] where it is not wanted.
+    features: the feature buffer of forward, which is its output where there is no tail; dx_layout: GradientLayout;
+    dx is [0] where it is not wanted.
     """
     s = Stage(features, in_channels, params, masks, eps, frozen, dropout_scale, options, kernels)
     numbers = (eps, frozen, dropout_scale, options, in_channels, dx_layout)
     if s.options.tail != Tail.NONE:
         tail = [p for p in s.tail if p is not None]
         rest = (features, tail, stats, eps[-1], bool(frozen[-1]), options, kernels)
-        buffer, coef, dtail = dense_tail_backward(grad, grad_skip, *rest)
+        buffer, coef, dtail = dense_tail_backward(grad, *rest)
         layers = params[: len(params) - len(tail)]
         dparams = new_gradients(layers)
         rest = (features, layers, masks, stats, gates, bottlenecks, *numbers, kernels)
@@ -113,7 +111,6 @@ def new_gradients(params: list[Tensor]) -> list[Tensor]:
 
 def dense_tail_backward(
     grad: Tensor,
-    grad_skip: Tensor | None,
     features: Tensor,
     params: list[Tensor],
     stats: Tensor,

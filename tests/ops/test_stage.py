@@ -8,7 +8,7 @@ import torch
 from stage_cases import Case
 
 from densenet_ext import reference
-from densenet_ext._protocol import Options, StageSizes, Tail, tail_params
+from densenet_ext._protocol import Options, StageSizes, tail_params
 
 MASKS = range(32)
 TAILS = (0, 1, 2)
@@ -134,7 +134,7 @@ def test_channels_last_input_changes_no_bit_but_the_layout_of_its_gradient(size,
 def test_channels_last_backward_equals_reference():
     """dx is right in each layout that it may have."""
     case = Case(tail=2, height=17, breadth=18)
-    output, _, features, *state = reference.dense_stage(*case.args())
+    output, features, *state = reference.dense_stage(*case.args())
     for layout in (0, 1, 2):
         rest = case.backward_args(torch.ones_like(output), features, state, layout)
         got, want = torch.ops.densenet_ext.dense_stage_backward(*rest), reference.dense_stage_backward(*rest)
@@ -146,10 +146,10 @@ def test_channels_last_backward_equals_reference():
 
 def parts_of_backward(case, ops, layout=1):
     """Call dense_tail_backward and dense_block_backward of `ops`, and return their results and written arguments."""
-    output, _, features, stats, *state = reference.dense_stage(*case.args())
+    output, features, stats, *state = reference.dense_stage(*case.args())
     count = tail_params(case.tail)
     options = [*case.options()]
-    tail = (None, features, case.params[-count:], stats, case.eps[-1], bool(case.frozen[-1]), options)
+    tail = (features, case.params[-count:], stats, case.eps[-1], bool(case.frozen[-1]), options)
     tail = (torch.ones_like(output), *tail)
     buffer, coef, dtail = ops.dense_tail_backward(*tail)
     started = buffer.clone(), coef.clone()
@@ -170,9 +170,9 @@ def test_parts_of_backward_equal_reference(tail, frozen):
         want, *_ = parts_of_backward(case, reference, layout)
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
         assert all(a.stride() == b.stride() for a, b in zip(got[2:], want[2:], strict=True))
-        rest = case.backward_args(args[0], args[2], block[6:9], layout)
+        rest = case.backward_args(args[0], args[1], block[6:9], layout)
         dx, dparams = torch.ops.densenet_ext.dense_stage_backward(*rest)
-        tail_end = 2 + len(args[3])
+        tail_end = 2 + len(args[2])
         parts = [got[tail_end], *got[len(got) - len(block[2]) :], *got[2:tail_end]]
         assert all(a.equal(b) for a, b in zip([dx, *dparams], parts, strict=True))
 
@@ -188,17 +188,14 @@ def test_opcheck_of_parts_of_backward(tail):
 def test_parts_of_backward_check_their_arguments():
     _, args, block = parts_of_backward(Case(tail=2), torch.ops.densenet_ext)
     with pytest.raises(RuntimeError, match=r"stats must have shape \[4, >= 7\], got \[4, 6\]"):
-        torch.ops.densenet_ext.dense_tail_backward(*args[:4], args[4][:, :6].contiguous(), *args[5:])
+        torch.ops.densenet_ext.dense_tail_backward(*args[:3], args[3][:, :6].contiguous(), *args[4:])
     with pytest.raises(RuntimeError, match="params must hold 2 tensors, got 1"):
-        torch.ops.densenet_ext.dense_tail_backward(*args[:3], args[3][:1], *args[4:])
+        torch.ops.densenet_ext.dense_tail_backward(*args[:2], args[2][:1], *args[3:])
     with pytest.raises(RuntimeError, match="dparams must hold 12 tensors, got 11"):
         torch.ops.densenet_ext.dense_block_backward(*block[:2], block[2][:-1], *block[3:])
 
 
 NOT_SERVED = {
-    "new features first in a concatenation are not served yet": {"new_first": 1},
-    "a transition without ReLU is not served yet": {"tail": Tail.TRANSITION_WITHOUT_RELU},
-    "a transition that also returns relu.norm. is not served yet": {"tail": Tail.TRANSITION_WITH_SKIP},
     "kept_bottlenecks must be at least 0 and at most 2, all layers, got 3": {"kept_bottlenecks": 3},
     "kept_bottlenecks must be at least 0 and at most 2, all layers, got -1": {"kept_bottlenecks": -1},
     "tail must be 0, 1 or 2, got 5": {"tail": 5},
@@ -210,7 +207,7 @@ NOT_SERVED = {
 def test_what_is_not_served_is_refused_in_one_sentence(message):
     """Forward and backward refuse it alike."""
     case = Case()
-    output, _, _, *state = torch.ops.densenet_ext.dense_stage(*case.args())
+    output, _, *state = torch.ops.densenet_ext.dense_stage(*case.args())
     options = [*case.options()._replace(**NOT_SERVED[message])]
     *args, _ = case.args()
     with pytest.raises(RuntimeError, match=message):
@@ -224,14 +221,6 @@ def test_options_of_another_length_are_refused():
     *args, options = Case().args()
     with pytest.raises(RuntimeError, match=f"options must hold {len(Options._fields)} numbers, got 2"):
         torch.ops.densenet_ext.dense_stage(*args, options[:2])
-
-
-def test_a_gradient_of_what_no_tail_hands_out_is_refused():
-    case = Case(tail=1)
-    output, _, features, *state = torch.ops.densenet_ext.dense_stage(*case.args())
-    args = case.backward_args(output, features, state)
-    with pytest.raises(RuntimeError, match=r"a gradient of relu\(norm\) is not served yet"):
-        torch.ops.densenet_ext.dense_stage_backward(args[0], features, *args[2:])
 
 
 @pytest.mark.parametrize(("shape", "dimensions"), [((2, 3, 4), 3), ((2, 3, 4, 4, 4), 5)])
@@ -535,6 +524,6 @@ def test_batch_statistics_without_cancellation():
     """Values of 1000 +- 0.01 in float32: the variance 1e-4 is right to 1 percent, where E[x^2] - E[x]^2 gives noise."""
     case = Case(dtype=torch.float32, samples=4, height=16, breadth=16)
     case.x = 1000 + 0.01 * torch.randn(case.x.shape)
-    _, _, _, stats, _, _ = torch.ops.densenet_ext.dense_stage(*case.args())
+    _, _, stats, _, _ = torch.ops.densenet_ext.dense_stage(*case.args())
     want = case.x.double().var((0, 2, 3), unbiased=False)
     torch.testing.assert_close(stats[1, : case.in_channels].double(), want, rtol=1e-2, atol=0)

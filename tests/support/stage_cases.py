@@ -99,7 +99,7 @@ class Case:
     def backward_args(self, grad, features, state, layout=GradientLayout.DEVICE, keep_bottleneck=False):
         """The arguments of dense_stage_backward; state: stats, gates and bottlenecks of the forward pass."""
         numbers = (*self.numbers(keep_bottleneck), self.in_channels, layout)
-        return grad, None, features, self.params, self.masks, *state, *numbers
+        return grad, features, self.params, self.masks, *state, *numbers
 
     def fused(self, x=None, params=None, keep_bottleneck=False):
         """The output of the compiled op."""
