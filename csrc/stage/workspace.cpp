@@ -58,10 +58,11 @@ class Arena {
                                    [&](const auto& range) { return range.second >= room; });
     const int64_t size = rounded(bytes),
                   above = next == free_without_leaving.end() ? 0 : next->first + room;
-    // The first room from there on; a block below would be in the way of that buffer.
+    // Else the next room above, but not far: a block below would push that buffer up.
+    const int64_t farthest = above + room / 2;
     auto range = free_.upper_bound(above);
     if (range != free_.begin()) --range;
-    for (; range != free_.end(); ++range) {
+    for (; range != free_.end() && range->first <= farthest; ++range) {
       const int64_t start = std::max(range->first, above);
       if (start + size <= range->first + range->second)
         return take(range, start, size, Use::kOther);
