@@ -26,7 +26,7 @@ _reported: set[str] = set()  # messages of warnings, which are not repeated
 
 
 class _Thread(threading.local):
-    """What the contexts below have set on a thread. Each thread runs __init__ for itself."""
+    """Switches that the contexts below set for one thread; each thread runs __init__ for itself."""
 
     def __init__(self):
         self.reported = self.strict = False

@@ -1,4 +1,4 @@
-"""DenseNetBC as a module: files, switches, sizes, unusual batches, threads and compilers."""
+"""DenseNetBC as a module: files, switches, sizes, unusual batches and threads."""
 
 import copy
 import io
@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from installed import needs_compiler
 from small_networks import EFFICIENT, EVERYTHING, SMALL, assert_equal_plain, images, network
 
 from densenet_ext import DenseNetBC, EfficientDenseBlock, EfficientDenseLayer
@@ -109,28 +108,3 @@ def test_nan_in_an_image_spreads_as_in_plain():
         want = model(x)
         model.efficient = "fused"
         assert torch.equal(model(x).isnan(), want.isnan()) and want.isnan().any()
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_compiled_fused_equals_fused():
-    """A frame that Dynamo cannot trace would run eagerly: fullgraph makes it an error."""
-    model = network("fused", se_reduction=2)
-    compiled = copy.deepcopy(model)
-    results = []
-    for module, call in ((model, model), (compiled, torch.compile(compiled, fullgraph=True))):
-        loss = F.cross_entropy(call(images()), torch.arange(4) % 5)
-        loss.backward()
-        results.append(([p.grad for p in module.parameters()], list(module.buffers())))
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.slow
-def test_compiled_backward_equals_backward():
-    """Compiled autograd traces the backward pass of an eager forward pass, with an op that writes into its arguments."""
-    model = network("fused", se_reduction=2)
-    want = torch.autograd.grad(model(images()).square().sum(), list(model.parameters()))
-    loss = model(images()).square().sum()
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
-        loss.backward()
-    torch.testing.assert_close([p.grad for p in model.parameters()], list(want), rtol=1e-9, atol=1e-9)

@@ -1,36 +1,23 @@
 """Things that users do to a network, each as a function of the network that returns tensors to compare.
 
-The argument is this package's network, or torchvision's with the same weights, whose results are right by definition.
+The argument is this package's network, torchvision's with the same weights, converted or not; the results of the
+unconverted one are right by definition.
 The keys are the first column of docs/support.md.
 """
 
 import copy
-import functools
-import io
-import pickle
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from unittest.mock import patch
 
-import small_networks
+import tool_cases as tools
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.distributed as dist
 import torch.nn.functional as F
 from small_networks import norms
+from tool_cases import LAYER, images, step
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
-
-LAYER = "features.denseblock2.denselayer2"
-
-
-images = functools.partial(small_networks.images, 3, (40, 40))
-
-
-def step(model, x=None, forward=None):
-    return small_networks.step(model, images() if x is None else x, forward)
 
 
 def under(context, run):
@@ -126,74 +113,6 @@ def backward_twice(model):
     loss.backward(retain_graph=True)
     loss.backward()
     return [p.grad for p in model.parameters()]
-
-
-def traced(model):
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.trace(model.eval(), images(), check_trace=False), file)
-    file.seek(0)
-    loaded = torch.jit.load(file)
-    assert not any("densenet_ext" in node.kind() for node in loaded.inlined_graph.nodes())
-    return [loaded(small_networks.images(2, (48, 48)))]
-
-
-def extracted(model):
-    from torchvision.models.feature_extraction import create_feature_extractor
-
-    nodes = ["features.norm0", "features.denseblock2", "features.transition2.norm", "features.norm5"]
-    return [*create_feature_extractor(model.eval(), nodes)(images()).values()]
-
-
-def symbolic(model):
-    return [torch.fx.symbolic_trace(model.eval())(images())]
-
-
-@contextmanager
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def synchronized_norms(model):
-    with process_group():
-        ours = type(model).__name__ == "DenseNetBC"  # PyTorch's SyncBatchNorm takes no tensors on a CPU
-        return step(nn.SyncBatchNorm.convert_sync_batchnorm(model) if ours else model)
-
-
-def sharded(model):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    with process_group():
-        mesh = init_device_mesh("cpu", (1,))
-        for name, module in model.features.named_children():
-            if name.startswith(("denseblock", "transition")):
-                fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in step(model)]
-
-
-def replicas(model):
-    """Run a module as nn.DataParallel does, on two threads. It needs no GPUs: the replicas are created here."""
-
-    def replicate(module):
-        replica = module._replicate_for_data_parallel()
-        for name, child in module._modules.items():
-            replica._modules[name] = None if child is None else replicate(child)
-        for name, p in module._parameters.items():
-            setattr(replica, name, None if p is None else p.clone())
-        for name, b in module._buffers.items():
-            replica._buffers[name] = b.clone()
-        return replica
-
-    copies = [replicate(model), replicate(model)]
-    with ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(lambda copied, x: copied(x), copies, [images(seed=0), images(seed=1)]))
-    (outputs[0].square().sum() + outputs[1].square().sum()).backward()
-    return [*outputs, *[p.grad for p in model.parameters()]]
 
 
 def optimizer_in_backward(model):
@@ -335,15 +254,6 @@ def wrong_types(model):
     return step(model)
 
 
-def copied(model):
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    other.load_state_dict(torch.load(file))
-    return step(other)
-
-
 def written_block(model):
     block = model.features.denseblock1
     return step(block, torch.randn(2, 16, 9, 9, dtype=torch.double).requires_grad_(), lambda x: block(x).relu_())
@@ -395,19 +305,23 @@ SCENARIOS = {
     "`torch.inference_mode()`": under(torch.inference_mode, lambda model: [model.eval()(images())]),
     # compilers and files
     "`torch.compile`": lambda model: step(model, forward=torch.compile(model, backend="eager")),
-    "`torch.export`": lambda model: [torch.export.export(model.eval(), (images(),)).module()(images(seed=3))],
-    "`torch.jit.trace`": traced,
+    "`torch.compile(fullgraph=True)`, training": tools.compiled,
+    "`torch.export`": tools.exported,
+    "`torch.onnx.export`": tools.to_onnx,
+    "`torch.jit.trace`": tools.traced,
     "`torch.jit.script`": lambda model: [torch.jit.script(model.eval())(images())],
-    "`torch.fx.symbolic_trace`": symbolic,
-    "torchvision's `create_feature_extractor`": extracted,
-    "`deepcopy`, pickle, state dicts": copied,
+    "`torch.fx.symbolic_trace`": tools.symbolic,
+    "torchvision's `create_feature_extractor`": tools.extracted,
+    "`deepcopy`, pickle, state dicts": tools.copied,
+    "A moving average of the weights (`AveragedModel`)": tools.averaged,
     # several devices
-    "`DataParallel`": replicas,
+    "`DataParallel`": tools.replicas,
     "`DistributedDataParallel`": under(
-        process_group, lambda model: step(model, forward=nn.parallel.DistributedDataParallel(model))
+        tools.process_group, lambda model: step(model, forward=nn.parallel.DistributedDataParallel(model))
     ),
-    "`SyncBatchNorm`": synchronized_norms,
-    "FSDP2, `fully_shard` of blocks and transitions": sharded,
+    "`SyncBatchNorm`": tools.synchronized_norms,
+    "FSDP2, `fully_shard` of every block and the network": tools.sharded("denseblock"),
+    "FSDP2, `fully_shard` of transitions, too": tools.sharded("denseblock", "transition"),
     # types
     "`torch.autocast`": autocast,
     "A network in bfloat16 with norms in float32": half_with_float_norms,
@@ -425,7 +339,9 @@ SCENARIOS = {
     "Another activation in every ReLU's place": each(lambda relu: nn.LeakyReLU(0.3), nn.ReLU),
     "Another pool in a transition": one(lambda pool: nn.MaxPool2d(2), "features.transition1.pool"),
     "Layers of different widths in a block (pruning)": one(narrower, LAYER),
+    "Parts frozen by `requires_grad_(False)`": tools.frozen,
     "Low-rank adapters around a convolution (LoRA)": one(Adapted),
+    "Low-rank adapters of `peft`": tools.low_rank,
     "Parametrizations (weight, spectral normalization)": one(parametrizations.spectral_norm, f"{LAYER}.conv1"),
     "Masks of `torch.nn.utils.prune`": one(lambda conv: prune.ln_structured(conv, "weight", 0.5, 2, 0)),
     "`_conv_forward` or `forward` of one module replaced": one(circular),
@@ -442,6 +358,6 @@ SCENARIOS = {
 # These may have at most twice plain's error, against float64.
 LOWER = (autocast, half_with_float_norms)
 # These ask for the modules to be called, so the fallback is not reported.
-SILENT = (symbolic, extracted)
+SILENT = (tools.symbolic, tools.extracted, tools.exported, tools.to_onnx, tools.traced)
 # In these the other implementations end with an error of PyTorch's.
-PYTORCH_REFUSES = (synchronized_norms, wrong_types)
+PYTORCH_REFUSES = (tools.compiled, tools.synchronized_norms, wrong_types)
