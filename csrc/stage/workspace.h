@@ -20,8 +20,8 @@ Tensor workspace(const Tensor& like, const Sizes& sizes, ScalarType type, Use us
 
 // Allocates a tensor that must outlive the previous stage's gradient buffer. It is placed just
 // above the spot where that buffer will go, first fit, assuming the tensors of `leaving` are free
-// by then; if the spot is taken, it goes anywhere. That buffer's size is `times` the size of the
-// latest feature buffer that stays, which is the previous stage's.
+// by then; if the spot is taken, a little above it, or anywhere. That buffer's size is `times` the
+// size of the latest feature buffer that stays, which is the previous stage's.
 Tensor workspace_aside(const Tensor& like, const Sizes& sizes, ScalarType type, int64_t times,
                        const std::vector<Tensor>& leaving);
 

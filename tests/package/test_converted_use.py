@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from converted_networks import KuangliuLayer, assert_equal, build, images, pair, step
-from support_cases import replicas
+from tool_cases import replicas
 from torch import nn
 
 from densenet_ext import DenseLayerSpec, convert, functional, revert, set_fallback
