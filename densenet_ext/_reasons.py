@@ -245,7 +245,9 @@ def conv_reason(conv: nn.Module, prefix: str, name: str, expected: tuple, bias: 
 def module_reason(module: nn.Module, prefix: str, name: str, expected: type) -> str | None:
     """Check a module that would not be called: its type, which a parametrization changes, its methods and its hooks."""
     if type(module) is not expected:
-        return f"{prefix}{name} is a {type(module).__name__}, not a {expected.__name__}"
+        kind = type(module)
+        found = kind.__name__ if kind.__name__ != expected.__name__ else f"{kind.__module__}.{kind.__name__}"
+        return f"{prefix}{name} is a {found}, not a {expected.__name__}"
     v = module.__dict__
     if not (
         v["_forward_hooks"]

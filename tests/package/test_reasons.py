@@ -25,6 +25,12 @@ class MyNorm(nn.BatchNorm2d):
         return 3 * super().forward(x)
 
 
+# peft has such a class: its name is that of PyTorch's.
+Conv2d = type(
+    "Conv2d", (nn.Conv2d,), {"forward": lambda self, x: 2 * nn.Conv2d.forward(self, x), "__module__": "adapters"}
+)
+
+
 class MyLayer(EfficientDenseLayer):
     def forward(self, inputs):
         return 3 * super().forward(inputs)
@@ -67,6 +73,12 @@ def my_layer(old):
     return new
 
 
+def adapted(old):
+    new = copy.deepcopy(old)
+    new.__class__ = Conv2d
+    return new
+
+
 def strided(old):
     return nn.Conv2d(old.in_channels, old.out_channels, 3, padding=2, dilation=2, bias=False).double()
 
@@ -100,6 +112,7 @@ CHANGES = [
     (replace(my_layer), LAYER, "is a MyLayer"),
     (replace(lambda old: Double()), f"{LAYER}.drop_channel", "is a Double"),
     (replace(strided), f"{LAYER}.conv2", "padding is"),
+    (replace(adapted), f"{LAYER}.conv2", "is a adapters.Conv2d, not a Conv2d"),
     (replace(biased), f"{LAYER}.conv1", "has a bias"),
     (replace(biased), "features.transition1.conv", "has a bias"),
     (set_attribute("padding_mode", "circular"), f"{LAYER}.conv2", "padding_mode is circular"),

@@ -1,12 +1,12 @@
-"""FSDP2: a sharded block and what consumes it are one op, and steps are those of the whole network."""
+"""FSDP2, where a sharded block and what consumes it are one op; and norms that share statistics."""
 
 import copy
 
+import distributed_steps
 import pytest
-import sharded_steps
 import torch
+from distributed_steps import assert_sharded_equals_whole, shard, tails
 from fused_networks import fused_network
-from sharded_steps import assert_sharded_equals_whole, shard, tails
 from small_networks import images, step
 from tool_cases import process_group
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -15,6 +15,7 @@ from densenet_ext import convert, revert, set_fallback
 
 torchvision = pytest.importorskip("torchvision")
 NAMES = ["built", "torchvision"]
+LIBRARIES = ["timm", "MONAI"]
 SIZE = (40, 40)
 STAGES, ALONE = [2, 2, 1], [0, 0, 1]
 
@@ -26,12 +27,13 @@ def group():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + LIBRARIES)
 def test_two_processes(name, tmp_path):
-    torch.multiprocessing.spawn(sharded_steps.run_process, (2, str(tmp_path / "store"), name), nprocs=2)
+    """Blocks are sharded, then norms are synchronized: both are what the whole network is."""
+    torch.multiprocessing.spawn(distributed_steps.run_process, (2, str(tmp_path / "store"), name), nprocs=2)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "timm", "MONAI"])
+@pytest.mark.parametrize("name", NAMES + LIBRARIES)
 def test_sharded_blocks_are_stages(name, group):
     assert assert_sharded_equals_whole(name, "denseblock") == 3 * STAGES
 
@@ -121,4 +123,6 @@ def test_mixed_precision(name, group):
 def shard_blocks_alone(model, policy):
     for name, module in model.features.named_children():
         if name.startswith("denseblock"):
-            sharded_steps.fully_shard(module, mesh=sharded_steps.init_device_mesh("cpu", (1,)), mp_policy=policy)
+            distributed_steps.fully_shard(
+                module, mesh=distributed_steps.init_device_mesh("cpu", (1,)), mp_policy=policy
+            )

@@ -1,5 +1,6 @@
-"""Training steps of a network that FSDP2 has sharded, and of the same one without it, in one process or several."""
+"""Training steps in one process or several: a network that FSDP2 has sharded, or with norms that share statistics."""
 
+import copy
 from unittest.mock import patch
 
 import torch
@@ -7,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from fused_networks import fused_network
 from small_networks import images
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -65,12 +67,38 @@ def assert_sharded_equals_whole(name, *kinds):
     return counts
 
 
+def assert_synchronized_equals_whole(name):
+    """Norms that share their statistics make the halves of a batch in two processes what the batch is in one."""
+    whole = fused_network(name)
+    whole.features.norm0.eval()  # PyTorch's SyncBatchNorm takes no tensors on a CPU, and the fused stem shares nothing
+    shared = _synchronized(name)(copy.deepcopy(whole))
+    shared.features.norm0 = copy.deepcopy(whole.features.norm0)
+    x, labels = images(6, (40, 40)), torch.arange(6) % 5
+    half = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+    F.cross_entropy(shared(x[half]), labels[half]).backward()
+    F.cross_entropy(whole(x), labels).backward()
+    for p in shared.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= 2
+    got, want = ([*[p.grad for p in model.parameters()], *model.buffers()] for model in (shared, whole))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def _synchronized(name):
+    if name == "timm":
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm
+    return nn.SyncBatchNorm.convert_sync_batchnorm
+
+
 def run_process(rank, world, file, name):
-    """One of `world` processes, which torch.multiprocessing starts: blocks are stages with their tails."""
+    """Be one of `world` processes, which torch.multiprocessing starts."""
     torch.set_num_threads(1)
     set_fallback("error")
     dist.init_process_group("gloo", store=dist.FileStore(file, world), rank=rank, world_size=world)
     try:
         assert assert_sharded_equals_whole(name, "denseblock") == 3 * [2, 2, 1]
+        assert_synchronized_equals_whole(name)
     finally:
         dist.destroy_process_group()
