@@ -30,7 +30,6 @@ TOLERANCE = 1e-9
 NOISE = 1e-13  # a thousand roundings of float64 or so
 NOISE32 = 2**-24  # one rounding of float32, in which lower types are computed
 DRAWS = 16
-EFFICIENT = ("checkpoint", "fused")
 
 
 def differences(network: Network) -> list[str]:
@@ -40,7 +39,7 @@ def differences(network: Network) -> list[str]:
     exact = network.dtype == torch.float64
     compare = _other_values_of_float64 if exact else _other_values_of_lower_types
     lines = []
-    for efficient in EFFICIENT:
+    for efficient in network.implementations:
         other = run(network, efficient, starts=None if exact else plain.starts)
         found = _other_kinds(other, plain) or compare(network, efficient, other, plain)
         lines += [f"{efficient}: {line}" for line in found]

@@ -1,12 +1,13 @@
 """Draws from a seed a random network, its inputs, and how it is used for two steps."""
 
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from densenet_ext import DenseNetBC, DropChannel, EfficientDenseBlock, EfficientDenseLayer
+from fuzz.libraries import LIBRARIES, SIZES
 
 # Half of all networks use float64, where errors can be told from roundings. With "autocast" parameters are float32.
 PRECISIONS = {
@@ -17,6 +18,7 @@ PRECISIONS = {
     "autocast bfloat16": 2,
     "autocast float16": 1,
 }
+EFFICIENT = ("checkpoint", "fused")
 MODES = ("train", "eval", "mixed")
 # A forward pass has at most this many multiplications: about a fifth of a second of plain PyTorch in float64.
 MOST_WORK = 1e8
@@ -42,6 +44,8 @@ LAYOUTS = {
 class Network:
     """A model, a lone block or a lone layer with `options`, and everything else that a run of it depends on.
 
+    library: that of the model, which is converted in place of being built fused; '' for this package's.
+
     inputs: (channels, layout) of each input; only a layer has several, and may get the first one twice. modes: one for
     each step. norms: which norms have zeros in their weights or no weights; running: which have no running statistics;
     frozen: which parameters have no gradient; for 'some' and 'mixed' `choices` decides. poisoned: new memory is full of
@@ -50,6 +54,7 @@ class Network:
 
     seed: int
     kind: str
+    library: str
     precision: str
     options: dict
     samples: int
@@ -72,6 +77,11 @@ class Network:
         return "\n".join(f"    {field.name}: {getattr(self, field.name)}" for field in fields(self))
 
     @property
+    def implementations(self) -> tuple[str, ...]:
+        """The values of `efficient` that are compared with plain; 'fused' converts another library's model."""
+        return ("fused",) if self.library else EFFICIENT
+
+    @property
     def half(self) -> torch.dtype | None:
         """The dtype of autocast; None without autocast."""
         return getattr(torch, self.precision.split()[1]) if "autocast" in self.precision else None
@@ -88,8 +98,11 @@ class Network:
     def build(self, draw: int = 0) -> nn.Module:
         """Build the network in float64, with random values that differ from draw to draw."""
         torch.manual_seed(self.values_seed("weights", draw))
-        kind = {"model": DenseNetBC, "block": EfficientDenseBlock, "layer": EfficientDenseLayer}[self.kind]
-        module = kind(**self.options).double()
+        if self.library:
+            module = LIBRARIES[self.library](**{key: self.options[key] for key in SIZES}).double()
+        else:
+            kind = {"model": DenseNetBC, "block": EfficientDenseBlock, "layer": EfficientDenseLayer}[self.kind]
+            module = kind(**self.options).double()
         choose = random.Random(self.choices)
         for norm in module.modules():
             if isinstance(norm, nn.BatchNorm2d):
@@ -168,7 +181,7 @@ def draw_network(seed: int) -> Network:
     """
     rng = random.Random(seed)
     while True:
-        network = _candidate(seed, rng)
+        network = _of_a_library(_candidate(seed, rng))
         work, values, pixels = _work(network)
         if work <= MOST_WORK and ((values != 1 and pixels > 0) or rng.random() < 0.1):
             return network
@@ -193,6 +206,7 @@ def _candidate(seed: int, rng: random.Random) -> Network:
     return Network(
         seed=seed,
         kind=kind,
+        library="",
         precision=rng.choices(list(PRECISIONS), list(PRECISIONS.values()))[0],
         options=options,
         samples=rng.choices((0, 1, rng.randint(2, 5), rng.randint(6, 16)), (1, 4, 12, 1))[0],
@@ -211,6 +225,21 @@ def _candidate(seed: int, rng: random.Random) -> Network:
         threads=rng.choices((1, 2, 3, 4), (14, 3, 1, 2))[0],
         choices=rng.getrandbits(32),
     )
+
+
+def _of_a_library(network: Network) -> Network:
+    """Return the network, or in its place one of another library with its sizes."""
+    rng = random.Random(network.seed + 1_000_000)
+    if network.kind != "model" or rng.random() < 0.6:
+        return network
+    options = network.options | {"num_init_features": None, "small_inputs": False, "compression": 0.5}
+    options |= {"growth_rate": max(2, network.options["growth_rate"]), "drop_rate": 0.0}
+    # The library's dropout draws in the order of its maps in memory, which is the fused one's where nothing is permuted.
+    planar = network.inputs[0][1] == "contiguous" and network.model_layout == "contiguous"
+    if planar and network.precision == "float64":
+        options["drop_rate"] = network.options["drop_rate"]
+    size = tuple(max(16, side) for side in network.size)
+    return replace(network, library=rng.choice([*LIBRARIES]), options=options, size=size)
 
 
 def _sometimes(rng: random.Random, usual, other):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from densenet_ext import DropChannel
+from densenet_ext import DropChannel, convert
 from densenet_ext._layout import arithmetic_dtype
 from fuzz.draw import Network
 from fuzz.noise import Noise
@@ -45,8 +45,13 @@ def run(
     module = network.build(draw).to(network.dtype)
     if reference:
         module.double()
-    module.efficient = efficient
-    module.keep_bottleneck = network.keep_bottleneck
+    if not network.library:
+        module.efficient = efficient
+        module.keep_bottleneck = network.keep_bottleneck
+    elif efficient:
+        report = convert(module, keep_bottleneck=network.keep_bottleneck)
+        if len(report.fused) != len(network.options["block_config"]):
+            raise AssertionError(f"not everything is fused:\n{report}")
     done = Run()
     for step in range(2):
         if starts is not None:
