@@ -9,6 +9,7 @@ __all__ = [
     "DropChannel",
     "EfficientDenseBlock",
     "EfficientDenseLayer",
+    "Plan",
     "SqueezeExcitation",
     "Transition",
     "__version__",
@@ -23,8 +24,10 @@ __all__ = [
     "densenet_bc_250_24",
     "functional",
     "hybrid_densenet",
+    "largest_batch",
     "load_weights",
     "memory",
+    "plan",
     "release_workspaces",
     "revert",
     "set_fallback",
@@ -50,6 +53,7 @@ try:
     from .layers import DropChannel, EfficientDenseBlock, EfficientDenseLayer, SqueezeExcitation, Transition
     from .memory import release_workspaces, set_workspace_limit, workspace_use
     from .models import DenseNetBC
+    from .planning import Plan, largest_batch, plan
     from .weights import load_weights
 except ImportError as error:
     # The error is raised when a name is used, so that `python -m densenet_ext info` can still say what is wrong.

@@ -34,14 +34,16 @@ def check_efficient(value: bool | str) -> bool | str:
     return value
 
 
-def check_kept(value: bool | int, name: str) -> bool | int:
-    """Return `value`, True, False or a number of layers, as a bool or an int; raise ValueError for others."""
-    if isinstance(value, bool):
+def check_kept(value: bool | int | str, name: str, auto: bool = False) -> bool | int | str:
+    """Return `value`, True, False, a number of layers, or 'auto' if that is allowed; raise ValueError for others."""
+    if isinstance(value, bool) or (auto and isinstance(value, str) and value == "auto"):
         return value
     try:
         number = -1 if isinstance(value, str) else operator.index(value)
     except TypeError:
         number = -1
     if number < 0:
-        raise ValueError(f"{name} is {value!r}; it may be True, False or a number of layers, at least 0")
+        raise ValueError(
+            f"{name} is {value!r}; it may be True, False{', ' + repr('auto') if auto else ''} or a number of layers, at least 0"
+        )
     return number

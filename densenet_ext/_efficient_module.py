@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ._checks import check_efficient
+from ._checks import check_efficient, check_kept
 
 
 class EfficientModule(nn.Module):
@@ -12,7 +12,7 @@ class EfficientModule(nn.Module):
     """
 
     _efficient: bool | str = False
-    _keep_bottleneck: bool = False
+    _keep_bottleneck: bool | int | str = False
 
     @property
     def efficient(self) -> bool | str:
@@ -28,13 +28,20 @@ class EfficientModule(nn.Module):
         self._set_everywhere("_efficient", check_efficient(value))
 
     @property
-    def keep_bottleneck(self) -> bool:
-        """True if 'fused' keeps the outputs of all conv1 for backward instead of computing them again."""
+    def keep_bottleneck(self) -> bool | int | str:
+        """The outputs of conv1 that 'fused' keeps for backward, in place of computing them again.
+
+        True: all; False: none; a number: those of so many last layers of each block; 'auto': what costs no memory, where
+        a whole network runs up to its head, and none elsewhere.
+
+        Raises:
+            ValueError: it is set to something else; nothing was changed.
+        """
         return self._keep_bottleneck
 
     @keep_bottleneck.setter
-    def keep_bottleneck(self, value: bool) -> None:
-        self._set_everywhere("_keep_bottleneck", bool(value))
+    def keep_bottleneck(self, value: bool | int | str) -> None:
+        self._set_everywhere("_keep_bottleneck", check_kept(value, "keep_bottleneck", auto=True))
 
     def _set_everywhere(self, name: str, value: bool | str) -> None:
         for module in self.modules():

@@ -4,7 +4,8 @@ Two groups of modules are fused: norm, ReLU and max pool of the stem, and a dens
 with the last norm and the rest of the head.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import _reasons, _sharding, fallback, functional
+from ._layout import arithmetic_dtype, gradient_dtype
 from ._plain_layer import norm_relu
+from ._planning.order import StageSize, free_layers
 from ._running_stats import applies_activation
 from ._transforms import is_symbolic
 
@@ -41,10 +44,14 @@ def observed(observe: Callable[["FusedBlock"], object]) -> Iterator[None]:
 
 
 class StageInput(NamedTuple):
-    """A stage's input and its tail: what a sharded block is called with. FSDP2 may cast x inside."""
+    """A stage's input and its tail: what a sharded block is called with. FSDP2 may cast x inside.
+
+    free: how many layers keep their bottleneck if the block's keep_bottleneck is 'auto'.
+    """
 
     x: Tensor
     tail: tuple[nn.Module, ...]
+    free: int
 
 
 class FusedBlock:
@@ -54,6 +61,7 @@ class FusedBlock:
     """
 
     runs_fused = True  # False while its modules are to be called
+    keep_bottleneck: bool | int | str = False  # as in dense_stage, or 'auto'
 
     def fallback_reason(self, x: Tensor) -> str | None:
         """Return why the fused op cannot compute this block for x [N, C0, H, W], or None if it can."""
@@ -71,15 +79,19 @@ class FusedBlock:
         """Check that the norm at `path` shares batch statistics with the same processes as this block's norms."""
         raise NotImplementedError
 
-    def run_fused(self, x: Tensor, *tail: nn.Module) -> Tensor | None:
-        """Call `fused`, and tell those who observe."""
+    def run_fused(self, x: Tensor, *tail: nn.Module, free: int = 0) -> Tensor | None:
+        """Call `fused`, and tell those who observe. free: how many layers keep their bottleneck for 'auto'."""
         for observe in _observers:
             observe(self)
-        return self.fused(x, *tail)
+        return self.fused(x, *tail, keep=free if self.keep_bottleneck == "auto" else self.keep_bottleneck)
 
-    def fused(self, x: Tensor, *tail: nn.Module) -> Tensor | None:
+    def dense_layers(self) -> Sequence[object]:
+        """Return the dense layers, each with conv1 and conv2."""
+        raise NotImplementedError
+
+    def fused(self, x: Tensor, *tail: nn.Module, keep: bool | int) -> Tensor | None:
         """Compute the block and its tail by one op. `tail` holds the norm and the convolution of a transition, the norm
-        of a head, or nothing.
+        of a head, or nothing; keep: keep_bottleneck of dense_stage.
 
         `fallback_reason` has to be None for x. If the layers differ too much for one op, reports that and returns None.
         """
@@ -94,7 +106,7 @@ def run_features(
     head: True if the last stage may include the head (norm5, ReLU, global average pool). prefix: stands before the
     modules' names in messages. Returns the output, and True if the last stage did include the head.
     """
-    rest, pooled = list(modules.items()), False
+    rest, pooled, free = list(modules.items()), False, None
     fuses = any(_is_fused_block(module) for module in modules.values()) and not is_symbolic(x)
     if fuses and (rest[0][0] == "conv0" or type(rest[0][1]) is nn.Conv2d):
         x = _to_channels_last(x)
@@ -104,7 +116,9 @@ def run_features(
             if stem := _stem(rest):
                 y, count = _run_stem(stem, x, prefix)
             else:
-                y, count = _run_stage(rest, x, head, prefix)
+                if free is None and _is_fused_block(rest[0][1]):
+                    free = _free_layers(rest, x) if head else {}
+                y, count = _run_stage(rest, x, head, prefix, (free or {}).get(rest[0][1], 0))
                 pooled = y is not None and y.dim() == 2
         if y is None:
             y, count = _run_modules(rest, x)
@@ -115,6 +129,39 @@ def run_features(
 
 def _is_fused_block(module: nn.Module) -> bool:
     return isinstance(module, FusedBlock) and module.runs_fused
+
+
+def _free_layers(modules: _Named, x: Tensor) -> dict[nn.Module, int]:
+    """Return for each block of the modules, the rest of a network, how many layers keep their bottleneck at no cost.
+
+    x: the input of the first one. The result is empty where no block asks for it, where nothing is kept for backward,
+    under torch.compile, which plans memory itself, and where something else than transitions stands between the blocks.
+    """
+    blocks = [module for _, module in modules if _is_fused_block(module)]
+    if not torch.is_grad_enabled() or all(block.keep_bottleneck != "auto" for block in blocks):
+        return {}
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return {}
+    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    kinds = {"value": dtype.itemsize, "gradient": gradient_dtype(x.new_empty(0, dtype=dtype)).itemsize}
+    sizes, spatial = [], x.shape[2:]
+    for i, block in enumerate(blocks):
+        (name, module), (consumer_name, consumer) = modules[2 * i : 2 * i + 2]
+        if module is not block or block.consumer(consumer_name, consumer, consumer_name) is None:
+            return {}
+        layers = block.dense_layers()
+        first, parameters = layers[0], sum(layer.conv1.weight.numel() + layer.conv2.weight.numel() for layer in layers)
+        sizes.append(
+            StageSize(
+                *(x.shape[0] * math.prod(spatial), first.conv1.weight.shape[1], first.conv2.weight.shape[0]),
+                *(first.conv1.weight.shape[0], len(layers)),
+                **kinds,
+                parameters=parameters * arithmetic_dtype(dtype).itemsize,
+            )
+        )
+        spatial = [size // 2 for size in spatial]
+    return dict(zip(blocks, free_layers(tuple(sizes)), strict=True))
 
 
 def _names(modules: _Named) -> list[str]:
@@ -166,7 +213,7 @@ def _run_stem(stem: _Named, x: Tensor, prefix: str) -> tuple[Tensor | None, int]
     return None, 0
 
 
-def _run_stage(rest: _Named, x: Tensor, head: bool, prefix: str) -> tuple[Tensor | None, int]:
+def _run_stage(rest: _Named, x: Tensor, head: bool, prefix: str, free: int) -> tuple[Tensor | None, int]:
     """Run a block and its tail by one op. Returns its output and 2, or (None, 0) if these modules are no stage."""
     if len(rest) < 2:
         return None, 0
@@ -188,5 +235,5 @@ def _run_stage(rest: _Named, x: Tensor, head: bool, prefix: str) -> tuple[Tensor
         fallback.report(reason)
         return None, 0
     if _sharding.is_sharded(block):
-        return block(StageInput(x, tail)), 2
-    return block.run_fused(x, *tail), 2
+        return block(StageInput(x, tail, free)), 2
+    return block.run_fused(x, *tail, free=free), 2

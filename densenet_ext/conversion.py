@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_kept
 from ._conversion import checks
 from ._conversion.classes import is_converted, swap, swap_back
 from ._conversion.recognition import Finder
@@ -19,7 +20,7 @@ def convert(
     model: nn.Module,
     *,
     layers: Mapping[type[nn.Module], DenseLayerSpec] | None = None,
-    keep_bottleneck: bool = False,
+    keep_bottleneck: bool | int | str = "auto",
     example: Tensor | tuple | None = None,
 ) -> ConversionReport:
     """Make the dense blocks of a model run fused, in place, with what consumes them.
@@ -36,7 +37,9 @@ def convert(
     Args:
         model: any module; changed in place.
         layers: the parts of dense layers of your own, by their class: {MyLayer: DenseLayerSpec(norm1='bn1', ...)}.
-        keep_bottleneck: keep the outputs of all 1x1 convolutions for backward: faster, for more memory.
+        keep_bottleneck: True: keep the outputs of all 1x1 convolutions for backward: faster, for more memory; a number:
+            those of so many last layers of each block; 'auto': what costs no memory, where a network is converted up to
+            its head; False: none. `plan` predicts memory and sets it within a budget.
         example: an input, or a tuple of inputs, with which to compare copies of the whole model before and after, in
             float64, in training and evaluation mode.
 
@@ -45,7 +48,7 @@ def convert(
 
     Raises:
         TypeError: model is no module, or layers holds something else than classes and DenseLayerSpecs.
-        ValueError: the outputs on `example` differ; nothing was changed.
+        ValueError: the outputs on `example` differ, or keep_bottleneck is none of these; nothing was changed.
 
     `torch.save(model)` and pickles of a converted model need densenet_ext to load, and torch.jit.script does not serve
     it: call `revert` first. State dicts need nothing.
@@ -53,7 +56,7 @@ def convert(
     Source: Pleiss et al., Memory-Efficient Implementation of DenseNets, arXiv 1707.06990, for the idea.
     """
     specs = _checked(model, layers)
-    finder = Finder(model, specs, keep_bottleneck)
+    finder = Finder(model, specs, check_kept(keep_bottleneck, "keep_bottleneck", auto=True))
     report = report_on(model, finder)
     if example is not None:
         report.difference = _compare(model, finder, example)

@@ -29,7 +29,7 @@ class NetworkOptions(TypedDict, total=False):
     drop_channel_position: str
     se_reduction: int | None
     efficient: bool | str
-    keep_bottleneck: bool
+    keep_bottleneck: bool | int | str
     small_inputs: bool
     eps: float
     momentum: float | None

@@ -62,7 +62,7 @@ class EfficientDenseLayer(EfficientModule):
         drop_channel_position: str = "pre_norm",
         se_reduction: int | None = None,
         efficient: bool | str = False,
-        keep_bottleneck: bool = False,
+        keep_bottleneck: bool | int | str = False,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:
@@ -115,9 +115,11 @@ class EfficientDenseLayer(EfficientModule):
             or _reasons.inner_reason(self, "")
             or _reasons.sharing_reason({"layer": self}, "")
         )
+        keep = self.keep_bottleneck
+        keep = keep is True or (keep != "auto" and keep > 0)
         if reason is None:
             try:
-                return functional.dense_layer(inputs, self, keep_bottleneck=self.keep_bottleneck)
+                return functional.dense_layer(inputs, self, keep_bottleneck=keep)
             except functional.NotServed as error:
                 reason = f"the layer{error.what}"
         fallback.report(reason)
@@ -172,7 +174,7 @@ class EfficientDenseBlock(FusedBlock, EfficientModule, nn.ModuleDict):
         drop_channel_position: str = "pre_norm",
         se_reduction: int | None = None,
         efficient: bool | str = False,
-        keep_bottleneck: bool = False,
+        keep_bottleneck: bool | int | str = False,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:
@@ -204,7 +206,7 @@ class EfficientDenseBlock(FusedBlock, EfficientModule, nn.ModuleDict):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, StageInput):
-            return self.run_fused(x.x, *x.tail)
+            return self.run_fused(x.x, *x.tail, free=x.free)
         if self.efficient != "fused" or is_symbolic(x) or not self._modules:
             return self._concatenate(x)
         reason = self.fallback_reason(x)
@@ -238,8 +240,10 @@ class EfficientDenseBlock(FusedBlock, EfficientModule, nn.ModuleDict):
     def sharing_reason(self, path: str, norm: nn.Module) -> str | None:
         return _reasons.sharing_reason(self._modules, self._prefix, (path, norm))
 
-    def fused(self, x: Tensor, *tail: nn.Module) -> Tensor | None:
-        keep = self.keep_bottleneck
+    def dense_layers(self) -> Sequence[nn.Module]:
+        return self.layers
+
+    def fused(self, x: Tensor, *tail: nn.Module, keep: bool | int) -> Tensor | None:
         try:
             return functional.dense_stage(x, self.layers, *tail, keep_bottleneck=keep)
         except functional.NotServed as error:

@@ -64,8 +64,9 @@ class DenseNetBC(EfficientModule):
             storing most activations, costs about a sixth of the time. 'fused', or True: one op for each dense block
             and the transition or head after it; avoids storing nearly all activations. set_fallback says what happens
             where that op cannot serve.
-        keep_bottleneck: with 'fused', keep the bottlenecks for backward; avoids a convolution a layer in backward,
-            costs N * H * W * bn_size * k values of memory a layer.
+        keep_bottleneck: with 'fused', the bottlenecks that are kept for backward; avoids a convolution a layer in
+            backward, costs N * H * W * bn_size * k values of memory a layer. 'auto': those that do not raise the peak;
+            True: all; False: none; a number: so many last layers of each block. `plan` chooses within a budget.
         small_inputs: True: 3x3 convolution of stride 1 as stem, for images such as 32x32; False: 7x7 of stride 2, norm,
             ReLU, 3x3 max pool of stride 2.
         in_channels: channels of the images; at least 1.
@@ -94,7 +95,7 @@ class DenseNetBC(EfficientModule):
         drop_channel_position: str = "pre_norm",
         se_reduction: int | None = None,
         efficient: bool | str = False,
-        keep_bottleneck: bool = False,
+        keep_bottleneck: bool | int | str = "auto",
         small_inputs: bool = True,
         in_channels: int = 3,
         num_init_features: int | None = None,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _reasons, _sharding, fallback, functional
+from .._checks import check_kept
 from .._features import Consumer, FusedBlock, StageInput, run_features
 from .._transforms import is_symbolic
 from . import settings
@@ -70,7 +71,7 @@ class ConvertedBlock(FusedBlock, Converted):
         if not _single(args, kwargs):
             return super().forward(*args, **kwargs)
         if isinstance(args[0], StageInput):
-            return self.run_fused(args[0].x, *args[0].tail)
+            return self.run_fused(args[0].x, *args[0].tail, free=args[0].free)
         reason = self.fallback_reason(args[0])
         y = None if self._reported(reason) else self.run_fused(args[0])
         if y is not None:
@@ -129,12 +130,24 @@ class ConvertedBlock(FusedBlock, Converted):
         views = {name: LayerView(layer, layer._densenet_ext) for name, layer in self.layers.items()}
         return _reasons.sharing_reason(views, self._prefix, (path, norm))
 
-    def fused(self, x: Tensor, *tail: nn.Module) -> Tensor | None:
-        views = [LayerView(layer, layer._densenet_ext) for layer in self.layers.values()]
+    @property
+    def keep_bottleneck(self) -> bool | int | str:
+        """The number of layers that keep their bottleneck for backward, True for all, or 'auto'; as convert takes it."""
+        return self._densenet_ext.keep_bottleneck
+
+    @keep_bottleneck.setter
+    def keep_bottleneck(self, value: bool | int | str) -> None:
+        self._densenet_ext.keep_bottleneck = check_kept(value, "keep_bottleneck", auto=True)
+
+    def dense_layers(self) -> list[LayerView]:
+        return [LayerView(layer, layer._densenet_ext) for layer in self.layers.values()]
+
+    def fused(self, x: Tensor, *tail: nn.Module, keep: bool | int) -> Tensor | None:
+        views = self.dense_layers()
         try:
             return functional.dense_stage(
                 *(x, views, *tail),
-                keep_bottleneck=self._densenet_ext.keep_bottleneck,
+                keep_bottleneck=keep,
                 new_first=views[0].settings.spec.order == "new_first",
             )
         except functional.NotServed as error:

@@ -45,7 +45,7 @@ class Finder:
 
     model: nn.Module
     specs: Mapping[type, DenseLayerSpec]
-    keep_bottleneck: bool = False
+    keep_bottleneck: bool | int | str = "auto"
     found: dict[nn.Module, Settings] = field(default_factory=dict)
     reasons: dict[nn.Module, str] = field(default_factory=dict)
     paths: dict[nn.Module, str] = field(default_factory=dict)

@@ -69,7 +69,7 @@ class BlockSettings(Settings):
 
     kind: ClassVar[str] = "block"
     container: str = ""
-    keep_bottleneck: bool = False
+    keep_bottleneck: bool | int | str = "auto"
 
 
 @dataclass

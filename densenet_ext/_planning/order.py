@@ -8,22 +8,32 @@ these keep costs nothing, up to the difference between their own peak and that o
 are the first in the order, whatever they read.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from .._layout import padded_width
 
 
+# Blocks of several sizes leave holes between them, so not all of the difference between two peaks can be used.
+_USABLE = 0.94
+
+
 class StageSize(NamedTuple):
-    """The size of a dense block. rows: samples times pixels; width: K2; growth: k; the rest is in bytes a value."""
+    """The size of a dense block. rows: samples times pixels; width: K2; growth: k.
+
+    value, gradient: bytes of a value of a feature map, and of a gradient buffer; parameters: bytes of the gradients that
+    its backward makes.
+    """
 
     rows: int
     in_channels: int
     growth: int
     width: int
     layers: int
-    value: int = 4  # a feature map's
-    gradient: int = 4  # a gradient buffer's
+    value: int = 4
+    gradient: int = 4
+    parameters: int = 0
 
     @property
     def bottleneck(self) -> int:
@@ -39,20 +49,21 @@ class StageSize(NamedTuple):
     def backward(self) -> int:
         """Bytes that its backward takes besides feature buffers and kept bottlenecks."""
         gradients = self.features // self.value * self.gradient
-        return gradients + self.bottleneck + self.bottleneck // self.value * self.gradient
+        return gradients + self.bottleneck + self.bottleneck // self.value * self.gradient + self.parameters
 
     def channels(self, layer: int) -> int:
         """The number of channels that a layer reads."""
         return self.in_channels + layer * self.growth
 
 
-def free_layers(stages: Sequence[StageSize]) -> list[int]:
+@functools.cache
+def free_layers(stages: tuple[StageSize, ...]) -> list[int]:
     """Return for each stage how many of its last layers keep their bottleneck without raising the peak of a step."""
     levels, features = [], 0
     for stage in stages:
         features += stage.features
         levels.append(features + stage.backward)
-    peak = max(levels, default=0)
+    peak = int(_USABLE * max(levels, default=0))
     room = [peak - level for level in levels]
     # All that is kept is there at once when forward ends.
     room.append(peak - features)
@@ -65,11 +76,12 @@ def free_layers(stages: Sequence[StageSize]) -> list[int]:
     return kept
 
 
-def keep_order(stages: Sequence[StageSize]) -> list[int]:
+def keep_order(stages: tuple[StageSize, ...]) -> list[int]:
     """Return the numbers of the stages whose next layer, from the last one on, keeps its bottleneck, one after the other."""
     free = free_layers(stages)
-    first = [stage for stage, count in enumerate(free) for _ in range(count)]
-    return first + [stage for stage, _ in _by_channels(stages, free)]
+    costly = _by_channels(stages, free)
+    at_no_cost = [place for place in _by_channels(stages, [0] * len(stages)) if place not in set(costly)]
+    return [stage for stage, _ in at_no_cost + costly]
 
 
 def _by_channels(stages: Sequence[StageSize], kept: Sequence[int]) -> list[tuple[int, int]]:

@@ -19,7 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from .. import _features, _transforms
 from .._features import FusedBlock
+from .._layout import arithmetic_dtype
+from .._ops import handles
+from .._protocol import Options, StageSizes
 from .nowhere import Nowhere
+from .order import StageSize
 
 
 class Take(NamedTuple):
@@ -119,6 +123,22 @@ def record(model: nn.Module, input_size: Sequence[int], dtype: torch.dtype, trai
         tensors.clear()
         gc.collect()
     return script
+
+
+def stage_sizes(script: Script) -> tuple[StageSize, ...]:
+    """Return the size of each stage of a script, in the order of their calls."""
+    sizes = []
+    for event in script.events:
+        if isinstance(event, Call) and event.op is handles.dense_stage:
+            x, params, *_, options = event.arguments[0]
+            stage = StageSizes(params, Options(*options), x.shape[1])
+            gradient = arithmetic_dtype(x.dtype).itemsize
+            size = StageSize(
+                *(x.shape[0] * x.shape[2:].numel(), x.shape[1], stage.growth, stage.width, len(stage.layers)),
+                *(x.dtype.itemsize, gradient, sum(p.numel() for p in params) * gradient),
+            )
+            sizes.append(size)
+    return tuple(sizes)
 
 
 class _Recorder(TorchDispatchMode):
