@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import _reasons, _sharding, fallback, functional
 from ._layout import arithmetic_dtype, gradient_dtype
+from ._ops import handles
 from ._plain_layer import norm_relu
 from ._planning.order import StageSize, free_layers
 from ._running_stats import applies_activation
@@ -61,7 +62,7 @@ class FusedBlock:
     """
 
     runs_fused = True  # False while its modules are to be called
-    keep_bottleneck: bool | int | str = False  # as in dense_stage, or 'auto'
+    keep_bottleneck: bool | int | str  # as in dense_stage, or 'auto'
 
     def fallback_reason(self, x: Tensor) -> str | None:
         """Return why the fused op cannot compute this block for x [N, C0, H, W], or None if it can."""
@@ -140,26 +141,28 @@ def _free_layers(modules: _Named, x: Tensor) -> dict[nn.Module, int]:
     blocks = [module for _, module in modules if _is_fused_block(module)]
     if not torch.is_grad_enabled() or all(block.keep_bottleneck != "auto" for block in blocks):
         return {}
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+    if len(modules) != 2 * len(blocks):
+        return {}
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.device.type not in handles.DEVICES:
         return {}
     casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
-    kinds = {"value": dtype.itemsize, "gradient": gradient_dtype(x.new_empty(0, dtype=dtype)).itemsize}
+    bytes_of = {"value": dtype.itemsize, "gradient": gradient_dtype(x.new_empty(0, dtype=dtype)).itemsize}
     sizes, spatial = [], x.shape[2:]
     for i, block in enumerate(blocks):
-        (name, module), (consumer_name, consumer) = modules[2 * i : 2 * i + 2]
-        if module is not block or block.consumer(consumer_name, consumer, consumer_name) is None:
+        (_, module), (consumer_name, consumer) = modules[2 * i : 2 * i + 2]
+        # A convolution's sizes are attributes; its weight may be computed when it is asked for.
+        pairs = [(layer.conv1, layer.conv2) for layer in block.dense_layers()]
+        if module is not block or not all(type(conv) is nn.Conv2d for pair in pairs for conv in pair):
             return {}
-        layers = block.dense_layers()
-        first, parameters = layers[0], sum(layer.conv1.weight.numel() + layer.conv2.weight.numel() for layer in layers)
-        sizes.append(
-            StageSize(
-                *(x.shape[0] * math.prod(spatial), first.conv1.weight.shape[1], first.conv2.weight.shape[0]),
-                *(first.conv1.weight.shape[0], len(layers)),
-                **kinds,
-                parameters=parameters * arithmetic_dtype(dtype).itemsize,
-            )
-        )
+        if block.consumer(consumer_name, consumer, consumer_name) is None:
+            return {}
+        first, last = pairs[0]
+        width, growth = first.out_channels, last.out_channels
+        parameters = sum(width * (conv1.in_channels + 9 * growth) for conv1, _ in pairs)
+        bytes_of["parameters"] = parameters * arithmetic_dtype(dtype).itemsize
+        rows = x.shape[0] * math.prod(spatial)
+        sizes.append(StageSize(rows, first.in_channels, growth, width, len(pairs), **bytes_of))
         spatial = [size // 2 for size in spatial]
     return dict(zip(blocks, free_layers(tuple(sizes)), strict=True))
 
