@@ -147,7 +147,7 @@ def _free_layers(modules: _Named, x: Tensor) -> dict[nn.Module, int]:
         return {}
     casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
-    bytes_of = {"value": dtype.itemsize, "gradient": gradient_dtype(x.new_empty(0, dtype=dtype)).itemsize}
+    bytes_of = {"value": dtype.itemsize, "gradient": gradient_dtype(torch.empty(0, dtype=dtype, device=x.device)).itemsize}
     sizes, spatial = [], x.shape[2:]
     for i, block in enumerate(blocks):
         (_, module), (consumer_name, consumer) = modules[2 * i : 2 * i + 2]

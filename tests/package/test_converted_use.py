@@ -88,6 +88,23 @@ def test_hooks_of_grad_cam_on_monai():
     assert_equal(results[1], results[0])
 
 
+@pytest.mark.parametrize("keep", ["auto", True])
+def test_tensors_of_monai(keep, calls):
+    """MetaTensor overrides methods of tensors with other signatures."""
+    data = pytest.importorskip("monai").data
+    plain = build("MONAI")
+    converted = copy.deepcopy(plain)
+    convert(converted, keep_bottleneck=keep)
+    results = []
+    for model in (converted, plain):
+        y = model(data.MetaTensor(images()))
+        assert type(y) is data.MetaTensor
+        y.as_tensor().square().sum().backward()
+        results.append([y.as_tensor(), *(p.grad for p in model.parameters())])
+    assert_equal(*results)
+    assert calls["dense_stage"] >= 2
+
+
 def test_rates_and_parts_that_change_later(calls):
     """A rate is read at each call; a replaced stem or classifier is called; another norm makes a layer plain."""
     results = []
