@@ -2,6 +2,8 @@
 
     python benchmarks/largest_batch.py --budget-mb 2000
 
+For fused networks on a CPU densenet_ext.largest_batch predicts the batch; measurements then check it.
+
 Counted are parameters, gradients, momentum, and the step's peak over them. On a CPU that is measured
 (bench/memory_meter.py) at sizes that a line through earlier measurements predicts, until one fits and the next larger one
 does not; workspaces, which come in pages of 2 MB, make it a line with steps. On a GPU the budget is the allocator's, by
@@ -15,10 +17,12 @@ import torch
 from bench import MB, environment, options, results
 from bench.implementations import EAGER
 from bench.memory_meter import measure_memory
-from bench.networks import VARIANTS, Spec
+from bench.networks import VARIANTS, Spec, build_model
 from bench.steps import TrainingStep
 from bench.tables import Column, first_line, paragraphs, table_of
 from tqdm import tqdm
+
+import densenet_ext
 
 TITLE = "Largest batch and deepest network"
 MOST = {"batch": 1 << 16, "depth": 400}  # images, layers of a block: nobody asks for more
@@ -46,12 +50,12 @@ def parse_arguments(arguments=None):
     return parser.parse_args(arguments)
 
 
-def largest(bytes_of, budget, most):
+def largest(bytes_of, budget, most, guess=2):
     """The largest n up to `most` with bytes_of(n) <= budget, 0 if there is none, and {n: bytes} of all measurements.
 
-    bytes_of(n) grows with n and is None where there was no memory at all.
+    bytes_of(n) grows with n and is None where there was no memory at all. `guess` is measured first.
     """
-    found, low, high, guess = {}, 0, most + 1, 2
+    found, low, high = {}, 0, most + 1
     while high - low > 1:
         guess = min(max(guess, low + 1), high - 1)
         found[guess] = bytes_of(guess)
@@ -72,13 +76,29 @@ def _predict(found, budget, low):
     return max(1, min(4 * low, int(near[0] + (budget - found[near[0]]) / slope))) if slope > 0 else 2 * low
 
 
+def state_bytes(model):
+    """Parameters, their gradients and momentum, and buffers."""
+    return sum(3 * p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+
+
+def predicted_batch(spec, budget):
+    """The batch that the package predicts for a fused network on a CPU, or None."""
+    if spec.implementation != "fused" or spec.device != "cpu":
+        return None
+    model, size = build_model(spec), (1, 3, spec.size, spec.size)
+    room = int(budget - state_bytes(model))
+    try:
+        return densenet_ext.largest_batch(model, size, room, dtype=getattr(torch, spec.dtype)) if room > 0 else None
+    except ValueError:  # not even one sample fits
+        return None
+
+
 def step_bytes(spec):
     """All that training takes: parameters, buffers, gradients, momentum and the step's peak; None if it does not fit."""
     step = None
     try:
         step = TrainingStep(spec)
-        state = sum(3 * p.nbytes for p in step.model.parameters()) + sum(b.nbytes for b in step.model.buffers())
-        return state + measure_memory(step).peak_bytes
+        return state_bytes(step.model) + measure_memory(step).peak_bytes
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -119,7 +139,9 @@ def measure(settings, searches, implementations, budget, deadline):
             continue
         spec_of = spec_function(settings, search, implementation)
         try:
-            n, found = largest(lambda n, spec_of=spec_of: step_bytes(spec_of(n)), budget, MOST[search])
+            predicted = predicted_batch(spec_of(1), budget) if search == "batch" else None
+            n, found = largest(lambda n, spec_of=spec_of: step_bytes(spec_of(n)), budget, MOST[search], predicted or 2)
+            row["predicted"] = predicted
         except Exception as error:  # an implementation that fails is a row
             rows.append(row | {"error": first_line(error)})
             continue
@@ -140,6 +162,7 @@ def body(results):
             Column("implementation", "implementation"),
             Column(search, lambda row: row.get("error", str(row.get("largest")))),
             Column("plain's", "times_plain", "{:.1f}x"),
+            *([Column("predicted", "predicted")] if any(row.get("predicted") for row in rows) else []),
             Column("MB", lambda row: row.get("bytes") or None, "{:.0f}", 1 / MB),
             Column("MB of the next", lambda row: row.get("next_bytes") or None, "{:.0f}", 1 / MB),
         ]

@@ -54,6 +54,7 @@ def test_largest_batch(run):
     _, found = run("largest_batch.py", "--budget-mb", budget, "--depth", 10, "--size", 32, "--threads", 1, "--search",
                    "batch", "--implementations", "plain,fused", "--device", "cpu")  # fmt: skip
     plain, fused = found["rows"]
+    assert abs(fused["predicted"] - fused["largest"]) <= 0.02 * fused["largest"] + 1
     for r in (plain, fused):
         assert 0 < r["bytes"] <= budget * 1e6 < r["next_bytes"]
     spec = Spec("plain", "", depth=10, size=32, batch_size=plain["largest"])
