@@ -17,7 +17,7 @@ from ._layout import arithmetic_dtype, gradient_dtype
 from ._plain_layer import norm_relu
 from ._planning.order import StageSize, free_layers
 from ._running_stats import applies_activation
-from ._transforms import is_symbolic
+from ._transforms import is_recording, is_symbolic
 
 _Named = list[tuple[str, nn.Module]]
 
@@ -86,7 +86,7 @@ class FusedBlock:
         return self.fused(x, *tail, keep=free if self.keep_bottleneck == "auto" else self.keep_bottleneck)
 
     def dense_layers(self) -> Sequence[object]:
-        """Return the dense layers, each with conv1 and conv2."""
+        """Return the dense layers, each with conv1 and conv2, unless a user has put something else there."""
         raise NotImplementedError
 
     def fused(self, x: Tensor, *tail: nn.Module, keep: bool | int) -> Tensor | None:
@@ -136,32 +136,38 @@ def _free_layers(modules: _Named, x: Tensor) -> dict[nn.Module, int]:
 
     x: the input of the first one. The result is empty where no block asks for it, where nothing is kept for backward,
     under torch.compile, which plans memory itself, and where something else than transitions stands between the blocks.
+    Nothing has checked the modules yet: a user may have put anything in the place of a layer or a convolution.
     """
     blocks = [module for _, module in modules if _is_fused_block(module)]
     if not torch.is_grad_enabled() or all(block.keep_bottleneck != "auto" for block in blocks):
         return {}
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+    if torch.compiler.is_compiling() or is_recording() or not isinstance(x, Tensor) or x.dim() != 4:
         return {}
     casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
     kinds = {"value": dtype.itemsize, "gradient": gradient_dtype(x.new_empty(0, dtype=dtype)).itemsize}
     sizes, spatial = [], x.shape[2:]
     for i, block in enumerate(blocks):
-        (name, module), (consumer_name, consumer) = modules[2 * i : 2 * i + 2]
-        if module is not block or block.consumer(consumer_name, consumer, consumer_name) is None:
+        (name, module), *after = modules[2 * i : 2 * i + 2]
+        if module is not block or not after or block.consumer(after[0][0], after[0][1], after[0][0]) is None:
             return {}
-        layers = block.dense_layers()
-        first, parameters = layers[0], sum(layer.conv1.weight.numel() + layer.conv2.weight.numel() for layer in layers)
+        weights = [_weight(layer, name) for layer in block.dense_layers() for name in ("conv1", "conv2")]
+        if not weights or not all(isinstance(weight, Tensor) and weight.dim() == 4 for weight in weights):
+            return {}
         sizes.append(
             StageSize(
-                *(x.shape[0] * math.prod(spatial), first.conv1.weight.shape[1], first.conv2.weight.shape[0]),
-                *(first.conv1.weight.shape[0], len(layers)),
+                *(x.shape[0] * math.prod(spatial), weights[0].shape[1], weights[1].shape[0], weights[0].shape[0]),
+                layers=len(weights) // 2,
                 **kinds,
-                parameters=parameters * arithmetic_dtype(dtype).itemsize,
+                parameters=sum(weight.numel() for weight in weights) * arithmetic_dtype(dtype).itemsize,
             )
         )
         spatial = [size // 2 for size in spatial]
     return dict(zip(blocks, free_layers(tuple(sizes)), strict=True))
+
+
+def _weight(layer: object, name: str) -> object:
+    return getattr(getattr(layer, name, None), "weight", None)
 
 
 def _names(modules: _Named) -> list[str]:

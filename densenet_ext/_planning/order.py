@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from .._layout import padded_width
 
-
 # Blocks of several sizes leave holes between them, so not all of the difference between two peaks can be used.
 _USABLE = 0.94
 
