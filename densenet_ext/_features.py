@@ -18,7 +18,7 @@ from ._ops import handles
 from ._plain_layer import norm_relu
 from ._planning.order import StageSize, free_layers
 from ._running_stats import applies_activation
-from ._transforms import is_symbolic
+from ._transforms import is_recording, is_symbolic
 
 _Named = list[tuple[str, nn.Module]]
 
@@ -87,7 +87,7 @@ class FusedBlock:
         return self.fused(x, *tail, keep=free if self.keep_bottleneck == "auto" else self.keep_bottleneck)
 
     def dense_layers(self) -> Sequence[object]:
-        """Return the dense layers, each with conv1 and conv2."""
+        """Return the dense layers, each with conv1 and conv2, unless a user has put something else there."""
         raise NotImplementedError
 
     def fused(self, x: Tensor, *tail: nn.Module, keep: bool | int) -> Tensor | None:
@@ -137,23 +137,29 @@ def _free_layers(modules: _Named, x: Tensor) -> dict[nn.Module, int]:
 
     x: the input of the first one. The result is empty where no block asks for it, where nothing is kept for backward,
     under torch.compile, which plans memory itself, and where something else than transitions stands between the blocks.
+    Nothing has checked the modules yet: a user may have put anything in the place of a layer or a convolution.
     """
     blocks = [module for _, module in modules if _is_fused_block(module)]
     if not torch.is_grad_enabled() or all(block.keep_bottleneck != "auto" for block in blocks):
         return {}
     if len(modules) != 2 * len(blocks):
         return {}
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.device.type not in handles.DEVICES:
+    if torch.compiler.is_compiling() or is_recording() or not isinstance(x, Tensor) or x.dim() != 4:
+        return {}
+    if x.device.type not in handles.DEVICES:
         return {}
     casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
-    bytes_of = {"value": dtype.itemsize, "gradient": gradient_dtype(torch.empty(0, dtype=dtype, device=x.device)).itemsize}
+    bytes_of = {
+        "value": dtype.itemsize,
+        "gradient": gradient_dtype(torch.empty(0, dtype=dtype, device=x.device)).itemsize,
+    }
     sizes, spatial = [], x.shape[2:]
     for i, block in enumerate(blocks):
         (_, module), (consumer_name, consumer) = modules[2 * i : 2 * i + 2]
         # A convolution's sizes are attributes; its weight may be computed when it is asked for.
-        pairs = [(layer.conv1, layer.conv2) for layer in block.dense_layers()]
-        if module is not block or not all(type(conv) is nn.Conv2d for pair in pairs for conv in pair):
+        pairs = [(getattr(m, "conv1", None), getattr(m, "conv2", None)) for m in block.dense_layers()]
+        if module is not block or not pairs or not all(type(conv) is nn.Conv2d for pair in pairs for conv in pair):
             return {}
         if block.consumer(consumer_name, consumer, consumer_name) is None:
             return {}

@@ -6,16 +6,20 @@ more than its modules. So outputs, gradients and running statistics are compared
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
 
 from .. import fallback
+from .settings import tracked
 
 _HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
     *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
 )
+# torch looks these up in the module first, so they take the place of the class's forward.
+CALLED_FIRST = ("forward", "_call_impl", "_conv_forward", "_compiled_call_impl")
 _TOLERANCE = 1e-9  # relative to the largest value
 SEED = 1707_06990
 
@@ -33,10 +37,10 @@ def _copy(module: nn.Module, generator: torch.Generator, done: dict[int, nn.Modu
     if id(module) in done:
         return done[id(module)]
     twin = done[id(module)] = object.__new__(type(module))
-    twin.__dict__ = dict(module.__dict__)
+    twin.__dict__ = {name: _rebound(value, module, twin) for name, value in module.__dict__.items()}
     for name in _HOOKS:
         twin.__dict__[name] = type(module.__dict__[name])()
-    for name in ("forward", "_call_impl", "_conv_forward"):
+    for name in CALLED_FIRST:
         twin.__dict__.pop(name, None)
     twin._parameters = {
         name: p if p is None else nn.Parameter(_random(name, p, generator)) for name, p in module._parameters.items()
@@ -44,6 +48,12 @@ def _copy(module: nn.Module, generator: torch.Generator, done: dict[int, nn.Modu
     twin._buffers = {name: b if b is None else _random(name, b, generator) for name, b in module._buffers.items()}
     twin._modules = {name: m if m is None else _copy(m, generator, done) for name, m in module._modules.items()}
     return twin
+
+
+def _rebound(value: object, module: nn.Module, twin: nn.Module) -> object:
+    """Return a method of `module` as one of `twin`, and anything else as it is."""
+    is_method = isinstance(value, MethodType) and value.__self__ is module
+    return MethodType(value.__func__, twin) if is_method else value
 
 
 def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -64,8 +74,31 @@ def random_maps(channels: int, size: int = 4) -> Tensor:
     return torch.randn(2, channels, size, size, generator=generator, dtype=torch.double, device="cpu")
 
 
-def difference(plain: nn.Module, fused: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> str | None:
-    """Return how run(fused, x) differs from run(plain, x), or None if it does not; both are random copies."""
+def difference(
+    plain: nn.Module, fused: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor], read: set[str]
+) -> str | None:
+    """Return how run(fused, x) differs from run(plain, x), or None if it does not; both are random copies.
+
+    Adds to `read` the names of the attributes that the forward of `plain` reads.
+    """
+    before = [(module, dict(module.__dict__)) for module in plain.modules()]
+    original, plain.__class__ = type(plain), tracked(type(plain), read)
+    try:
+        return _difference(plain, fused, x, run) or _assignment(before)
+    finally:
+        plain.__class__ = original
+
+
+def _assignment(before: list[tuple[nn.Module, dict]]) -> str | None:
+    """Return which attribute was assigned since then: the fused form of a module would not do that."""
+    for module, attributes in before:
+        for name, value in module.__dict__.items():
+            if name != "training" and (name not in attributes or attributes[name] is not value):
+                return f"it assigns the attribute {name}"
+    return None
+
+
+def _difference(plain: nn.Module, fused: nn.Module, x: Tensor, run: Callable) -> str | None:
     with quiet(), fallback.strict():
         for training in (True, False):
             mode = "training" if training else "evaluation"

@@ -28,20 +28,28 @@ _KINDS = {
 def converted_class(kind: str, original: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `original` that runs fused."""
 
+    kinds = (_KINDS[kind], original)
+
     def reduce(self: nn.Module, protocol: int) -> tuple:
         return _empty, (kind, original), self.__getstate__()
+
+    def setstate(self: nn.Module, state: dict) -> None:
+        super(kinds[0], self).__setstate__(state)
+        if ATTRIBUTE in self.__dict__:
+            self.__dict__[ATTRIBUTE].remember(original)
 
     namespace = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__reduce_ex__": reduce,
+        "__setstate__": setstate,
         "__prepare_scriptable__": refuse_scripting,
         "_densenet_ext_original": original,
     }
     if "forward" in _KINDS[kind].__dict__:
         namespace["forward"] = _forward(_KINDS[kind], original)
-    return type(original.__name__, (_KINDS[kind], original), namespace)
+    return type(original.__name__, kinds, namespace)
 
 
 def _forward(kind: type[nn.Module], original: type[nn.Module]) -> Callable:

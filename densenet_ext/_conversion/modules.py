@@ -140,7 +140,9 @@ class ConvertedBlock(FusedBlock, Converted):
         self._densenet_ext.keep_bottleneck = check_kept(value, "keep_bottleneck", auto=True)
 
     def dense_layers(self) -> list[LayerView]:
-        return [LayerView(layer, layer._densenet_ext) for layer in self.layers.values()]
+        return [
+            LayerView(layer, layer._densenet_ext) for layer in self.layers.values() if isinstance(layer, ConvertedLayer)
+        ]
 
     def fused(self, x: Tensor, *tail: nn.Module, keep: bool | int) -> Tensor | None:
         views = self.dense_layers()

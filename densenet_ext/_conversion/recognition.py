@@ -25,15 +25,15 @@ from .settings import (
     NetworkSettings,
     Settings,
     TransitionSettings,
-    plain_attributes,
+    attribute,
 )
 from .specs import LAYERS, DenseLayerSpec
 from .views import LayerView, TransitionView, child
 
 NOUNS = {"layer": "dense layer", "block": "dense block", "transition": "transition", "network": "network with a head"}
 
-# (class, its forward, what was tried, plain attributes) -> why it is not that, or None if it is.
-_proved: dict[tuple, str | None] = {}
+# (class, what was tried) -> settings with the attributes that forward read, and why it is not that, or None if it is.
+_proved: dict[tuple, list[tuple[Settings, str | None]]] = {}
 
 
 @dataclass
@@ -93,17 +93,23 @@ class Finder:
             self.reasons[layer] = reason
             return
         for spec in candidates:
-            settings = LayerSettings(self.paths[layer], plain_attributes(layer), spec)
-            settings.forget_read(settings.attributes)
+            settings = LayerSettings(self.paths[layer], spec)
             if self._take(layer, settings, _proof(layer, spec, settings, self._prove_layer)):
                 return
 
-    def _prove_layer(self, layer: nn.Module, settings: LayerSettings) -> str | None:
-        plain, fused = checks.random_copy(layer), checks.random_copy(layer)
-        _require(LayerView(fused, settings).reason(""))
-        channels = LayerView(fused, settings).conv1.in_channels
-        swap(fused, settings)
-        return checks.difference(plain, fused, checks.random_maps(channels), lambda module, x: module(x))
+    def _prove_layer(self, layer: nn.Module, settings: LayerSettings, read: set[str]) -> str | None:
+        for rate in (0.3, 0.0):  # a rate of 0 does not show where forward drops
+            plain, fused = checks.random_copy(layer), checks.random_copy(layer)
+            _set_rate(plain, settings.spec, rate)
+            _set_rate(fused, settings.spec, rate)
+            view = LayerView(fused, settings)
+            _require(view.reason(""))
+            swap(fused, settings)
+            x = checks.random_maps(view.conv1.in_channels)
+            difference = checks.difference(plain, fused, x, lambda module, x: module(x), read)
+            if difference is not None or (settings.spec.drop_rate is None and view.dropout is None):
+                return difference
+        return None
 
     # Dense blocks
 
@@ -124,12 +130,12 @@ class Finder:
             self.reasons[block] = reason
             return
         path = self.paths[block]
-        settings = BlockSettings(path, plain_attributes(block), container, self.keep_bottleneck)
+        settings = BlockSettings(path, container, self.keep_bottleneck)
         kinds = (container, *dict.fromkeys((type(m), self.found[m].spec) for m in layers))
         if self._take(block, settings, _proof(block, kinds, settings, self._prove_block)) and container:
             del self.paths[children[0]]  # it belongs to the block, and is called by nobody else
 
-    def _prove_block(self, block: nn.Module, settings: BlockSettings) -> str | None:
+    def _prove_block(self, block: nn.Module, settings: BlockSettings, read: set[str]) -> str | None:
         plain, fused = checks.random_copy(block), checks.random_copy(block)
         layers = child(fused, settings.container) if settings.container else fused
         originals = (child(block, settings.container) if settings.container else block)._modules
@@ -139,7 +145,7 @@ class Finder:
         first = originals[next(iter(originals))]
         channels = LayerView(first, self.found[first]).conv1.in_channels
         swap(fused, settings)
-        return checks.difference(plain, fused, checks.random_maps(channels), lambda module, x: module(x))
+        return checks.difference(plain, fused, checks.random_maps(channels), lambda module, x: module(x), read)
 
     # Containers and transitions
 
@@ -150,10 +156,13 @@ class Finder:
         if type(features).forward is not nn.Sequential.forward:
             self.reasons[features] = f"{type(features).__name__} has a forward of its own"
             return
+        if (reason := _overrides(type(features))) is not None:
+            self.reasons[features] = reason
+            return
         for block, consumer in zip(children, children[1:], strict=False):
             if self._is_block(block) and consumer in self.paths and consumer not in self.found:
                 self._find_transition(consumer)
-        self.found[features] = FeaturesSettings(self.paths[features], {})
+        self.found[features] = FeaturesSettings(self.paths[features])
 
     def _find_transition(self, transition: nn.Module) -> None:
         settings = _as_transition(transition, self.paths[transition])
@@ -177,7 +186,7 @@ class Finder:
             return
         for head in HEADS.values():
             if all(child(network, name) is not None for name in head.parts):
-                settings = NetworkSettings(self.paths[network], plain_attributes(network), head)
+                settings = NetworkSettings(self.paths[network], head)
                 reason = _proof(network, head, settings, _prove_network)
                 if reason is None:
                     self.found[network] = settings
@@ -191,17 +200,40 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _proof(
-    module: nn.Module, tried: object, settings: Settings, prove: Callable[[nn.Module, Settings], str | None]
+    module: nn.Module, tried: object, settings: Settings, prove: Callable[[nn.Module, Settings, set], str | None]
 ) -> str | None:
-    """Return prove(module, settings); it is called once for a class, its forward, what is tried, and the attributes."""
-    key = (type(module), type(module).forward, tried, tuple(sorted(settings.attributes.items())))
-    if key not in _proved:
+    """Return why a module does not compute what its fused form does, or None; complete its settings.
+
+    prove(module, settings, read) compares them, and adds to `read` the attributes that forward reads. It is called once
+    for a class, what is tried, and the values of these attributes.
+    """
+    if (name := _replaced_method(module)) is not None:
+        return f"its method {name} was replaced"
+    kind, read = type(module), set()
+    proofs = _proved.setdefault((kind, tried), [])
+    known, reason = next((proof for proof in proofs if proof[0].agree(module, kind)), (None, None))
+    if known is None:
         try:
-            difference = prove(module, settings)
+            difference = prove(module, settings, read)
         except _NotComparable as error:
             return str(error)
-        _proved[key] = difference and f"its forward is not that of a {NOUNS[settings.kind]}: {difference}"
-    return _proved[key]
+        reason = difference and f"its forward is not that of a {NOUNS[settings.kind]}: {difference}"
+        names = sorted(read.difference(settings.read_at_each_call(), module._modules))
+        settings.attributes = {name: attribute(module, name) for name in names}
+        settings.remember(kind)
+        proofs.append((settings, reason))
+    else:
+        settings.attributes, settings.members = known.attributes, known.members
+    return reason
+
+
+def _replaced_method(module: nn.Module) -> str | None:
+    """Return the name of a method that this module has a function of its own for, which may know only this module.
+
+    A forward that was replaced runs in place of the fused one, or is seen at each call.
+    """
+    own = (name for name, value in module.__dict__.items() if callable(value) and name not in checks.CALLED_FIRST)
+    return next((name for name in own if hasattr(type(module), name)), None)
 
 
 class _NotComparable(Exception):
@@ -214,7 +246,9 @@ def _require(reason: str | None) -> None:
 
 
 def _overrides(kind: type[nn.Module]) -> str | None:
-    """Return a reason if a class replaces the forward of another one that is not PyTorch's."""
+    """Return a reason if a class replaces the forward of another one that is not PyTorch's, or any module's __call__."""
+    if kind.__call__ is not nn.Module.__call__:
+        return f"{kind.__name__} overrides __call__"
     owners = [
         base for base in kind.__mro__ if "forward" in base.__dict__ and not base.__module__.startswith("torch.nn.")
     ]
@@ -229,6 +263,15 @@ def _has_parts(layer: nn.Module, spec: DenseLayerSpec) -> bool:
     if sizes != [(1, 1), (3, 3)]:
         return False
     return spec.drop_rate is None or isinstance(layer.__dict__.get(spec.drop_rate), int | float)
+
+
+def _set_rate(layer: nn.Module, spec: DenseLayerSpec, rate: float) -> None:
+    """Set the probability of dropout of a layer that may have one."""
+    if spec.drop_rate is not None:
+        layer.__dict__[spec.drop_rate] = rate
+    dropout = None if spec.dropout is None else child(layer, spec.dropout)
+    if dropout is not None:
+        dropout.p = rate
 
 
 def _unserved_layer(layer: nn.Module) -> str | None:
@@ -261,10 +304,10 @@ def _as_transition(transition: nn.Module, path: str) -> TransitionSettings | Non
     names = {kind: names[0] for kind, names in kinds.items() if names}
     if "relu" not in names and applies_activation(type(child(transition, names["norm"]))):
         names["relu"] = names["norm"]
-    return TransitionSettings(path, plain_attributes(transition), **names)
+    return TransitionSettings(path, **names)
 
 
-def _prove_transition(transition: nn.Module, settings: TransitionSettings) -> str | None:
+def _prove_transition(transition: nn.Module, settings: TransitionSettings, read: set[str]) -> str | None:
     plain, parts = checks.random_copy(transition), checks.random_copy(transition)
     view = TransitionView(parts, settings)
     _require(view.reason(""))
@@ -274,7 +317,7 @@ def _prove_transition(transition: nn.Module, settings: TransitionSettings) -> st
             return plain(x)
         return F.avg_pool2d(view.conv(F.relu(view.norm(x))), 2)
 
-    return checks.difference(plain, parts, checks.random_maps(view.conv.in_channels), run)
+    return checks.difference(plain, parts, checks.random_maps(view.conv.in_channels), run, read)
 
 
 class _Maps(nn.Module):
@@ -291,7 +334,7 @@ class _Maps(nn.Module):
         return maps.relu() if self.relu else maps
 
 
-def _prove_network(network: nn.Module, settings: NetworkSettings) -> str | None:
+def _prove_network(network: nn.Module, settings: NetworkSettings, read: set[str]) -> str | None:
     features = network.features
     shell = object.__new__(type(network))
     shell.__dict__ = dict(network.__dict__)
@@ -309,4 +352,7 @@ def _prove_network(network: nn.Module, settings: NetworkSettings) -> str | None:
     def run(module: nn.Module, x: Tensor) -> Tensor:
         return plain(x) if module is plain else settings.head.run(module, module.features(x).relu().mean((2, 3)))
 
-    return checks.difference(plain, checks.random_copy(shell), checks.random_maps(first.in_channels), run)
+    difference = checks.difference(plain, checks.random_copy(shell), checks.random_maps(first.in_channels), run, read)
+    known = {"features", *(name.partition(".")[0] for name in settings.head.parts)}
+    others = sorted(read.intersection(network._modules) - known)
+    return difference or (f"it calls {others[0]}, too" if others else None)

@@ -1,5 +1,6 @@
 """A conversion keeps what it knows about a module in the module's attribute `_densenet_ext`, which is pickled with it."""
 
+import reprlib
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -9,49 +10,86 @@ from .heads import HeadSpec
 from .specs import DenseLayerSpec
 
 ATTRIBUTE = "_densenet_ext"
-_MISSING = object()
+_OWN = frozenset((*dir(nn.Module()), ATTRIBUTE))
+_VALUES = (int, float, str, tuple)  # these are compared by value, other objects by identity
 
 
-def plain_attributes(module: nn.Module) -> dict[str, object]:
-    """Return what a module's forward may depend on: attributes that are numbers, strings, switches or None.
+class Missing:
+    """It stands for an attribute that a module does not have itself."""
 
-    Its own parameters and buffers are listed, too, without their values: each is a tensor or None.
-    """
-    attributes = {
-        name: value
-        for name, value in module.__dict__.items()
-        if not name.startswith("_") and name != "training" and isinstance(value, int | float | str | None)
-    }
-    for name, value in (*module._parameters.items(), *module._buffers.items()):
-        attributes[name] = None if value is None else "a tensor"
-    return attributes
+
+def attribute(module: nn.Module, name: str) -> object:
+    """Return the value of a module's own attribute, or a word for a parameter or a buffer, whose values may change."""
+    if name in module.__dict__:
+        return module.__dict__[name]
+    for tensors in (module._parameters, module._buffers):
+        if name in tensors:
+            return None if tensors[name] is None else "a tensor"
+    return Missing
+
+
+def is_same(a: object, b: object) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, _VALUES) and a == b)
+
+
+def tracked(kind: type[nn.Module], read: set[str]) -> type[nn.Module]:
+    """Return a subclass whose instances add the names of attributes that are read to `read`, except Module's own."""
+
+    class Tracked(kind):
+        def __getattribute__(self, name: str) -> object:
+            if name not in _OWN:
+                read.add(name)
+            return super().__getattribute__(name)
+
+    return Tracked
 
 
 @dataclass
 class Settings:
     """The settings that all kinds of converted modules have.
 
-    path: the module's name in the model that was converted, for messages; attributes: plain_attributes at that time,
-    without those that every call reads.
+    path: the module's name in the model that was converted, for messages; attributes: the module's attributes that
+    forward read when it was proved, and their values then, without those that every call of the fused module reads;
+    members: forward and what else the class had of them.
     """
 
     kind: ClassVar[str] = ""
     path: str
-    attributes: dict[str, object]
+    attributes: dict[str, object] = field(default_factory=dict, kw_only=True)
+    members: dict[str, object] = field(default_factory=dict, kw_only=True, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return the state to pickle, without members: methods and properties of classes often cannot be pickled."""
+        return {**self.__dict__, "members": {}}
+
+    def remember(self, kind: type[nn.Module]) -> None:
+        """Take in what a class has of the attributes that are not the module's own."""
+        names = (name for name, value in self.attributes.items() if value is Missing)
+        self.members = {name: getattr(kind, name, Missing) for name in ("forward", *names)}
+
+    def agree(self, module: nn.Module, kind: type[nn.Module]) -> bool:
+        """Return True if forward would find in a module of class `kind` what it found when it was proved."""
+        attributes = (is_same(value, attribute(module, name)) for name, value in self.attributes.items())
+        members = (is_same(value, getattr(kind, name, Missing)) for name, value in self.members.items())
+        return all(attributes) and all(members)
 
     def changed(self, module: nn.Module, prefix: str) -> str | None:
         """Return which attribute was changed since the conversion, which knows only what forward did before."""
-        actual = plain_attributes(module)
-        self.forget_read(actual)
-        if actual == self.attributes:
-            return None
-        names = sorted({*actual, *self.attributes})
-        name = next(name for name in names if actual.get(name, _MISSING) != self.attributes.get(name, _MISSING))
-        was, now = (repr(values[name]) if name in values else "missing" for values in (self.attributes, actual))
-        return f"{prefix}{name} was {was} when the model was converted and is {now}; convert it again"
+        for name, was in self.attributes.items():
+            now = attribute(module, name)
+            if not is_same(was, now):
+                was, now = ("missing" if value is Missing else reprlib.repr(value) for value in (was, now))
+                change = f"was {was} when the model was converted and is {now}"
+                return f"{prefix}{name} {change}; revert and convert it again"
+        kind = getattr(type(module), "_densenet_ext_original", type(module))
+        for name, was in self.members.items():
+            if not is_same(was, getattr(kind, name, Missing)):
+                return f"{kind.__name__}.{name} was replaced"
+        return None
 
-    def forget_read(self, attributes: dict[str, object]) -> None:
-        """Remove attributes that every call reads anew."""
+    def read_at_each_call(self) -> tuple[str | None, ...]:
+        """Return the names of attributes that every call of the fused module reads."""
+        return ()
 
 
 @dataclass
@@ -59,8 +97,8 @@ class LayerSettings(Settings):
     kind: ClassVar[str] = "layer"
     spec: DenseLayerSpec = field(default_factory=DenseLayerSpec)
 
-    def forget_read(self, attributes: dict[str, object]) -> None:
-        attributes.pop(self.spec.drop_rate, None)
+    def read_at_each_call(self) -> tuple[str | None, ...]:
+        return (self.spec.drop_rate,)
 
 
 @dataclass

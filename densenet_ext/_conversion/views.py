@@ -58,6 +58,10 @@ class LayerView:
         )
 
     def _dropout_reason(self, prefix: str) -> str | None:
+        rate = self.drop_rate
+        if not isinstance(rate, int | float) or not 0 <= rate <= 1:
+            name = self.settings.spec.drop_rate or f"{self.settings.spec.dropout}.p"
+            return f"{prefix}{name} is {rate!r}, not a number from 0 to 1"
         if self.dropout is None:
             return None
         kind = nn.Dropout2d if type(self.dropout) is nn.Dropout2d else nn.Dropout

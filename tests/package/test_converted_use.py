@@ -122,12 +122,16 @@ def test_rates_and_parts_that_change_later(calls):
     assert calls["dense_layer"] == 2
 
 
-def test_attribute_that_the_conversion_does_not_know(calls):
+def test_attribute_that_forward_reads_is_changed(calls):
     plain, converted = pair("torchvision")
-    converted.features.denseblock1.denselayer1.scale = 2.0
+    for model in (plain, converted):
+        model.features.denseblock1.denselayer1.memory_efficient = True
+        model.features.denseblock1.denselayer2.remark = "forward does not read this one"
     with (
         set_fallback("warn"),
-        pytest.warns(UserWarning, match="denselayer1.scale was missing when the model was converted and is 2.0"),
+        pytest.warns(
+            UserWarning, match="denselayer1.memory_efficient was False when the model was converted and is Tr"
+        ),
     ):
         assert_equal(step(converted, images()), step(plain, images()))
     assert calls["dense_layer"] == 1
