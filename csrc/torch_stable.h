@@ -48,6 +48,7 @@ inline int64_t element_size(ScalarType type) {
     case ScalarType::Float:
       return 4;
     case ScalarType::Bool:
+    case ScalarType::Byte:
       return 1;
     default:
       return 2;
@@ -92,6 +93,8 @@ inline bool is_dense_channels_last(const Tensor& t) {
 // else null. The pointer is null in a library without workspaces.
 inline void* (*rehearsed_address)(int64_t bytes) = nullptr;
 inline void (*free_rehearsed)(void*) = nullptr;
+inline bool (*thread_rehearses)() = nullptr;
+inline bool rehearses() { return thread_rehearses && thread_rehearses(); }
 
 // This function and `piece` bypass the dispatcher, which takes longer than all the rest of creating
 // a tensor: the stages create hundreds a step.

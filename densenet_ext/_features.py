@@ -62,7 +62,7 @@ class FusedBlock:
     """
 
     runs_fused = True  # False while its modules are to be called
-    keep_bottleneck: bool | int | str  # as in dense_stage, or 'auto'
+    keep_bottleneck: bool | int | str  # that of dense_stage, or 'auto'
 
     def fallback_reason(self, x: Tensor) -> str | None:
         """Return why the fused op cannot compute this block for x [N, C0, H, W], or None if it can."""

@@ -26,7 +26,7 @@ ERROR = 0.005
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step keeps for backward, and the memory that it takes; printed, it is a table.
+    """A choice of what a training step keeps for backward, and its memory; printed, it is a table.
 
     Attributes:
         kept: for each dense block by name, how many of its last layers keep their bottleneck.
@@ -230,7 +230,7 @@ def main(network: str, input_size: tuple[int, ...], dtype: str, budget: str | No
 
 
 class _Options:
-    """What a model may keep at one input size: an order of its layers, and the memory of each beginning of it."""
+    """The choices of a model at one input size: an order of its layers, and the memory of each beginning of it."""
 
     def __init__(
         self, model: nn.Module, input_size: Sequence[int], dtype: torch.dtype, training: bool, measure: bool = False

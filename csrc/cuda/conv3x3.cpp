@@ -46,6 +46,8 @@ const std::vector<int64_t> kOne = {1, 1}, kNone = {0, 0};
 
 // Convolves 3x3 with padding 1 and without a bias.
 Tensor convolution(const Tensor& h, const Tensor& weight) {
+  if (rehearses())
+    return packed_maps(h, h.size(0), weight.size(0), h.size(2), h.size(3), h.scalar_type());
   std::array<StableIValue, 9> stack = {torch::stable::detail::from(h),
                                        torch::stable::detail::from(weight),
                                        torch::stable::detail::from(std::optional<Tensor>()),
@@ -64,6 +66,9 @@ struct Gradients {
   Tensor h, weight;
 };
 Gradients convolution_backward(const Tensor& dy, const Tensor& h, const Tensor& weight) {
+  if (rehearses())
+    return {packed_maps(h, h.size(0), h.size(1), h.size(2), h.size(3), h.scalar_type()),
+            empty(weight, sizes_of(weight), weight.scalar_type())};
   const std::array<bool, 3> wanted = {true, true, false};
   std::array<StableIValue, 11> stack = {
       torch::stable::detail::from(dy),

@@ -283,6 +283,7 @@ void start_rehearsal() {
     return block;
   };
   free_rehearsed = free_block;
+  thread_rehearses = is_rehearsing;
   rehearsing = true;
   most_tensors = most_in_all = 0;
 }
