@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import _reasons, _sharding, fallback, functional
 from ._layout import arithmetic_dtype, gradient_dtype
+from ._ops import handles
 from ._plain_layer import norm_relu
 from ._planning.order import StageSize, free_layers
 from ._running_stats import applies_activation
@@ -61,7 +62,7 @@ class FusedBlock:
     """
 
     runs_fused = True  # False while its modules are to be called
-    keep_bottleneck: bool | int | str = False  # as in dense_stage, or 'auto'
+    keep_bottleneck: bool | int | str  # as in dense_stage, or 'auto'
 
     def fallback_reason(self, x: Tensor) -> str | None:
         """Return why the fused op cannot compute this block for x [N, C0, H, W], or None if it can."""
@@ -86,7 +87,7 @@ class FusedBlock:
         return self.fused(x, *tail, keep=free if self.keep_bottleneck == "auto" else self.keep_bottleneck)
 
     def dense_layers(self) -> Sequence[object]:
-        """Return the dense layers, each with conv1 and conv2, unless a user has put something else there."""
+        """Return the dense layers, each with conv1 and conv2."""
         raise NotImplementedError
 
     def fused(self, x: Tensor, *tail: nn.Module, keep: bool | int) -> Tensor | None:
@@ -136,38 +137,40 @@ def _free_layers(modules: _Named, x: Tensor) -> dict[nn.Module, int]:
 
     x: the input of the first one. The result is empty where no block asks for it, where nothing is kept for backward,
     under torch.compile, which plans memory itself, and where something else than transitions stands between the blocks.
-    Nothing has checked the modules yet: a user may have put anything in the place of a layer or a convolution.
     """
     blocks = [module for _, module in modules if _is_fused_block(module)]
     if not torch.is_grad_enabled() or all(block.keep_bottleneck != "auto" for block in blocks):
         return {}
-    if torch.compiler.is_compiling() or is_recording() or not isinstance(x, Tensor) or x.dim() != 4:
+    if len(modules) != 2 * len(blocks):
+        return {}
+    if torch.compiler.is_compiling() or is_recording():
+        return {}
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.device.type not in handles.DEVICES:
         return {}
     casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
-    kinds = {"value": dtype.itemsize, "gradient": gradient_dtype(x.new_empty(0, dtype=dtype)).itemsize}
+    bytes_of = {
+        "value": dtype.itemsize,
+        "gradient": gradient_dtype(torch.empty(0, dtype=dtype, device=x.device)).itemsize,
+    }
     sizes, spatial = [], x.shape[2:]
     for i, block in enumerate(blocks):
-        (name, module), *after = modules[2 * i : 2 * i + 2]
-        if module is not block or not after or block.consumer(after[0][0], after[0][1], after[0][0]) is None:
+        (_, module), (consumer_name, consumer) = modules[2 * i : 2 * i + 2]
+        # A convolution's sizes are attributes; its weight may be computed when it is asked for.
+        # Nothing has checked the layers yet: a user may have put any module in the place of one.
+        pairs = [[getattr(layer, name, None) for name in ("conv1", "conv2")] for layer in block.dense_layers()]
+        if module is not block or not pairs or not all(type(conv) is nn.Conv2d for pair in pairs for conv in pair):
             return {}
-        weights = [_weight(layer, name) for layer in block.dense_layers() for name in ("conv1", "conv2")]
-        if not weights or not all(isinstance(weight, Tensor) and weight.dim() == 4 for weight in weights):
+        if block.consumer(consumer_name, consumer, consumer_name) is None:
             return {}
-        sizes.append(
-            StageSize(
-                *(x.shape[0] * math.prod(spatial), weights[0].shape[1], weights[1].shape[0], weights[0].shape[0]),
-                layers=len(weights) // 2,
-                **kinds,
-                parameters=sum(weight.numel() for weight in weights) * arithmetic_dtype(dtype).itemsize,
-            )
-        )
+        first, last = pairs[0]
+        width, growth = first.out_channels, last.out_channels
+        parameters = sum(width * (conv1.in_channels + 9 * growth) for conv1, _ in pairs)
+        bytes_of["parameters"] = parameters * arithmetic_dtype(dtype).itemsize
+        rows = x.shape[0] * math.prod(spatial)
+        sizes.append(StageSize(rows, first.in_channels, growth, width, len(pairs), **bytes_of))
         spatial = [size // 2 for size in spatial]
     return dict(zip(blocks, free_layers(tuple(sizes)), strict=True))
-
-
-def _weight(layer: object, name: str) -> object:
-    return getattr(getattr(layer, name, None), "weight", None)
 
 
 def _names(modules: _Named) -> list[str]:

@@ -179,7 +179,8 @@ class Finder:
 
     def _find_network(self, network: nn.Module) -> None:
         features = network._modules.get("features")
-        if not isinstance(self.found.get(features), FeaturesSettings) or len(features) < 2:
+        known = isinstance(self.found.get(features), FeaturesSettings) or is_converted(features, "features")
+        if not known or len(features) < 2:
             return
         *_, block, norm = features
         if not self._is_block(block) or not is_norm(norm) or (reason := _overrides(type(network))) is not None:
