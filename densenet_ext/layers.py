@@ -38,8 +38,9 @@ class EfficientDenseLayer(EfficientModule):
         efficient: False: plain PyTorch. 'checkpoint': compute concatenation, norm1, relu1 and conv1 again in backward;
             avoids storing their outputs, costs their time. 'fused', or True: one op that stores no concatenation at
             all; set_fallback says what happens where it cannot serve.
-        keep_bottleneck: with 'fused', keep conv1's output for backward; avoids a convolution in backward, costs
-            N * H * W * bn_size * k values of memory.
+        keep_bottleneck: with 'fused', True keeps conv1's output for backward; avoids a convolution in backward, costs
+            N * H * W * bn_size * k values of memory. In a block also a number, of its last layers. 'auto' keeps what
+            costs no memory: in a lone block or layer that is nothing.
         eps, momentum: of both norms, as in torch.nn.BatchNorm2d.
 
     Shape: [N, in_channels, H, W], or a sequence of tensors with that many channels together, to [N, k, H, W].
@@ -62,7 +63,7 @@ class EfficientDenseLayer(EfficientModule):
         drop_channel_position: str = "pre_norm",
         se_reduction: int | None = None,
         efficient: bool | str = False,
-        keep_bottleneck: bool | int | str = False,
+        keep_bottleneck: bool | int | str = "auto",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:
@@ -174,7 +175,7 @@ class EfficientDenseBlock(FusedBlock, EfficientModule, nn.ModuleDict):
         drop_channel_position: str = "pre_norm",
         se_reduction: int | None = None,
         efficient: bool | str = False,
-        keep_bottleneck: bool | int | str = False,
+        keep_bottleneck: bool | int | str = "auto",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:

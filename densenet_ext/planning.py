@@ -2,14 +2,17 @@
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from . import factories
 from ._checks import check_positive
 from ._features import FusedBlock
+from ._planning.measurement import measured_peak
 from ._planning.order import keep_order
 from ._planning.recording import Script, record, stage_sizes
 from ._planning.rehearsal import StepMemory, rehearse
@@ -92,6 +95,7 @@ def plan(
     dtype: torch.dtype = torch.float32,
     budget: int | str | None = None,
     training: bool = True,
+    measure: bool = False,
 ) -> Plan:
     """Predict the memory of a step of `model` before anything is allocated, and choose what it keeps for backward.
 
@@ -111,6 +115,9 @@ def plan(
             (10**6 bytes) or '1.5 GiB'; 'smallest': keep no bottleneck; 'fastest': keep all; None: keep what does not
             raise the peak.
         training: False predicts inference under no_grad in evaluation mode.
+        measure: run one step of a copy of the model, too, which keeps no bottleneck, and add to each prediction what
+            that takes beyond its own: scratch memory of torch's operators, such as convolutions in float64, and what is
+            around blocks that a network calls without their transitions.
 
     Returns:
         A Plan. It changes nothing until `plan.apply()` is called; another one may be applied at any time.
@@ -123,7 +130,7 @@ def plan(
     Source: Pleiss et al., arXiv 1707.06990, for keeping bottlenecks.
     """
     limit = _limit(budget)
-    options = _Options(model, input_size, dtype, training)
+    options = _Options(model, input_size, dtype, training, measure)
     order = options.order
     if limit == "smallest" or not training:
         count = 0
@@ -201,10 +208,33 @@ def _limit(budget: int | str | None) -> int | str | None:
     )
 
 
+def main(network: str, input_size: tuple[int, ...], dtype: str, budget: str | None) -> int:
+    """Print a plan for a network of this package, and return 0, the status of success.
+
+    Args:
+        network: the name of a function that builds one, such as 'densenet121'.
+        input_size, budget: as in `plan`; dtype: the name of one.
+    """
+    build = getattr(factories, network, None) if network in factories.__all__ else None
+    if build is None:
+        sys.exit(f"network is {network!r}; it may be {', '.join(factories.__all__)}")
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        sys.exit(f"dtype is {dtype!r}; it may be float32, bfloat16, float16 or float64")
+    budget = int(budget) if budget is not None and budget.isdigit() else budget
+    try:
+        print(plan(build(in_channels=input_size[1], efficient=True), input_size, dtype=kind, budget=budget))
+    except (TypeError, ValueError) as error:
+        sys.exit(str(error))
+    return 0
+
+
 class _Options:
     """What a model may keep at one input size: an order of its layers, and the memory of each beginning of it."""
 
-    def __init__(self, model: nn.Module, input_size: Sequence[int], dtype: torch.dtype, training: bool):
+    def __init__(
+        self, model: nn.Module, input_size: Sequence[int], dtype: torch.dtype, training: bool, measure: bool = False
+    ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -219,6 +249,9 @@ class _Options:
             raise ValueError("model has no dense block that runs fused: build it with efficient='fused', or convert it")
         self.sizes = stage_sizes(self.script)
         self.order = keep_order(self.sizes)
+        self.beyond = 0
+        if measure:
+            self.beyond = max(0, measured_peak(model, self.input_size, dtype, training) - self.memory(0).peak)
         self.peak: Callable[[int], int] = functools.cache(lambda count: self.memory(count).peak)
 
     def kept(self, count: int) -> list[int]:
@@ -226,7 +259,9 @@ class _Options:
         return [self.order[:count].count(stage) for stage in range(len(self.sizes))]
 
     def memory(self, count: int) -> StepMemory:
-        return rehearse(self.script, self.kept(count))
+        """Return the memory of a step that keeps the first `count` of the order."""
+        memory = rehearse(self.script, self.kept(count))
+        return replace(memory, peak=memory.peak + self.beyond, live=memory.live + self.beyond)
 
     def largest(self, room: float) -> int:
         """Return the largest count at which, and below which, every peak fits into `room`."""

@@ -135,7 +135,7 @@ def stage_sizes(script: Script) -> tuple[StageSize, ...]:
             gradient = arithmetic_dtype(x.dtype).itemsize
             size = StageSize(
                 *(x.shape[0] * x.shape[2:].numel(), x.shape[1], stage.growth, stage.width, len(stage.layers)),
-                *(x.dtype.itemsize, gradient, sum(p.numel() for p in params) * gradient),
+                *(x.dtype.itemsize, gradient, sum(p.shape.numel() for p in params) * gradient),
             )
             sizes.append(size)
     return tuple(sizes)

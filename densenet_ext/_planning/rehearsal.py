@@ -51,7 +51,8 @@ class _Rehearsal:
         self.script, self.kept = script, kept
         self.outputs: dict[int, Tensor] = {}  # of fused ops
         self.sizes: dict[int, int] = {}  # of torch's tensors
-        self.stages: dict[int, int] = {}  # feature buffer: number of its stage
+        self.stages: dict[int | None, int] = {}  # output of a stage: number of the stage
+        self.forward_calls = 0
         self.level = self.peak = self.live = self.workspaces = self.base = self.after_forward = self.now = 0
 
     def run(self, event: Take | Drop | Call | Mark) -> None:
@@ -79,23 +80,22 @@ class _Rehearsal:
         return StepMemory(peak, self.live - self.base, self.workspaces, self.after_forward - self.base)
 
     def _call(self, call: Call) -> None:
-        positional, named = pytree.tree_map_only(Held, self._tensor, call.arguments)
+        positional, named = [*call.arguments[0]], call.arguments[1]
         names = [argument.name for argument in call.op._schema.arguments]
+        stage = None
         if call.op is _FORWARD:
-            stage = len(self.stages)
-            self.stages[call.keys[0] if call.keys[1] is None else call.keys[1]] = stage
+            stage = self.forward_calls
+            self.forward_calls += 1
+            self.stages.update(dict.fromkeys(call.keys, stage))
         elif call.op in _BACKWARD:
-            stage = self.stages[call.arguments[0][names.index("features")].key]
-        else:
-            stage = None
+            stage = self.stages[positional[names.index("features")].key]
+            place = names.index("bottlenecks")  # their number is not the recorded one
+            positional[place] = self.outputs[positional[place].key]
         if stage is not None:
-            positional = [*positional]
             place = names.index("options")
             positional[place] = [*positional[place]]
             positional[place][_KEPT] = self.kept[stage]
-            if "bottlenecks" in names:  # their number is not the recorded one
-                place = names.index("bottlenecks")
-                positional[place] = self.outputs[call.arguments[0][place].key]
+        positional, named = pytree.tree_map_only(Held, self._tensor, (positional, named))
         with torch.no_grad():
             result = call.op(*positional, **named)
         for key, tensor in zip(call.keys, pytree.tree_leaves(result), strict=True):

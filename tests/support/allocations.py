@@ -1,6 +1,12 @@
 """The memory that torch allocates on the CPU, in the order of the events."""
 
+from itertools import accumulate
+
+import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils import _pytree as pytree
+
+from densenet_ext import release_workspaces, workspace_use
 
 
 def allocations(run):
@@ -9,3 +15,25 @@ def allocations(run):
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def step_peak(model, x, dtype):
+    """The highest level of allocated bytes in a step of `model`, over the level at its start.
+
+    Workspaces do not come from torch's allocator: all that they occupy after the step is added.
+    """
+    lower = dtype in (torch.bfloat16, torch.float16)
+
+    def step():
+        with torch.autocast("cpu", dtype, enabled=lower):
+            outputs = model(x)
+        outputs = [y for y in pytree.tree_leaves(outputs) if y.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+
+    step()  # gradients are there, libraries have been loaded
+    for p in model.parameters():
+        p.grad.zero_()
+    release_workspaces()
+    start = workspace_use().occupied
+    peak = max(0, *accumulate(allocations(step)))
+    return peak + workspace_use().occupied - start
