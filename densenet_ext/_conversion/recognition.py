@@ -1,7 +1,7 @@
 """Find the dense layers, blocks, transitions, containers and heads of a model, and prove what they compute.
 
-A class is proved once for each setting of its plain attributes, by checks.difference; other modules of the class and
-setting are then converted, too. Nothing is changed here: `Finder.found` maps modules to their settings.
+A class is proved by checks.difference once for each set of values of the attributes that its forward reads; modules of
+the class with the same values are then converted, too. Nothing is changed here: `Finder.found` has settings of modules.
 """
 
 from collections.abc import Callable, Mapping
