@@ -87,7 +87,7 @@ class FusedBlock:
         return self.fused(x, *tail, keep=free if self.keep_bottleneck == "auto" else self.keep_bottleneck)
 
     def dense_layers(self) -> Sequence[object]:
-        """Return the dense layers, each with conv1 and conv2, unless a user has put something else there."""
+        """Return the dense layers, each with conv1 and conv2."""
         raise NotImplementedError
 
     def fused(self, x: Tensor, *tail: nn.Module, keep: bool | int) -> Tensor | None:
@@ -137,7 +137,6 @@ def _free_layers(modules: _Named, x: Tensor) -> dict[nn.Module, int]:
 
     x: the input of the first one. The result is empty where no block asks for it, where nothing is kept for backward,
     under torch.compile, which plans memory itself, and where something else than transitions stands between the blocks.
-    Nothing has checked the modules yet: a user may have put anything in the place of a layer or a convolution.
     """
     blocks = [module for _, module in modules if _is_fused_block(module)]
     if not torch.is_grad_enabled() or all(block.keep_bottleneck != "auto" for block in blocks):

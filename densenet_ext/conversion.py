@@ -31,8 +31,9 @@ def convert(
     the class of some modules changes, to a subclass of their own. What cannot be fused is left alone. At each call a
     part with a hook, another norm and the like is computed by its own modules, as docs/support.md says.
 
-    Each class of layers, blocks, transitions and networks is proved once in a process: a copy of one module with random
-    values is compared with its fused form in float64, in training and evaluation mode, with gradients and statistics.
+    Each class of layers, blocks, transitions and networks is proved in a process, once for all modules in which its
+    forward reads the same attributes: a copy of one module with random values is compared with its fused form in
+    float64, in training and evaluation mode, with gradients and statistics.
 
     Args:
         model: any module; changed in place.

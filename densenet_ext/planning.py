@@ -53,15 +53,12 @@ class Plan:
         """Set what each dense block keeps: of the planned model, or of another one with blocks of the same names.
 
         Raises:
-            ValueError: `model` has no such block.
+            ValueError: a model has no such block, or its conversion was reverted; nothing was changed.
         """
-        blocks = dict(self.blocks)
-        if model is not None:
-            for name in self.kept:
-                block = dict(model.named_modules()).get(name)
-                if not isinstance(block, FusedBlock):
-                    raise ValueError(f"model has no fused dense block {name}")
-                blocks[name] = block
+        blocks = self.blocks if model is None else dict(model.named_modules())
+        for name in self.kept:
+            if not isinstance(blocks.get(name), FusedBlock):
+                raise ValueError(f"model has no fused dense block {name}")
         for name, count in self.kept.items():
             blocks[name].keep_bottleneck = count
 
@@ -255,8 +252,13 @@ class _Options:
         self.peak: Callable[[int], int] = functools.cache(lambda count: self.memory(count).peak)
 
     def kept(self, count: int) -> list[int]:
-        """Return how many layers of each stage are among the first `count` of the order."""
-        return [self.order[:count].count(stage) for stage in range(len(self.sizes))]
+        """Return how many layers of each stage are among the first `count` of the order.
+
+        A block that is called several times is several stages, and keeps the least that one of them may.
+        """
+        counts = [self.order[:count].count(stage) for stage in range(len(self.sizes))]
+        blocks = self.script.blocks
+        return [min(n for n, other in zip(counts, blocks, strict=True) if other is block) for block in blocks]
 
     def memory(self, count: int) -> StepMemory:
         """Return the memory of a step that keeps the first `count` of the order."""
@@ -272,14 +274,13 @@ class _Options:
 
     def plan(self, count: int) -> Plan:
         names = {module: name for name, module in self.model.named_modules()}
-        blocks = {names[block]: block for block in self.script.blocks}
-        kept = self.kept(count)
+        called, kept = [names[block] for block in self.script.blocks], self.kept(count)
         again = [[size.channels(i) * size.rows * size.width for i in range(size.layers)] for size in self.sizes]
         total = sum(map(sum, again))
         saved = sum(sum(work[len(work) - n :]) for work, n in zip(again, kept, strict=True))
         return Plan(
-            kept=dict(zip(blocks, kept, strict=True)),
-            layers={name: size.layers for name, size in zip(blocks, self.sizes, strict=True)},
+            kept=dict(zip(called, kept, strict=True)),
+            layers={name: size.layers for name, size in zip(called, self.sizes, strict=True)},
             memory=self.memory(count),
             smallest=self.peak(0),
             fastest=self.peak(len(self.order)),
@@ -287,5 +288,5 @@ class _Options:
             parameters=sum(p.nbytes for p in self.model.parameters()),
             input_size=self.input_size,
             dtype=self.dtype,
-            blocks=blocks,
+            blocks=dict(zip(called, self.script.blocks, strict=True)),
         )

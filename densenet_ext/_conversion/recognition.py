@@ -1,7 +1,7 @@
 """Find the dense layers, blocks, transitions, containers and heads of a model, and prove what they compute.
 
-A class is proved once for each setting of its plain attributes, by checks.difference; other modules of the class and
-setting are then converted, too. Nothing is changed here: `Finder.found` maps modules to their settings.
+A class is proved by checks.difference once for each set of values of the attributes that its forward reads; modules of
+the class with the same values are then converted, too. Nothing is changed here: `Finder.found` has settings of modules.
 """
 
 from collections.abc import Callable, Mapping
@@ -179,7 +179,8 @@ class Finder:
 
     def _find_network(self, network: nn.Module) -> None:
         features = network._modules.get("features")
-        if not isinstance(self.found.get(features), FeaturesSettings) or len(features) < 2:
+        known = isinstance(self.found.get(features), FeaturesSettings) or is_converted(features, "features")
+        if not known or len(features) < 2:
             return
         *_, block, norm = features
         if not self._is_block(block) or not is_norm(norm) or (reason := _overrides(type(network))) is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..layers import EfficientDenseBlock, EfficientDenseLayer
+from .classes import is_converted
 from .recognition import Finder
 from .settings import BlockSettings, FeaturesSettings, LayerSettings, NetworkSettings
 
@@ -67,6 +68,9 @@ def report_on(model: nn.Module, finder: Finder) -> ConversionReport:
         expected = type(module) in finder.specs or _looks_dense(module, path)
         if module in finder.reasons and module not in inside and expected:
             report.left_alone[path] = finder.reasons[module]
+    for name, module in model.named_modules():
+        if is_converted(module, "block"):
+            report.left_alone[name] = "it is converted already"
     own = [name for name, m in model.named_modules() if isinstance(m, EfficientDenseBlock | EfficientDenseLayer)]
     for name in own:
         if not any(name.startswith(f"{other}.") for other in own):

@@ -77,7 +77,7 @@ class TransitionView:
 
     def reason(self, path: str) -> str | None:
         """Return why the fused op cannot compute this transition, or None."""
-        settings, prefix = self.settings, f"{path}."
+        settings, prefix = self.settings, f"{path}." if path else ""
         reason = settings.changed(self.transition, prefix) or parts_reason(self.transition, settings.parts, prefix)
         reason = reason or norm_relu_reason(self.transition, self.norm, settings.norm, settings.relu, prefix)
         reason = reason or _reasons.conv_reason(self.conv, prefix, settings.conv, _reasons.POINTWISE, False)

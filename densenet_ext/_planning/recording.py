@@ -5,6 +5,7 @@ it by a profiler. What happens inside a fused op is found out by a rehearsal of 
 """
 
 import gc
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ from .._ops import handles
 from .._protocol import Options, StageSizes
 from .nowhere import Nowhere
 from .order import StageSize
+
+# A recording changes how the whole process sees tensors without data, and the library counts one rehearsal at a time.
+ALONE = threading.Lock()
 
 
 class Take(NamedTuple):
@@ -85,14 +89,20 @@ def record(model: nn.Module, input_size: Sequence[int], dtype: torch.dtype, trai
     """
     mode, script = FakeTensorMode(allow_non_fake_inputs=True), Script(nowhere=Nowhere())
     recorder = _Recorder(script)
-    tensors = {name: mode.from_tensor(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    tensors = {name: _on_cpu(mode, t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     kinds = {t.dtype for t in model.parameters()}
     lower = dtype in (torch.float16, torch.bfloat16) and dtype not in kinds
+    thread = threading.get_ident()
+
+    def observe(block: FusedBlock) -> None:
+        if threading.get_ident() == thread:  # another one may train a model meanwhile
+            script.blocks.append(block)
+
     was_training = {module: module.training for module in model.modules()}
     gc.collect()
     try:
         model.train(training)
-        with mode, _transforms.recording(FakeTensor), _features.observed(script.blocks.append):
+        with ALONE, torch.inference_mode(False), mode, _transforms.recording(FakeTensor), _features.observed(observe):
             x = torch.empty(tuple(input_size), dtype=torch.float32 if lower else dtype)
             for tensor in (x, *tensors.values()):
                 recorder.ignore(tensor)
@@ -123,6 +133,15 @@ def record(model: nn.Module, input_size: Sequence[int], dtype: torch.dtype, trai
         tensors.clear()
         gc.collect()
     return script
+
+
+def _on_cpu(mode: FakeTensorMode, t: Tensor) -> FakeTensor:
+    """Return a tensor without data in the form of `t`, which may be on the meta device."""
+    fake = mode.from_tensor(t)
+    if not t.is_meta:
+        return fake
+    with mode:
+        return torch.empty_like(fake, device="cpu").requires_grad_(t.requires_grad)
 
 
 def stage_sizes(script: Script) -> tuple[StageSize, ...]:

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from .._load import load_extension
 from .._ops import handles
 from .._protocol import Options
-from .recording import Call, Drop, Held, Mark, Script, Take
+from .recording import ALONE, Call, Drop, Held, Mark, Script, Take
 
 _FORWARD = handles.dense_stage
 _BACKWARD = (handles.dense_stage_backward, handles.dense_block_backward)
@@ -35,15 +35,16 @@ class StepMemory:
 def rehearse(script: Script, kept: Sequence[int]) -> StepMemory:
     """Return the memory of a recorded step whose stage i keeps the bottlenecks of its last kept[i] layers."""
     library, rehearsal = load_extension(), _Rehearsal(script, kept)
-    library.start_rehearsal()
-    try:
-        for event in script.events:
-            rehearsal.run(event)
-            rehearsal.measure(*library.rehearsal_use())
-        return rehearsal.memory()
-    finally:
-        rehearsal.outputs.clear()
-        library.stop_rehearsal()
+    with ALONE:
+        library.start_rehearsal()
+        try:
+            for event in script.events:
+                rehearsal.run(event)
+                rehearsal.measure(*library.rehearsal_use())
+            return rehearsal.memory()
+        finally:
+            rehearsal.outputs.clear()
+            library.stop_rehearsal()
 
 
 class _Rehearsal:

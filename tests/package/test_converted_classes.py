@@ -270,6 +270,9 @@ CHANGES = {
     "a convolution without a weight": replace(
         "features.denseblock2.denselayer1.conv1", lambda: nn.Sequential(nn.Conv2d(7, 8, 1)).double()
     ),
+    "a convolution that has no weight yet": replace(
+        "features.denseblock1.denselayer1.conv1", lambda: nn.LazyConv2d(8, 1, bias=False, dtype=torch.double)
+    ),
     "another end of the features": cut_last_norm,
     "features that end in a block": lambda model: model.features.__delattr__("norm5"),
 }

@@ -362,6 +362,19 @@ def test_example_that_differs_changes_nothing(monkeypatch):
     assert type(model).__module__ == "torchvision.models.densenet" and not hasattr(model, "_densenet_ext")
 
 
+def test_parts_that_are_converted_already(calls):
+    """A network around converted features is converted with its head; the report tells what was there before."""
+    plain = build("torchvision")
+    converted = copy.deepcopy(plain)
+    convert(converted.features)
+    report = convert(converted)
+    assert str(report) == "features.* (2 modules)  left alone: it is converted already"
+    with set_fallback("error"):
+        assert_equal(step(converted, images()), step(plain, images()))
+    revert(converted.features.denseblock1.denselayer2)
+    assert "denselayer2" in str(convert(converted))
+
+
 def test_report_of_a_model_without_dense_blocks():
     model = pytest.importorskip("torchvision").models.resnet18()
     assert str(convert(model)) == "no dense block was found"

@@ -4,6 +4,7 @@ import copy
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import converted_networks
 import pytest
@@ -12,7 +13,7 @@ from allocations import step_peak
 from small_networks import EVERYTHING, images, network, step
 from torch import nn
 
-from densenet_ext import DenseNetBC, EfficientDenseBlock, convert, largest_batch, plan
+from densenet_ext import DenseNetBC, EfficientDenseBlock, convert, largest_batch, plan, revert
 from densenet_ext._planning.order import StageSize, free_layers, keep_order
 
 TOLERANCE = 0.05  # the documentation promises it
@@ -199,6 +200,51 @@ class DependsOnValues(nn.Module):
 
     def forward(self, x):
         return self.block(x) if x.sum() > 0 else x
+
+
+class CalledTwice(nn.Module):
+    """A Siamese network: each block runs twice in a step."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x) - self.model(2 * x)
+
+
+@pytest.mark.parametrize("budget", ["smallest", None, "fastest"])
+def test_blocks_that_are_called_twice(budget):
+    torch.set_num_threads(2)
+    model, size = CalledTwice(DenseNetBC(depth=40, efficient=True)), (16, 3, 32, 32)
+    planned = plan(model, size, budget=budget)
+    planned.apply()
+    assert len(planned.kept) == 3
+    assert planned.memory.peak == pytest.approx(peak_of(model, size, torch.float32), rel=TOLERANCE)
+
+
+def test_plan_does_not_depend_on_its_surroundings():
+    """A model on the meta device is planned as on the CPU, in any mode of autograd, while other threads plan or train."""
+    model, size = DenseNetBC(depth=22, efficient=True), (4, 3, 16, 16)
+    want = plan(model, size)
+    with torch.inference_mode():
+        assert plan(model, size) == want
+    assert plan(copy.deepcopy(model).to("meta"), size).memory == want.memory
+    other = copy.deepcopy(model)
+    with ThreadPoolExecutor(3) as pool:
+        steps = [pool.submit(lambda: other(torch.randn(size)).sum().backward()) for _ in range(20)]
+        plans = [pool.submit(plan, model, size) for _ in range(4)]
+    assert all(planned.result() == want for planned in plans) and not any(step.exception() for step in steps)
+
+
+def test_plan_of_a_model_that_was_reverted():
+    model = converted_networks.build("torchvision", dtype=torch.float32)
+    convert(model)
+    planned = plan(model, (2, 3, 36, 40))
+    revert(model)
+    with pytest.raises(ValueError, match="model has no fused dense block features.denseblock1"):
+        planned.apply()
+    assert "keep_bottleneck" not in vars(model.features.denseblock1)
 
 
 @pytest.mark.parametrize(
