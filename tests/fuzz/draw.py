@@ -68,7 +68,7 @@ class Network:
     gradients: str
     upstream: str
     model_layout: str
-    keep_bottleneck: bool
+    keep_bottleneck: bool | int | str
     poisoned: bool
     threads: int
     choices: int
@@ -220,11 +220,18 @@ def _candidate(seed: int, rng: random.Random) -> Network:
         gradients=rng.choices(("inputs too", "parameters only", "no grad"), (12, 5, 1))[0],
         upstream=rng.choice(("contiguous", "contiguous", "channels last", "expanded")),
         model_layout=rng.choice(("contiguous", "contiguous", "channels last")),
-        keep_bottleneck=rng.random() < 0.3,
+        keep_bottleneck=_kept(rng.random()),
         poisoned=rng.random() < 0.3,
         threads=rng.choices((1, 2, 3, 4), (14, 3, 1, 2))[0],
         choices=rng.getrandbits(32),
     )
+
+
+def _kept(choice: float) -> bool | int | str:
+    """Return which bottlenecks are kept for backward, for a random number below 1."""
+    if choice < 0.3:
+        return choice < 0.15 or 1 + int(100 * choice) % 4
+    return "auto" if choice < 0.6 else False
 
 
 def _of_a_library(network: Network) -> Network:

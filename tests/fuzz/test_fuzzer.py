@@ -10,6 +10,7 @@ from densenet_ext import _reasons, _stage_arguments, functional
 from densenet_ext._ops import autograd
 from fuzz import compare
 from fuzz.draw import LAYOUTS, MODES, PRECISIONS, draw_network
+from fuzz.libraries import LIBRARIES
 from fuzz.noise import Noise
 from fuzz.run import run
 
@@ -166,6 +167,8 @@ def test_everything_is_drawn():
     for flag in ("small_inputs", "keep_bottleneck", "first_twice", "poisoned"):
         found = [{**n.options, **vars(n)}.get(flag) for n in drawn]
         assert True in found and False in found, flag
+    assert {True, False, "auto", 2, 3, 4} <= {n.keep_bottleneck for n in drawn}
+    assert {n.library for n in drawn} == {"", *LIBRARIES}
     masks = [(n.options["drop_rate"] > 0, n.options["drop_channel"] > 0) for n in drawn]
     assert len(set(masks)) == 4
     assert any(math.prod(n.size) == max(n.size) > 1 for n in drawn), "a single row or column"
