@@ -111,7 +111,8 @@ def plan(
         budget: the most that a step may take over parameters and their gradients: bytes, or a string such as '160 MB'
             (10**6 bytes) or '1.5 GiB'; 'smallest': keep no bottleneck; 'fastest': keep all; None: keep what does not
             raise the peak.
-        training: False predicts inference under no_grad in evaluation mode.
+        training: False predicts inference under no_grad in evaluation mode. Norms of a model in training mode that are in
+            evaluation mode themselves stay so.
         measure: run one step of a copy of the model, too, which keeps no bottleneck, and add to each prediction what
             that takes beyond its own: scratch memory of torch's operators, such as convolutions in float64, and what is
             around blocks that a network calls without their transitions.

@@ -17,7 +17,9 @@ def measured_peak(model: nn.Module, input_size: Sequence[int], dtype: torch.dtyp
     """Return the peak of a step over parameters and gradients, by a copy of `model` that keeps no bottleneck."""
     lower = dtype in (torch.float16, torch.bfloat16) and dtype not in {p.dtype for p in model.parameters()}
     x = torch.randn(tuple(input_size), dtype=torch.float32 if lower else dtype)
-    model = copy.deepcopy(model).train(training)
+    model = copy.deepcopy(model)
+    if model.training != training:
+        model.train(training)
     for module in model.modules():
         if isinstance(module, FusedBlock):
             module.keep_bottleneck = False

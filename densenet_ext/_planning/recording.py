@@ -101,7 +101,8 @@ def record(model: nn.Module, input_size: Sequence[int], dtype: torch.dtype, trai
     was_training = {module: module.training for module in model.modules()}
     gc.collect()
     try:
-        model.train(training)
+        if model.training != training:  # else modules that are in another mode were set so
+            model.train(training)
         with ALONE, torch.inference_mode(False), mode, _transforms.recording(FakeTensor), _features.observed(observe):
             x = torch.empty(tuple(input_size), dtype=torch.float32 if lower else dtype)
             for tensor in (x, *tensors.values()):

@@ -178,6 +178,18 @@ def test_plan_changes_nothing_until_it_is_applied():
     assert "3 of   3 layers keep" in str(planned) and "peak" in str(planned)
 
 
+def test_frozen_norms_stay_frozen():
+    torch.set_num_threads(2)
+    build, size = NETWORKS["ImageNet's stem"]
+    model = build()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+    planned = plan(model, size)
+    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert planned.memory.peak == pytest.approx(peak_of(model, size, torch.float32), rel=TOLERANCE)
+
+
 def test_inference_keeps_nothing():
     model, size = NETWORKS["CIFAR, depth 40"][0](), (16, 3, 32, 32)
     planned = plan(model, size, training=False)

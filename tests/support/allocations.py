@@ -31,8 +31,7 @@ def step_peak(model, x, dtype):
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
 
     step()  # gradients are there, libraries have been loaded
-    for p in model.parameters():
-        p.grad.zero_()
+    model.zero_grad(set_to_none=False)
     release_workspaces()
     start = workspace_use().occupied
     peak = max(0, *accumulate(allocations(step)))
