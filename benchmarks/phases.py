@@ -120,12 +120,14 @@ def measure(workload, implementation, rounds, tiny=False):
     """Rows by phase, and facts of the whole step."""
     step = new_step(workload, implementation)
     step.first = None
+    kept = step.spec.traits.network == "fused-kept"
+    step.model.keep_bottleneck = kept  # not 'auto': the floors are those of all bottlenecks or of none
     machine, profiles = RateSamples(workload.spec.dtype, tiny), []
     samples = {"step": step.timed, "profile": lambda: profiles.append(profiled(step))} | machine.samples
     profiled(step)  # the first is slow
     times = interleave(samples, rounds)
     rates, spec = machine.rates(times), step.spec
-    least = floors(spec, spec.traits.network == "fused-kept", rates)
+    least = floors(spec, kept, rates)
     rows = []
     for key in dict.fromkeys(key for found in profiles for key in found):
         part, phase, size = key

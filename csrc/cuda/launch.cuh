@@ -13,9 +13,6 @@
 #include <cuda_runtime.h>
 #else
 #include "simt/host.h"
-namespace densenet_ext {
-bool is_rehearsing();  // of stage/workspace.h, which a compiler of kernels need not read
-}
 #endif
 
 namespace densenet_ext::cuda {
@@ -98,7 +95,7 @@ inline int64_t shared_limit() { return simt::shared_limit(); }
 template <class... P>
 void launch(const Context&, void (*kernel)(P...), Grid grid, int threads, int64_t shared_bytes,
             const P&... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || is_rehearsing()) return;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   simt::launch(
       {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
       threads, shared_bytes, kernel, arguments...);
