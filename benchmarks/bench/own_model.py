@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from tqdm import tqdm
 import densenet_ext
 from bench import MB, timing
 from bench.memory_meter import measure_memory
+from bench.steps import TrainingStep
 from bench.tables import Column, paragraphs, quantiles_column, table_of
 
 TITLE = "Memory and time of a training step of any model"
@@ -34,36 +34,19 @@ class ModelError(ValueError):
     """There is no such model, or it cannot be compared."""
 
 
-@dataclass
-class Step:
-    """A training step of one model, as the meters take it: they call forward and finish, or the step itself."""
+class Step(TrainingStep):
+    """A training step of any model. Its loss is the mean square of all outputs."""
 
-    model: torch.nn.Module
-    batch: torch.Tensor
-    dtype: torch.dtype
-
-    def __post_init__(self):
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9, fused=True)
-        self.spec = SimpleNamespace(device=self.batch.device.type)
+    def __init__(self, model, batch, dtype):
+        self.model, self.batch, self.dtype = model, batch, dtype
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, fused=True)
+        self.spec = SimpleNamespace(device=batch.device.type)
         self()  # momentum is there, threads have started
-
-    def clear(self):
-        self.optimizer.zero_grad(set_to_none=False)
 
     def forward(self):
         lower = self.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.spec.device, self.dtype) if lower else nullcontext():
             return sum(y.float().square().mean() for y in tensors(self.model(self.batch)))
-
-    def finish(self, loss):
-        loss.backward()
-        self.optimizer.step()
-
-    def __call__(self):
-        self.clear()
-        self.finish(self.forward())
-        if self.spec.device != "cpu":
-            torch.accelerator.synchronize()
 
 
 def tensors(output):

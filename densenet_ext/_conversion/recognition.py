@@ -30,6 +30,7 @@ from .settings import (
 from .specs import LAYERS, DenseLayerSpec
 from .views import LayerView, TransitionView, child
 
+_DIFFERENT = "its forward is not that of a"
 NOUNS = {"layer": "dense layer", "block": "dense block", "transition": "transition", "network": "network with a head"}
 
 # (class, what was tried) -> settings with the attributes that forward read, and why it is not that, or None if it is.
@@ -48,6 +49,7 @@ class Finder:
     keep_bottleneck: bool | int | str = "auto"
     found: dict[nn.Module, Settings] = field(default_factory=dict)
     reasons: dict[nn.Module, str] = field(default_factory=dict)
+    different: set[nn.Module] = field(default_factory=set)  # they have the parts, but compute something else
     paths: dict[nn.Module, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,10 +70,13 @@ class Finder:
         return isinstance(self.found.get(module), BlockSettings) or is_converted(module, "block")
 
     def _take(self, module: nn.Module, settings: Settings, reason: str | None) -> bool:
-        """Add a module whose reason is None. A module of no kind keeps the first reason."""
+        """Add a module whose reason is None. Another keeps a reason: what it computes says more than what it is made of."""
         if reason is None:
             self.found[module] = settings
             self.reasons.pop(module, None)
+        elif reason.startswith(_DIFFERENT):
+            self.reasons[module] = reason
+            self.different.add(module)
         else:
             self.reasons.setdefault(module, reason)
         return reason is None
@@ -218,7 +223,7 @@ def _proof(
             difference = prove(module, settings, read)
         except _NotComparable as error:
             return str(error)
-        reason = difference and f"its forward is not that of a {NOUNS[settings.kind]}: {difference}"
+        reason = difference and f"{_DIFFERENT} {NOUNS[settings.kind]}: {difference}"
         names = sorted(read.difference(settings.read_at_each_call(), module._modules))
         settings.attributes = {name: attribute(module, name) for name in names}
         settings.remember(kind)

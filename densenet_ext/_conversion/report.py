@@ -65,7 +65,7 @@ def report_on(model: nn.Module, finder: Finder) -> ConversionReport:
         elif isinstance(settings, LayerSettings) and module not in inside:
             report.fused[path] = "a dense layer as one op"
     for module, path in finder.paths.items():
-        expected = type(module) in finder.specs or _looks_dense(module, path)
+        expected = module in finder.different or type(module) in finder.specs or _looks_dense(module, path)
         if module in finder.reasons and module not in inside and expected:
             report.left_alone[path] = finder.reasons[module]
     for name, module in model.named_modules():

@@ -190,7 +190,10 @@ def test_parts_of_features(stages):
 
 
 def test_networks_that_stay_as_they_are():
-    """Dropout after the first convolution, and layers without bottleneck."""
+    """Dropout after the first convolution; a transition without ReLU, whose block is fused alone."""
     model = converted_networks.build("OpenOOD", drop_rate=0.2)
     report = convert(model)
-    assert not report.fused or all("one op" not in what for what in report.fused.values())
+    assert report.fused == {} and len(report.left_alone) == 5
+    assert all("its forward is not that of a dense layer" in why for why in report.left_alone.values())
+    report = convert(converted_networks.build("weiaicunzai"))
+    assert list(report.left_alone) == ["0.2"] and "is not that of a transition" in report.left_alone["0.2"]
