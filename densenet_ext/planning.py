@@ -20,7 +20,7 @@ from ._planning.rehearsal import StepMemory, rehearse
 __all__ = ["Plan", "largest_batch", "plan"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# The largest difference between a predicted and a measured peak that tests have seen, of the peak.
+# A measured peak is at most so much larger than the predicted one, of it; tests hold predictions to that.
 ERROR = 0.005
 
 

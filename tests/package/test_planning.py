@@ -15,6 +15,7 @@ from torch import nn
 
 from densenet_ext import DenseNetBC, EfficientDenseBlock, convert, largest_batch, plan, revert
 from densenet_ext._planning.order import StageSize, free_layers, keep_order
+from densenet_ext.planning import ERROR
 
 TOLERANCE = 0.05  # the documentation promises it
 
@@ -45,7 +46,10 @@ def test_predicted_peak_is_the_measured_one(name, budget, dtype):
     # In float64 torch's convolution takes scratch memory of its own.
     planned = plan(model, size, dtype=dtype, budget=budget, measure=dtype == torch.double)
     planned.apply()
-    assert planned.memory.peak == pytest.approx(peak_of(model, size, dtype), rel=TOLERANCE)
+    peak = peak_of(model, size, dtype)
+    assert planned.memory.peak == pytest.approx(peak, rel=TOLERANCE)
+    assert peak <= planned.memory.peak * (1 + ERROR)  # what a budget leaves for it
+    # Tensors below the size of a workspace come from torch, so a peak may differ by some of these.
     assert 0.999 * planned.smallest <= planned.memory.peak <= 1.001 * planned.fastest
 
 
