@@ -158,6 +158,7 @@ void call(const char* name, const Arguments&... arguments) {
 
 // Multiplies t by a tensor that broadcasts to it, in place.
 inline void multiply(const Tensor& t, const Tensor& factor) {
+  if (rehearses()) return;
   std::array<StableIValue, 2> stack = {torch::stable::detail::from(t),
                                        torch::stable::detail::from(factor)};
   STD_TORCH_CHECK(
