@@ -76,9 +76,9 @@ void Stage::check_tail() const {
   const Tensor* const p = of_tail(params);
   check_shape("tail norm.weight", p[kTailNormWeight], {channels});
   check_shape("tail norm.bias", p[kTailNormBias], {channels});
-  if (options.tail == kTransition)
-    check_shape("tail conv.weight", p[kTailConvWeight],
-                {p[kTailConvWeight].size(0), channels, 1, 1});
+  if (options.tail != kTransition) return;
+  const Tensor& conv = p[kTailConvWeight];
+  check_shape("tail conv.weight", conv, {conv.dim() > 0 ? conv.size(0) : 0, channels, 1, 1});
 }
 
 void Stage::check_masks(int64_t l) const {

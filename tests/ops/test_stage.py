@@ -223,6 +223,22 @@ def test_options_of_another_length_are_refused():
         torch.ops.densenet_ext.dense_stage(*args, options[:2])
 
 
+@pytest.mark.parametrize("shape", [(), (8,), (3, 7), (3, 7, 1)])
+def test_parameters_of_other_dimensions_are_refused(shape):
+    """Each tensor of a stage in turn, by a sentence of the op's own, forward and backward."""
+    case = Case(ALL_MASKS, True, 1)
+    x, params, *rest = case.args()
+    wrong = torch.ones(shape, dtype=torch.double)
+    for i in range(len(params)):
+        with pytest.raises(RuntimeError, match="must have"):
+            torch.ops.densenet_ext.dense_stage(x, [*params[:i], wrong, *params[i + 1 :]], *rest)
+    output, features, *state = torch.ops.densenet_ext.dense_stage(x, params, *rest)
+    grad, features, params, *rest = case.backward_args(output, features, state)
+    for i in range(len(params)):
+        with pytest.raises(RuntimeError, match="must have"):
+            torch.ops.densenet_ext.dense_stage_backward(grad, features, [*params[:i], wrong, *params[i + 1 :]], *rest)
+
+
 @pytest.mark.parametrize(("shape", "dimensions"), [((2, 3, 4), 3), ((2, 3, 4, 4, 4), 5)])
 def test_signals_and_volumes_are_refused(shape, dimensions):
     case = Case()

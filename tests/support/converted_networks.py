@@ -193,7 +193,11 @@ NETWORKS = {
 def build(name, drop_rate=0.0, dtype=torch.double):
     """A network with parameters and statistics that are neither those of a new one nor symmetric."""
     torch.manual_seed(0)
-    model = NETWORKS[name][0](drop_rate).to(dtype)
+    return with_statistics(NETWORKS[name][0](drop_rate).to(dtype))
+
+
+def with_statistics(model):
+    """The model, with norms that are neither the identity nor symmetric, and have seen batches."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from converted_networks import with_statistics
 
 from densenet_ext import DenseNetBC, convert
 
@@ -32,13 +32,7 @@ MAKERS = {"built": _built, "torchvision": _torchvision, "timm": _timm, "MONAI": 
 def fused_network(name):
     """Return one of MAKERS, with norms that are neither the identity nor symmetric, in training mode."""
     torch.manual_seed(0)
-    model = MAKERS[name]().double()
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, std=0.3)
-            norm.running_mean.uniform_(-0.2, 0.2)
-            norm.running_var.uniform_(0.5, 1.5)
+    model = with_statistics(MAKERS[name]().double())
     if name != "built":
         assert not convert(model).left_alone
     return model
