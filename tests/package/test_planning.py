@@ -48,7 +48,7 @@ def test_predicted_peak_is_the_measured_one(name, budget, dtype):
     planned.apply()
     peak = peak_of(model, size, dtype)
     assert planned.memory.peak == pytest.approx(peak, rel=TOLERANCE)
-    assert peak <= planned.memory.peak * (1 + ERROR)  # what a budget leaves for it
+    assert peak <= planned.memory.peak * (1 + ERROR)  # a budget leaves so much room
     # Tensors below the size of a workspace come from torch, so a peak may differ by some of these.
     assert 0.999 * planned.smallest <= planned.memory.peak <= 1.001 * planned.fastest
 
